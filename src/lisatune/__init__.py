@@ -1,0 +1,47 @@
+"""Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lisatune.callback import LisaCallback
+    from lisatune.engine import LisaEngine
+    from lisatune.errors import UserError
+    from lisatune.layers import Layers, find_layers
+    from lisatune.memory.cross_entropy import linear_cross_entropy
+    from lisatune.optim.adamw import AdamW
+    from lisatune.sampling import Sampler, UniformSampler
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdamW",
+    "Layers",
+    "LisaCallback",
+    "LisaEngine",
+    "Sampler",
+    "UniformSampler",
+    "UserError",
+    "find_layers",
+    "linear_cross_entropy",
+]
+
+_HOME = {
+    "AdamW": "optim.adamw",
+    "Layers": "layers",
+    "LisaCallback": "callback",
+    "LisaEngine": "engine",
+    "Sampler": "sampling",
+    "UniformSampler": "sampling",
+    "UserError": "errors",
+    "find_layers": "layers",
+    "linear_cross_entropy": "memory.cross_entropy",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: ``lisatune --help`` should not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'lisatune' has no attribute '{name}'")
+    return getattr(import_module(f"lisatune.{_HOME[name]}"), name)

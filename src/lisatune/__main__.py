@@ -1,0 +1,5 @@
+"""``python -m lisatune``."""
+
+from lisatune.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""Figures of a run as SVG text that takes the colour of the page it stands on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+INK = "#010203"  # a colour nobody uses, replaced by the page's own
+BLUE, ORANGE, GREEN = "#3b82f6", "#f97316", "#10b981"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lisatune",
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss of each step, thin, its running mean, and the held-out loss."""
+    steps = [r["step"] for r in rows if "loss" in r]
+    losses = [r["loss"] for r in rows if "loss" in r]
+    smooth, mean = [], losses[0] if losses else 0.0
+    for loss in losses:
+        mean += 0.1 * (loss - mean)
+        smooth.append(mean)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
+        axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training, running mean")
+        held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, markersize=4, label="held out")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss, nats per token")
+        axes.legend()
+        return _svg(figure)
+
+
+def active_layers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which decoder layers trained in which step."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        points = [(r["step"], layer) for r in rows for layer in r.get("active_layers", [])]
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker="s", s=6, color=GREEN)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("decoder layer in training")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue().replace(INK, "currentColor")
+    return text[text.index("<svg") :]

@@ -1,0 +1,74 @@
+"""``report.html`` of a run: one self-contained file."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lisatune.analysis.plots import active_layers, loss_curve
+from lisatune.errors import UserError
+from lisatune.memory.measure import gib
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
+svg {{ width: 100%; height: auto }}
+table {{ border-collapse: collapse; width: 100% }} .scroll {{ overflow-x: auto }}
+td, th {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; vertical-align: top }}
+pre {{ overflow-x: auto; padding: .8rem; background: #8882; border-radius: .4rem }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """Draw the run in ``folder`` from its config.yaml, metrics.jsonl and summary.json; needs matplotlib.
+
+    All text of the run is escaped. A file ``answers.json`` (question, expected, before, after) is shown where present.
+
+    Raises: UserError if ``folder`` holds no finished run.
+    """
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: holds no finished run to report on ({error})") from error
+    body = [_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows)]
+    if any("active_layers" in row for row in rows):
+        body += ["<h2>Layers in training</h2>", active_layers(rows)]
+    if (folder / "answers.json").exists():
+        answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+        body += ["<h2>Answers to questions worded as in no training row</h2>"]
+        body += [_table(["question", "before", "after"], [[a["question"], a["before"], a["after"]] for a in answers])]
+    settings = yaml.safe_dump(config, sort_keys=False)
+    body += [f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"]
+    page = PAGE.format(title=escape(f"{config['method']}: {Path(str(config['model'])).name}"), body="\n".join(body))
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _headline(summary: dict[str, Any]) -> list[list[str]]:
+    rows = [["method", summary["method"]], ["optimizer steps", f"{summary['steps']:,}"], ["tokens", f"{summary['tokens']:,}"]]
+    if summary["eval_loss_before"] is not None:
+        rows.append(["held-out loss", f"{summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after"])
+    rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
+    rows.append(["peak memory", gib(summary["peak_bytes"])])
+    rows.append(["optimizer state", gib(summary["state_bytes"])])
+    return rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    heading = "".join(f"<th>{escape(h)}</th>" for h in head) if any(head) else ""
+    return f'<div class="scroll"><table><tr>{heading}</tr>{cells}</table></div>'

@@ -1,0 +1,151 @@
+"""The command line: parse, call one function, print. Heavy imports are inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command(epilog="All settings with their defaults: lisatune settings")
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which win over the file's.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run, which must not hold one yet.")] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model with LISA, LoRA or all parameters."""
+    from lisatune.config import build_config, read_settings
+    from lisatune.preflight import preflight
+
+    settings = read_settings(config, overrides or [])
+    named = {"model": model, "data": data, "output": output, "log_to": log_to}
+    checked = build_config(settings | {name: value for name, value in named.items() if value is not None})
+    examples = preflight(checked)
+    quiet_libraries()
+    from lisatune.train import build, fit
+
+    summary = fit(build(checked, *examples, console=console), console=console)
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print_summary(summary, checked.output)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once, instead of talking.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")] = "auto",
+) -> None:
+    """Speak with a trained model."""
+    from lisatune.preflight import check_model_name
+
+    inside = Path(run).expanduser() / "model"
+    check_model_name(str(inside) if inside.is_dir() else run)
+    quiet_libraries()
+    from lisatune.chat import chat
+
+    chat(run, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, device=device)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write report.html of a finished run."""
+    if not (run / "summary.json").is_file():
+        raise UserError(f"{run}: holds no finished run (no summary.json)")
+    quiet_libraries()
+    try:
+        from lisatune.analysis.report import write_report
+    except ImportError as error:
+        from lisatune.errors import missing_package
+
+        raise missing_package("matplotlib", "the report", "report") from error
+    print(write_report(run))
+
+
+@app.command()
+def settings(as_json: AsJson = False) -> None:
+    """List all settings of a run with their defaults."""
+    from lisatune.config import TrainConfig
+
+    rows = []
+    for name, field in TrainConfig.model_fields.items():
+        default = "(required)" if field.is_required() else field.default
+        rows.append({"name": name, "default": default, "description": field.description})
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("setting", "default", "what it does")
+    for row in rows:
+        table.add_row(str(row["name"]), "" if row["default"] is None else str(row["default"]), row["description"])
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run; a fresh one is chosen by default.")] = Path("runs/demo"),
+) -> None:
+    """Watch a real pretrained model learn about this tool, on a CPU, in a few minutes."""
+    quiet_libraries()
+    from lisatune.demo import run_demo
+
+    run_demo(output, console=console)
+
+
+def print_summary(summary: dict[str, Any], output: str) -> None:
+    """The end of a run, for people."""
+    from lisatune.memory.measure import gib
+
+    table = Table(show_header=False)
+    if summary["eval_loss_before"] is not None:
+        table.add_row("held-out loss", f"{summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}")
+    table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps, {summary['train_seconds']:.0f} s")
+    table.add_row("memory", f"peak {gib(summary['peak_bytes'])}, optimizer state {gib(summary['state_bytes'])}")
+    console.print(table)
+    console.print(f"speak with it: lisatune chat {output}", highlight=False, soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' bars and notes out of ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"lisatune: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The settings of a run: every one named, typed and checked before anything is loaded. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lisatune.errors import UserError, did_you_mean
+
+Method = Literal["lisa", "lora", "full"]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+
+
+class TrainConfig(BaseModel):
+    """A training run. Names follow TRL's ``SFTConfig`` and transformers where they have one.
+
+    The paper's symbols: gamma is ``num_active``, K is ``interval_steps``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="Folder, .gguf file, or hub name of the model to train.")
+    data: str = Field(description="File, folder, or hub name of the rows to train on.")
+    output: str = Field(description="Folder of the run; must not hold a run yet.")
+
+    method: Method = Field("lisa", description="lisa, lora (peft), or full (every parameter in every step).")
+    num_active: int = Field(2, ge=0, description="Decoder layers that train at a time, beside embedding and head (gamma).")
+    interval_steps: int = Field(20, ge=1, description="Optimizer steps between draws of the layers (K).")
+    state_policy: Literal["reset_layers", "reset_all", "keep"] = Field(
+        "reset_layers", description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU."
+    )
+    decoder_name: str | None = Field(None, description="Dotted path of the decoder layers, where they are not recognised.")
+
+    lora_r: int = Field(16, ge=1, description="Rank of the adapters.")
+    lora_alpha: float = Field(32, gt=0, description="Scale of the adapters, times 1/lora_r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
+    lora_target_modules: str | list[str] = Field("all-linear", description="Modules that get adapters, as peft names them.")
+
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="Shape after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Global norm that gradients are clipped to; 0 does not clip.")
+
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; without it, num_train_epochs decides.")
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data, where max_steps is not given.")
+    per_device_train_batch_size: int = Field(8, ge=1, description="Rows of a micro-batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches of an optimizer step.")
+
+    max_length: int = Field(1024, ge=2, description="Tokens of a row; longer chats lose their end, longer texts are split.")
+    packing: bool = Field(False, description="Fill rows with several documents, kept apart in attention and positions.")
+    completion_only_loss: bool = Field(True, description="Learn answers alone; False learns prompts too. Text is learnt whole.")
+    streaming: bool = Field(False, description="Read rows as they are needed, instead of all at the start.")
+    dataset_split: str = Field("train", description="Split of a hub data set.")
+
+    eval_data: str | None = Field(None, description="Held-out rows of their own.")
+    eval_rows: int = Field(0, ge=0, description="Rows held out of the data; with eval_data, how many of it are used (0: all).")
+    eval_steps: int | None = Field(None, ge=1, description="Held-out loss every so many steps, not only at start and end.")
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the weights. In bfloat16 updates are rounded stochastically, moments are float32."
+    )
+    gradient_checkpointing: bool = Field(False, description="Compute activations twice to hold fewer of them.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
+    seed: int = Field(0, ge=0, description="Of the layers drawn, the data's order, and the dropout.")
+    log_to: Tracker = Field("none", description="Hand the metrics to tensorboard, wandb or trackio as well.")
+    logging_steps: int = Field(1, ge=1, description="A line in metrics.jsonl every so many steps.")
+
+
+ONLY_FOR: dict[str, Method] = {
+    "num_active": "lisa",
+    "interval_steps": "lisa",
+    "state_policy": "lisa",
+    "lora_r": "lora",
+    "lora_alpha": "lora",
+    "lora_dropout": "lora",
+    "lora_target_modules": "lora",
+}
+
+
+def build_config(settings: Mapping[str, Any]) -> TrainConfig:
+    """Check ``settings`` and fill in what they leave out.
+
+    Raises: UserError for a misspelt or missing name, a value out of range, or a setting that would have no effect.
+    Example:
+        >>> build_config({"model": "m", "data": "d", "output": "o", "num_active": "4"}).num_active
+        4
+        >>> build_config({"model": "m", "data": "d", "output": "o", "num_activ": 4})
+        Traceback (most recent call last):
+        lisatune.errors.UserError: unknown setting 'num_activ'; did you mean 'num_active'?
+    """
+    for name in settings:
+        if name not in TrainConfig.model_fields:
+            raise UserError(f"unknown setting '{name}'{did_you_mean(str(name), TrainConfig.model_fields)}")
+    try:
+        config = TrainConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        raise UserError(_in_words(error)) from error
+    _refuse_without_effect(config, settings)
+    return config
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "the configuration"
+    if first["type"] == "missing":
+        return f"{name} is missing: give --{name} or '{name}:' in the config file"
+    return f"{name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    for name, method in ONLY_FOR.items():
+        if name in settings and config.method != method:
+            raise UserError(f"{name} has no effect with method={config.method}: leave it out, or set method={method}")
+    if config.method == "lisa" and config.num_active == 0:
+        raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
+    if config.eval_steps and not (config.eval_data or config.eval_rows):
+        raise UserError("eval_steps has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>")
+    if config.streaming and not config.max_steps:
+        raise UserError("streaming needs max_steps: the length of a stream is not known beforehand")
+    if config.streaming and config.eval_rows and not config.eval_data:
+        raise UserError("streaming cannot hold rows out of the data: give eval_data=<file>")
+    if "num_train_epochs" in settings and config.max_steps:
+        raise UserError("num_train_epochs has no effect beside max_steps: give one of them")
+    if config.max_steps and config.warmup_steps >= config.max_steps:
+        raise UserError(f"warmup_steps={config.warmup_steps} leaves nothing of max_steps={config.max_steps}: make it smaller")
+
+
+def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of a YAML file, then those of ``key=value`` words, which win.
+
+    Example:
+        >>> read_settings(None, ["learning_rate=5e-4", "packing=true"])
+        {'learning_rate': 5e-4, 'packing': True}
+    """
+    settings: dict[str, Any] = {}
+    if path is not None:
+        settings |= _read_yaml(Path(path))
+    for word in overrides:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise UserError(f"'{word}' is not of the form key=value, for example learning_rate=5e-4")
+        settings[name.strip()] = _value(value)
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"config file {path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"config file {path} must hold 'name: value' lines")
+    return loaded
+
+
+def _value(text: str) -> Any:
+    """YAML's reading of ``text``, and numbers such as 5e-4, which YAML 1.1 takes for words."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return text
+    return value
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write all settings, the defaults too, so that ``lisatune train --config`` repeats the run."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")

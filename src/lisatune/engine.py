@@ -1,0 +1,131 @@
+"""LISA itself: which parameters ask for gradients, and which hold optimizer state."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from lisatune.errors import UserError
+from lisatune.layers import Layers
+from lisatune.sampling import Sampler
+
+StatePolicy = Literal["reset_layers", "reset_all", "keep"]
+
+
+class LisaEngine:
+    """Every ``interval_steps`` steps, train the decoder layers that ``sampler`` draws and freeze the others.
+
+    The embedding, the head and the rest of the text model train always. The engine alone sets ``requires_grad``, and
+    alone drops or moves optimizer state. What is frozen has no gradient, no optimizer state, no weight decay, and its
+    bytes do not change. Which layers are active depends on the step's number alone, so there is nothing to save.
+
+    Args:
+        layers: The model, as ``find_layers`` sees it.
+        sampler: Interval number to layers, for example ``UniformSampler``.
+        interval_steps: Optimizer steps that a set of layers lives (the paper's K), at least 1.
+        state_policy: What happens to optimizer state at a switch. ``reset_layers``: a layer that is frozen loses its
+            state, a layer that stays keeps it. ``reset_all``: every parameter starts afresh, the embedding and head
+            too, as if each interval were a job of its own. ``keep``: the state of a frozen layer moves to the CPU and
+            comes back with the layer.
+    Raises: UserError if ``interval_steps`` is less than 1 or the sampler draws from another number of layers.
+    Cost: a switch is a walk over the parameters; between switches ``begin_step`` is one comparison.
+    Reference: Pan et al., LISA, arXiv:2403.17919; section 1.3 of the paper leaves the state's fate open.
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lisatune import UniformSampler, find_layers
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+        ...                                      num_hidden_layers=4, num_attention_heads=2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> engine = LisaEngine(find_layers(model), UniformSampler(num_layers=4, num_active=1, seed=0), interval_steps=2)
+        >>> for step in range(4):
+        ...     engine.begin_step(step, optimizer)
+        ...     ids = torch.arange(8)[None]
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+        ...     print(engine.active)
+        (0,)
+        (0,)
+        (2,)
+        (2,)
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        sampler: Sampler,
+        interval_steps: int = 20,
+        state_policy: StatePolicy = "reset_layers",
+    ) -> None:
+        if interval_steps < 1:
+            raise UserError(f"interval_steps is {interval_steps}: a set of layers lives at least 1 step")
+        if state_policy not in get_args(StatePolicy):
+            raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
+        if sampler.num_layers != len(layers.decoder):
+            raise UserError(
+                f"the sampler draws from {sampler.num_layers} layers, but the model has {len(layers.decoder)}: "
+                f"make it with num_layers={len(layers.decoder)}"
+            )
+        self.layers = layers
+        self.sampler = sampler
+        self.interval_steps = interval_steps
+        self.state_policy = state_policy
+        self.active: tuple[int, ...] | None = None
+        self._interval: int | None = None
+
+    def active_at(self, step: int) -> tuple[int, ...]:
+        """The layers that train in optimizer step ``step`` (from 0)."""
+        return self.sampler(step // self.interval_steps)
+
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
+        """Make the model ready for optimizer step ``step``; call once before the step's first forward.
+
+        Args:
+            step: Number of the optimizer step, from 0; not of the micro-batch.
+            optimizer: Any optimizer over all of the text model's parameters.
+        Returns: Whether the set of layers was set anew.
+        Raises: UserError if the optimizer lacks a parameter that is to be trained at some time.
+        """
+        interval = step // self.interval_steps
+        if interval == self._interval:
+            return False
+        if self._interval is None:
+            self._check_optimizer(optimizer)
+        self._interval, self.active = interval, self.sampler(interval)
+        if self.state_policy == "reset_all" and step % self.interval_steps == 0:
+            optimizer.state.clear()
+        for part, parameters in self.layers.parts().items():
+            trains = part in ("embedding", "norm", "head") or part in {f"layers.{i}" for i in self.active}
+            for parameter in parameters.values():
+                if trains and parameter.is_floating_point():
+                    parameter.requires_grad_(True)
+                    if self.state_policy == "keep":
+                        _move_state(optimizer, parameter, parameter.device)
+                else:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+                    if self.state_policy == "keep":
+                        _move_state(optimizer, parameter, torch.device("cpu"))
+                    else:
+                        optimizer.state.pop(parameter, None)
+        return True
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        parts = self.layers.parts()
+        del parts["outside"]
+        missing = [n for own in parts.values() for n, p in own.items() if p.is_floating_point() and id(p) not in held]
+        if missing:
+            raise UserError(
+                f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "
+                "train: make the optimizer over model.parameters() before anything is frozen"
+            )
+
+
+def _move_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, device: torch.device) -> None:
+    """Move the moments of ``parameter``; step counters are left where the optimizer wants them."""
+    state = optimizer.state.get(parameter)
+    for key, value in (state or {}).items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            state[key] = value.to(device)

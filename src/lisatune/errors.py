@@ -1,0 +1,35 @@
+"""The one kind of error that a user can cause and mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A user's mistake, told in one sentence with the remedy; the command line prints it and exits with status 2."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """A feature was asked for whose package is not installed."""
+
+
+def missing_package(package: str, feature: str, extra: str) -> MissingPackageError:
+    """The error for an optional package that is absent.
+
+    Example:
+        >>> print(missing_package("peft", "method=lora", "lora"))
+        method=lora needs the package peft: pip install 'lisatune[lora]'
+    """
+    return MissingPackageError(f"{feature} needs the package {package}: pip install 'lisatune[{extra}]'")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the nearest known word, or nothing.
+
+    Example:
+        >>> did_you_mean("learning_rat", ["learning_rate", "seed"])
+        "; did you mean 'learning_rate'?"
+    """
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""

@@ -1,0 +1,63 @@
+"""Held-out loss, and answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lisatune.data.loader import Batch
+from lisatune.layers import Layers
+from lisatune.memory.cross_entropy import linear_cross_entropy
+
+
+def batch_loss(layers: Layers, batch: Batch, num_labelled: int, *, linear_head: bool) -> Tensor:
+    """Summed next-token cross-entropy of ``batch`` divided by ``num_labelled``; scalar float32.
+
+    Args:
+        layers: The model.
+        batch: Rows on the model's device.
+        num_labelled: Labelled tokens of the whole optimizer step, so that micro-batches add up to one mean.
+        linear_head: ``layers.head_is_linear()``: then logits exist for a few labelled tokens at a time only.
+    """
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if linear_head:
+        assert layers.head is not None
+        hidden = layers.trunk(**inputs).flatten(0, 1)
+        weight, bias = layers.head.weight, getattr(layers.head, "bias", None)
+        return linear_cross_entropy(hidden, weight, batch.labels.flatten(), bias=bias, num_labelled=num_labelled)
+    logits = layers.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / max(1, num_labelled)
+
+
+@torch.no_grad()
+def held_out_loss(layers: Layers, batches: Iterable[Batch], *, linear_head: bool, device: torch.device) -> float:
+    """Mean cross-entropy over all labelled tokens of ``batches``, in nats; every token counts the same.
+
+    Returns: NaN if nothing is labelled. The model is left in the mode it was in.
+    """
+    training = layers.model.training
+    layers.model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        total += batch_loss(layers, batch.to(device), 1, linear_head=linear_head).item()
+        count += batch.num_labelled
+    layers.model.train(training)
+    return total / count if count else math.nan
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int = 64) -> Iterator[str]:
+    """The model's greedy answers to ``prompts``, each a chat of one question."""
+    training = model.training
+    model.eval()
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(model.device)
+        out = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        yield tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    model.train(training)

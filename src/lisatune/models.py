@@ -1,0 +1,84 @@
+"""Models and tokenizers, from a folder, a GGUF file or the hub, and back to a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lisatune.errors import UserError, missing_package
+from lisatune.preflight import check_model_name
+
+
+def load_model(
+    name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> tuple[torch.nn.Module, Any]:
+    """A causal language model, all of it trainable, in evaluation mode, and its tokenizer, on the CPU.
+
+    Args:
+        name: A Hugging Face folder, a ``.gguf`` file (its weights are de-quantised), or a hub name.
+        dtype: Of every weight.
+        trust_remote_code: Whether code in the folder may run.
+    Raises: UserError if there is no model of that name, or it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_model_name(name)
+    path = Path(name).expanduser()
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if name.endswith(".gguf"):
+        if importlib.util.find_spec("gguf") is None:
+            raise missing_package("gguf", "a model in GGUF form", "gguf")
+        options["gguf_file"], name = path.name, str(path.parent)
+    elif path.exists():
+        name = str(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name} cannot be loaded as a causal language model: {reason}") from error
+    _forget_quantization(model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UserError(
+            f"{name}: the tokenizer has {len(tokenizer):,} tokens, the model only "
+            f"{model.get_input_embeddings().num_embeddings:,}: they do not belong together"
+        )
+    model.requires_grad_(True)
+    return model, tokenizer
+
+
+def _forget_quantization(model: Any) -> None:
+    """A GGUF model is whole again once loaded, but still marked as one that cannot be saved."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and "gguf" in str(getattr(model.config, "quantization_config", "")).lower():
+        model.hf_quantizer = None
+        model.is_quantized = False
+        del model.config.quantization_config
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face folder, weights as safetensors, that ``from_pretrained`` loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600; a model is for whoever may read its folder
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or else the CPU.
+
+    Raises: UserError for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: not to be had on this machine; leave it out, or use device=cpu") from error
+    return device

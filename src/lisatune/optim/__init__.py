@@ -1,0 +1,1 @@
+"""Optimizers that keep their promise when layers come and go."""

@@ -1,0 +1,104 @@
+"""What can be found wrong with a run before torch is imported, so that a mistake is answered at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lisatune.config import TrainConfig
+from lisatune.data.formats import Example, parse_row, read_rows
+from lisatune.errors import UserError, did_you_mean
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that holds anything: nothing is overwritten."""
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "already holds a run" if (folder / "config.yaml").exists() else "is not empty"
+        raise UserError(f"output folder {folder} {what}: choose another, or remove it first")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder} is a file: choose a folder")
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a path at which no model lies; costs a look at the folder. Hub names pass."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            inner = path / "model" / "config.json"
+            hint = f"; did you mean {path / 'model'}?" if inner.is_file() else ": give one saved by save_pretrained"
+            raise UserError(f"{name}: the folder holds no config.json, so it is no Hugging Face model{hint}")
+        return
+    if path.is_file():
+        raise UserError(f"{name}: a model is a Hugging Face folder, a .gguf file or a hub name, not such a file")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
+        nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{name}: no such model folder or file{did_you_mean(path.name, nearby)}")
+
+
+def check_num_active(config: TrainConfig) -> None:
+    """Refuse more active layers than a local model's config.json says there are; other models are checked when loaded."""
+    file = Path(config.model).expanduser() / "config.json"
+    if config.method != "lisa" or not file.is_file():
+        return
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        num_layers = {**settings, **settings.get("text_config", {})}.get("num_hidden_layers")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not the config.json of a model ({error})") from error
+    if isinstance(num_layers, int) and config.num_active > num_layers:
+        raise UserError(f"num_active is {config.num_active}, but the model has {num_layers} decoder layers: choose 1 to {num_layers}")
+
+
+class ExampleStream:
+    """Examples read anew from the disk or the hub each time they are iterated."""
+
+    def __init__(self, data: str, split: str) -> None:
+        self.data = data
+        self.split = split
+
+    def __iter__(self) -> Iterator[Example]:
+        return (parse_row(row) for row in read_rows(self.data, split=self.split, streaming=True))
+
+
+def read_examples(config: TrainConfig) -> tuple[Iterable[Example], list[Example]]:
+    """The examples to train on and those held out; all read and checked, unless streamed.
+
+    Held out of the data are rows spread evenly over it, so that a file sorted in some way is held out fairly.
+
+    Raises: UserError naming the file and line of a bad row, or if there is nothing to train on.
+    """
+    if config.streaming:
+        train: Iterable[Example] = ExampleStream(config.data, config.dataset_split)
+    else:
+        train = [parse_row(row) for row in read_rows(config.data, split=config.dataset_split)]
+        if not train:
+            raise UserError(f"{config.data}: holds no rows, so there is nothing to train on")
+    if config.eval_data:
+        held_out = [parse_row(row) for row in read_rows(config.eval_data, split="test")]
+        if not held_out:
+            raise UserError(f"{config.eval_data}: holds no rows to evaluate on")
+        return train, _spread(held_out, config.eval_rows or len(held_out))[0]
+    if config.eval_rows:
+        assert isinstance(train, list)
+        if config.eval_rows >= len(train):
+            raise UserError(f"eval_rows={config.eval_rows} leaves nothing of the {len(train)} rows of {config.data} to train on")
+        held_out, train = _spread(train, config.eval_rows)
+        return train, held_out
+    return train, []
+
+
+def _spread(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """``count`` examples at even distances, and the rest."""
+    chosen = {i * len(examples) // count for i in range(min(count, len(examples)))}
+    return [e for i, e in enumerate(examples) if i in chosen], [e for i, e in enumerate(examples) if i not in chosen]
+
+
+def preflight(config: TrainConfig) -> tuple[Iterable[Example], list[Example]]:
+    """Every check that needs no torch, then the examples to train on and those held out."""
+    check_output(Path(config.output))
+    check_model_name(config.model)
+    check_num_active(config)
+    return read_examples(config)

@@ -1,0 +1,29 @@
+"""The progress bar of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[[int, float, float, Sequence[int] | None], None]
+
+
+@contextmanager
+def training_progress(num_steps: int, console: Console) -> Iterator[Advance]:
+    """A bar with loss, tokens/s, the layers in training and the time left; call it with (step, loss, speed, layers)."""
+    columns = (
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:,.0f} tok/s"), TextColumn("{task.fields[layers]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("train", total=num_steps, loss=float("nan"), speed=0.0, layers="")
+
+        def advance(step: int, loss: float, speed: float, layers: Sequence[int] | None) -> None:
+            text = "" if layers is None else "layers " + (",".join(map(str, layers)) if len(layers) <= 8 else f"{len(layers)}")
+            bar.update(task, completed=step, loss=loss, speed=speed, layers=text)
+
+        yield advance
