@@ -52,7 +52,9 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         if args.world_size > 1:
             raise UserError("LisaCallback does not work on several processes yet: run the Trainer on one")
         if hasattr(model, "peft_config"):
-            raise UserError("LisaCallback trains weights, but this model has adapters: pass the model without peft_config")
+            raise UserError(
+                "LisaCallback trains weights, but this model has adapters: pass the model without peft_config"
+            )
         layers = find_layers(model, self.decoder_name)
         sampler = UniformSampler(len(layers.decoder), self.num_active, self.seed)
         self.engine = LisaEngine(layers, sampler, self.interval_steps, self.state_policy)

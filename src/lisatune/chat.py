@@ -29,7 +29,13 @@ class Chat:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer

@@ -27,7 +27,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 @app.command(epilog="All settings with their defaults: lisatune settings")
 def train(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which win over the file's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which win over the file's.")
+    ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
     data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
@@ -108,7 +110,9 @@ def settings(as_json: AsJson = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the run; a fresh one is chosen by default.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(help="Folder of the run; a fresh one is chosen by default.")] = Path(
+        "runs/demo"
+    ),
 ) -> None:
     """Watch a real pretrained model learn about this tool, on a CPU, in a few minutes."""
     quiet_libraries()

@@ -28,17 +28,24 @@ class TrainConfig(BaseModel):
     output: str = Field(description="Folder of the run; must not hold a run yet.")
 
     method: Method = Field("lisa", description="lisa, lora (peft), or full (every parameter in every step).")
-    num_active: int = Field(2, ge=0, description="Decoder layers that train at a time, beside embedding and head (gamma).")
+    num_active: int = Field(
+        2, ge=0, description="Decoder layers that train at a time, beside embedding and head (gamma)."
+    )
     interval_steps: int = Field(20, ge=1, description="Optimizer steps between draws of the layers (K).")
     state_policy: Literal["reset_layers", "reset_all", "keep"] = Field(
-        "reset_layers", description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU."
+        "reset_layers",
+        description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU.",
     )
-    decoder_name: str | None = Field(None, description="Dotted path of the decoder layers, where they are not recognised.")
+    decoder_name: str | None = Field(
+        None, description="Dotted path of the decoder layers, where they are not recognised."
+    )
 
     lora_r: int = Field(16, ge=1, description="Rank of the adapters.")
     lora_alpha: float = Field(32, gt=0, description="Scale of the adapters, times 1/lora_r.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapters.")
-    lora_target_modules: str | list[str] = Field("all-linear", description="Modules that get adapters, as peft names them.")
+    lora_target_modules: str | list[str] = Field(
+        "all-linear", description="Modules that get adapters, as peft names them."
+    )
 
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="Shape after the warm-up.")
@@ -54,18 +61,27 @@ class TrainConfig(BaseModel):
     per_device_train_batch_size: int = Field(8, ge=1, description="Rows of a micro-batch.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches of an optimizer step.")
 
-    max_length: int = Field(1024, ge=2, description="Tokens of a row; longer chats lose their end, longer texts are split.")
+    max_length: int = Field(
+        1024, ge=2, description="Tokens of a row; longer chats lose their end, longer texts are split."
+    )
     packing: bool = Field(False, description="Fill rows with several documents, kept apart in attention and positions.")
-    completion_only_loss: bool = Field(True, description="Learn answers alone; False learns prompts too. Text is learnt whole.")
+    completion_only_loss: bool = Field(
+        True, description="Learn answers alone; False learns prompts too. Text is learnt whole."
+    )
     streaming: bool = Field(False, description="Read rows as they are needed, instead of all at the start.")
     dataset_split: str = Field("train", description="Split of a hub data set.")
 
     eval_data: str | None = Field(None, description="Held-out rows of their own.")
-    eval_rows: int = Field(0, ge=0, description="Rows held out of the data; with eval_data, how many of it are used (0: all).")
-    eval_steps: int | None = Field(None, ge=1, description="Held-out loss every so many steps, not only at start and end.")
+    eval_rows: int = Field(
+        0, ge=0, description="Rows held out of the data; with eval_data, how many of it are used (0: all)."
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="Held-out loss every so many steps, not only at start and end."
+    )
 
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the weights. In bfloat16 updates are rounded stochastically, moments are float32."
+        "float32",
+        description="Type of the weights. In bfloat16 updates are rounded stochastically, moments are float32.",
     )
     gradient_checkpointing: bool = Field(False, description="Compute activations twice to hold fewer of them.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
@@ -131,7 +147,9 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
     if "num_train_epochs" in settings and config.max_steps:
         raise UserError("num_train_epochs has no effect beside max_steps: give one of them")
     if config.max_steps and config.warmup_steps >= config.max_steps:
-        raise UserError(f"warmup_steps={config.warmup_steps} leaves nothing of max_steps={config.max_steps}: make it smaller")
+        raise UserError(
+            f"warmup_steps={config.warmup_steps} leaves nothing of max_steps={config.max_steps}: make it smaller"
+        )
 
 
 def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:

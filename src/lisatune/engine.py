@@ -125,7 +125,7 @@ class LisaEngine:
 
 def _move_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, device: torch.device) -> None:
     """Move the moments of ``parameter``; step counters are left where the optimizer wants them."""
-    state = optimizer.state.get(parameter)
-    for key, value in (state or {}).items():
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.ndim > 0:
             state[key] = value.to(device)

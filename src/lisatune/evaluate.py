@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lisatune.data.loader import Batch
 from lisatune.layers import Layers
@@ -25,9 +25,9 @@ def batch_loss(layers: Layers, batch: Batch, num_labelled: int, *, linear_head: 
     """
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if linear_head:
-        assert layers.head is not None
+        assert isinstance(layers.head, nn.Linear)
         hidden = layers.trunk(**inputs).flatten(0, 1)
-        weight, bias = layers.head.weight, getattr(layers.head, "bias", None)
+        weight, bias = layers.head.weight, layers.head.bias
         return linear_cross_entropy(hidden, weight, batch.labels.flatten(), bias=bias, num_labelled=num_labelled)
     logits = layers.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
     return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / max(1, num_labelled)

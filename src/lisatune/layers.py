@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +84,9 @@ class Layers:
         self.model.eval()
         try:
             with torch.no_grad():
-                return torch.equal(self.model(input_ids=ids, use_cache=False).logits, self.head(self.trunk(input_ids=ids)))
+                return torch.equal(
+                    self.model(input_ids=ids, use_cache=False).logits, self.head(self.trunk(input_ids=ids))
+                )
         finally:
             self.model.train(training)
 
@@ -132,7 +133,9 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
         decoder_name = _decoder_list(model, names[id(embedding)])
     found = dict(model.named_modules()).get(decoder_name)
     if not isinstance(found, nn.ModuleList) or len(found) == 0:
-        raise UserError(f"'{decoder_name}' is no list of layers in {type(model).__name__}: give decoder_name=<its dotted path>")
+        raise UserError(
+            f"'{decoder_name}' is no list of layers in {type(model).__name__}: give decoder_name=<its dotted path>"
+        )
     trunk_name = _common_parent(names[id(embedding)], decoder_name)
     return Layers(
         model=model,
@@ -154,9 +157,9 @@ def _embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
 
 def _decoder_list(model: nn.Module, embedding_name: str) -> str:
     """The stack that shares the longest path with the embedding; the shallower, then the longer, of several."""
-    stacks = [name for name, module in model.named_modules() if _is_stack(module)]
+    stacks: list[str] = [name for name, module in model.named_modules() if _is_stack(module)]
     outer = [s for s in stacks if not any(s.startswith(other + ".") for other in stacks)]
-    depth = {s: len(_common_parent(embedding_name, s).split(".")) if _common_parent(embedding_name, s) else 0 for s in outer}
+    depth = {s: len(_common_parent(embedding_name, s)) for s in outer}  # in characters: all begin alike
     nearest = [s for s in outer if depth[s] == max(depth.values())]
     if len(nearest) != 1:
         what = "no decoder layers" if not nearest else f"several lists of layers ({', '.join(nearest)})"
@@ -196,8 +199,3 @@ def _owner_of_forward(model: nn.Module, name: str) -> nn.Module:
         name = name.rpartition(".")[0]
         module = model.get_submodule(name)
     return module
-
-
-def iter_named_trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of ``model`` that ask for a gradient, tied ones once."""
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

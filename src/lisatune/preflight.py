@@ -49,7 +49,9 @@ def check_num_active(config: TrainConfig) -> None:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not the config.json of a model ({error})") from error
     if isinstance(num_layers, int) and config.num_active > num_layers:
-        raise UserError(f"num_active is {config.num_active}, but the model has {num_layers} decoder layers: choose 1 to {num_layers}")
+        raise UserError(
+            f"num_active is {config.num_active}, but the model has {num_layers} decoder layers: choose 1 to {num_layers}"
+        )
 
 
 class ExampleStream:
@@ -84,7 +86,9 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], list[Example]
     if config.eval_rows:
         assert isinstance(train, list)
         if config.eval_rows >= len(train):
-            raise UserError(f"eval_rows={config.eval_rows} leaves nothing of the {len(train)} rows of {config.data} to train on")
+            raise UserError(
+                f"eval_rows={config.eval_rows} leaves nothing of the {len(train)} rows of {config.data} to train on"
+            )
         held_out, train = _spread(train, config.eval_rows)
         return train, held_out
     return train, []

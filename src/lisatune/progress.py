@@ -23,7 +23,11 @@ def training_progress(num_steps: int, console: Console) -> Iterator[Advance]:
         task = bar.add_task("train", total=num_steps, loss=float("nan"), speed=0.0, layers="")
 
         def advance(step: int, loss: float, speed: float, layers: Sequence[int] | None) -> None:
-            text = "" if layers is None else "layers " + (",".join(map(str, layers)) if len(layers) <= 8 else f"{len(layers)}")
+            text = (
+                ""
+                if layers is None
+                else "layers " + (",".join(map(str, layers)) if len(layers) <= 8 else f"{len(layers)}")
+            )
             bar.update(task, completed=step, loss=loss, speed=speed, layers=text)
 
         yield advance

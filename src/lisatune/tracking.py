@@ -28,7 +28,9 @@ class Metrics:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            numbers = {name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"}
+            numbers = {
+                name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"
+            }
             self._tracker(numbers, values["step"])
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from lisatune.engine import LisaEngine
 from lisatune.errors import UserError, missing_package
 from lisatune.evaluate import batch_loss, held_out_loss
 from lisatune.layers import Layers, find_layers
-from lisatune.memory.measure import gib, peak_bytes, state_bytes
+from lisatune.memory.measure import peak_bytes, state_bytes
 from lisatune.models import load_model, pick_device, save_model
 from lisatune.optim.adamw import AdamW
 from lisatune.plan import plan_static
@@ -97,13 +97,16 @@ def build(
     if config.method == "lora":
         model = _add_adapters(config, model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = cast(Any, model).gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = make_optimizer(config, model)
     if config.method == "lisa":
         sampler = UniformSampler(len(layers.decoder), config.num_active, config.seed)
         engine = LisaEngine(layers, sampler, config.interval_steps, config.state_policy)
     plan = plan_static(model, layers, config.num_active if engine else None)
-    console.print(f"{config.method} on {device}, weights and gradients {config.dtype}, optimizer state float32:", highlight=False)
+    console.print(
+        f"{config.method} on {device}, weights and gradients {config.dtype}, optimizer state float32:", highlight=False
+    )
     console.print(plan.describe(), highlight=False)
     return Run(
         config, model, tokenizer, layers, layers.head_is_linear(), optimizer, engine, loader, batches, num_steps, device
@@ -241,7 +244,9 @@ def _prepare_data(
             documents = list(encoder(some))
         console.print(f"{name}: {encoder.counts.describe()}", highlight=False)
         if not documents:
-            raise UserError(f"{config.data}: no row holds anything to learn within max_length={config.max_length}: raise it")
+            raise UserError(
+                f"{config.data}: no row holds anything to learn within max_length={config.max_length}: raise it"
+            )
         return documents
 
     def load(documents: Iterable[Encoded], rows_per_step: int, **options: Any) -> Loader:
@@ -276,7 +281,9 @@ def _check_packing(layers: Layers, model: Any, device: torch.device) -> None:
     alone = layers.trunk(input_ids=second, position_ids=positions[:, 4:])
     # rounding differs with the shapes; a leak changes the hidden states by a share of their size
     if (together - alone).abs().max() > 0.02 * alone.abs().max():
-        raise UserError(f"packing=true: {type(model).__name__} would mix packed documents with each other; leave packing out")
+        raise UserError(
+            f"packing=true: {type(model).__name__} would mix packed documents with each other; leave packing out"
+        )
 
 
 def _add_adapters(config: TrainConfig, model: Any) -> Any:
@@ -310,8 +317,8 @@ def _report(folder: Path, console: Console) -> None:
     try:
         from lisatune.analysis.report import write_report
     except ImportError:
-        console.print("no report.html, which needs matplotlib: pip install 'lisatune[report]', then lisatune report RUN")
+        console.print(
+            "no report.html, which needs matplotlib: pip install 'lisatune[report]', then lisatune report RUN"
+        )
         return
     write_report(folder)
-
-

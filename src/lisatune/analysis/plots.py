@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # a colour nobody uses, replaced by the page's own
 BLUE, ORANGE, GREEN = "#3b82f6", "#f97316", "#10b981"
@@ -56,10 +57,10 @@ def active_layers(rows: Sequence[Mapping[str, Any]]) -> str:
         axes = figure.add_subplot()
         points = [(r["step"], layer) for r in rows for layer in r.get("active_layers", [])]
         if points:
-            axes.scatter(*zip(*points, strict=True), marker="s", s=6, color=GREEN)
+            axes.plot(*zip(*points, strict=True), "s", color=GREEN, markersize=2.5)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("decoder layer in training")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         return _svg(figure)
 
 

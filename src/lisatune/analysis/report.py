@@ -51,7 +51,9 @@ def write_report(folder: Path) -> Path:
         body += ["<h2>Answers to questions worded as in no training row</h2>"]
         body += [_table(["question", "before", "after"], [[a["question"], a["before"], a["after"]] for a in answers])]
     settings = yaml.safe_dump(config, sort_keys=False)
-    body += [f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"]
+    body += [
+        f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"
+    ]
     page = PAGE.format(title=escape(f"{config['method']}: {Path(str(config['model'])).name}"), body="\n".join(body))
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -59,9 +61,15 @@ def write_report(folder: Path) -> Path:
 
 
 def _headline(summary: dict[str, Any]) -> list[list[str]]:
-    rows = [["method", summary["method"]], ["optimizer steps", f"{summary['steps']:,}"], ["tokens", f"{summary['tokens']:,}"]]
+    rows = [
+        ["method", summary["method"]],
+        ["optimizer steps", f"{summary['steps']:,}"],
+        ["tokens", f"{summary['tokens']:,}"],
+    ]
     if summary["eval_loss_before"] is not None:
-        rows.append(["held-out loss", f"{summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after"])
+        rows.append(
+            ["held-out loss", f"{summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after"]
+        )
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
     rows.append(["peak memory", gib(summary["peak_bytes"])])
     rows.append(["optimizer state", gib(summary["state_bytes"])])

@@ -14,8 +14,17 @@ from lisatune.errors import UserError, did_you_mean, missing_package
 LOCAL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 LIBRARY_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".csv.gz": "csv"}
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"))
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
-KNOWN_COLUMNS = "messages; prompt and completion; instruction, input and output; conversations; question and answer; text"
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+KNOWN_COLUMNS = (
+    "messages; prompt and completion; instruction, input and output; conversations; question and answer; text"
+)
 
 
 class Message(TypedDict):
@@ -80,7 +89,9 @@ def parse_row(row: Row) -> Example:
         return _pair(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _string(row, "output"))
     if "text" in columns:
         return Example(row.where, text=_string(row, "text"))
-    raise UserError(f"{row.where}: columns {', '.join(map(str, columns)) or '(none)'} are not recognised; expected {KNOWN_COLUMNS}")
+    raise UserError(
+        f"{row.where}: columns {', '.join(map(str, columns)) or '(none)'} are not recognised; expected {KNOWN_COLUMNS}"
+    )
 
 
 def _string(row: Row, column: str, default: str | None = None) -> str:
@@ -103,7 +114,9 @@ def _pair(row: Row, question: str, answer: str) -> Example:
 
 def _chat(row: Row, turns: Any, role_key: str, content_key: str) -> Example:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise UserError(f"{row.where}: a chat must be a list of turns with '{role_key}' and '{content_key}', at least one")
+        raise UserError(
+            f"{row.where}: a chat must be a list of turns with '{role_key}' and '{content_key}', at least one"
+        )
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, Mapping) or not isinstance(turn.get(content_key), str):
@@ -168,9 +181,13 @@ def _read_file(path: Path) -> Iterator[Row]:
     try:
         yield from _read_json(path) if ".jsonl" not in suffix else _read_json_lines(path)
     except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is it a whole{' gzip' * suffix.endswith('.gz')} file?") from error
+        raise UserError(
+            f"{path}: cannot be read ({error}); is it a whole{' gzip' * suffix.endswith('.gz')} file?"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+        raise UserError(
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def _open(path: Path) -> Any:
@@ -229,5 +246,9 @@ def _read_with_library(data: str, split: str, streaming: bool, builder: str | No
         raise
     except Exception as error:  # datasets raises many kinds, none of them ours
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "is it a whole file?" if builder else "is the name right, is the hub reachable? Local data is given as a path"
+        hint = (
+            "is it a whole file?"
+            if builder
+            else "is the name right, is the hub reachable? Local data is given as a path"
+        )
         raise UserError(f"{data}: cannot be read as a data set ({reason}); {hint}") from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lisatune.data.formats import Example
+from lisatune.data.formats import Example, Message
 from lisatune.errors import UserError
 
 IGNORED = -100
@@ -97,7 +97,7 @@ class Encoder:
         """Texts and their kinds: ``text``, or by turns ``prompt`` and ``answer``."""
         if example.text is not None:
             return [(example.text, "text")]
-        messages = [dict(message) for message in example.messages]
+        messages = list(example.messages)
         whole = self._render(example, messages)
         pieces, done = [], 0
         for turn, message in enumerate(messages):
@@ -116,7 +116,7 @@ class Encoder:
                 pieces[-1] = ("", "answer")
         return pieces
 
-    def _render(self, example: Example, messages: list[dict[str, str]], **options: Any) -> str:
+    def _render(self, example: Example, messages: list[Message], **options: Any) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # templates raise what they like, by jinja

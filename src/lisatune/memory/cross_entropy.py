@@ -51,7 +51,7 @@ def linear_cross_entropy(
     divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens
     )
     return loss
