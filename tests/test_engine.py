@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_llama
 
+from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.memory.measure import state_bytes
 

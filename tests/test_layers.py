@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers as hf
-from conftest import make_llama
 from torch import nn
 
+from conftest import make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 
 LLAMA_LIKE = {

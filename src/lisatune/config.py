@@ -199,5 +199,11 @@ def _value(text: str) -> Any:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write all settings, the defaults too, so that ``lisatune train --config`` repeats the run."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write all settings that play a part, the defaults too, so that ``lisatune train --config`` repeats the run."""
+    settings = config.model_dump()
+    for name, method in ONLY_FOR.items():
+        if config.method != method:
+            del settings[name]
+    if config.max_steps:
+        del settings["num_train_epochs"]
+    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")

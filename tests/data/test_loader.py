@@ -1,0 +1,97 @@
+from array import array
+from itertools import islice
+
+import pytest
+import torch
+
+from conftest import make_llama
+from lisatune.data.loader import Loader, collate
+from lisatune.data.tokenize import IGNORED, Encoded
+from lisatune.evaluate import batch_loss
+from lisatune.layers import find_layers
+
+
+def document(*ids, learnt_from=0):
+    return Encoded(array("i", ids), array("i", [IGNORED if i < learnt_from else t for i, t in enumerate(ids)]))
+
+
+DOCUMENTS = [document(*range(10 * n, 10 * n + 3 + n % 4), learnt_from=1) for n in range(1, 12)]
+
+
+def loader(documents=DOCUMENTS, **options):
+    return Loader(documents, **({"rows_per_step": 2, "max_length": 8, "pad_id": 0} | options))
+
+
+def test_labels_are_shifted_and_never_cross_documents():
+    batch = collate([[document(5, 6, 7), document(8, 9)], [document(4, 3)]], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 3, 0, 0, 0]]
+    assert batch.labels.tolist() == [[6, 7, IGNORED, 9, IGNORED], [3, IGNORED, IGNORED, IGNORED, IGNORED]]
+    assert batch.position_ids.tolist()[0] == [0, 1, 2, 0, 1]
+    assert (batch.num_tokens, batch.num_labelled) == (7, 4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_holds_every_document_once_in_an_order_of_its_own(packing):
+    ids = lambda epoch: [t for b in loader(packing=packing).epoch(epoch) for t in b.input_ids[b.is_token].tolist()]  # noqa: E731
+    expected = sorted(t for d in DOCUMENTS for t in d.ids)
+    assert sorted(ids(0)) == sorted(ids(1)) == expected
+    assert ids(0) == ids(0) != ids(1)
+    assert loader(packing=packing).num_steps() == len(list(loader(packing=packing).epoch(0)))
+
+
+def test_endless_and_seeded():
+    first = [b.input_ids.tolist() for b in islice(loader(seed=1), 20)]
+    assert first == [b.input_ids.tolist() for b in islice(loader(seed=1), 20)]
+    assert first != [b.input_ids.tolist() for b in islice(loader(seed=2), 20)]
+    with pytest.raises(ValueError, match="nothing to learn"):
+        next(iter(loader([])))
+
+
+def test_a_stream_is_read_anew_each_epoch():
+    class Stream:
+        def __iter__(self):
+            return iter(DOCUMENTS)
+
+    tokens = [sum(b.num_tokens for b in loader(Stream()).epoch(e)) for e in (0, 1)]
+    assert tokens == [sum(map(len, DOCUMENTS))] * 2
+
+
+@pytest.mark.parametrize("layout", ["packed", "micro-batches"])
+def test_loss_and_gradients_do_not_depend_on_how_documents_are_laid_out(layout):
+    """To rounding: other shapes, other order of sums; 1e-6 of a loss near 5, 1e-5 of gradients near 0.1."""
+    documents = [
+        document(*torch.randint(3, 128, (n,)).tolist(), learnt_from=k) for n, k in [(5, 0), (9, 4), (3, 1), (7, 6)]
+    ]
+
+    def loss_and_gradients(batches, num_labelled):
+        model = make_llama()
+        layers = find_layers(model)
+        total = sum(batch_loss(layers, b, num_labelled, linear_head=True) for b in batches)
+        total.backward()
+        return total.item(), [p.grad for p in model.parameters()]
+
+    alone = [collate([[d]], 0) for d in documents]
+    count = sum(b.num_labelled for b in alone)
+    if layout == "packed":
+        other = [collate([documents[:2], documents[2:]], 0)]
+    else:
+        whole = collate([[d] for d in documents], 0)
+        other = list(whole.split(3))
+        assert [len(b.input_ids) for b in other] == [3, 1]
+    assert sum(b.num_labelled for b in other) == count
+    loss, gradients = loss_and_gradients(alone, count)
+    other_loss, other_gradients = loss_and_gradients(other, count)
+    assert abs(loss - other_loss) < 1e-6
+    for a, b in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_with_nothing_labelled_has_loss_zero_and_zero_gradients():
+    model = make_llama()
+    batch = collate([[document(5, 6, 7, learnt_from=9)]], 0)
+    for linear_head in (True, False):
+        model.zero_grad()
+        loss = batch_loss(find_layers(model), batch, 0, linear_head=linear_head)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -1,0 +1,79 @@
+import pytest
+import yaml
+
+from lisatune import UserError
+from lisatune.config import TrainConfig, build_config, read_settings, write_config
+
+NEEDED = {"model": "m", "data": "d", "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1}, "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ({"zzz": 1}, "unknown setting 'zzz'$"),
+        ({"num_active": 0}, "num_active is 0"),
+        ({"num_active": -1}, "num_active=-1: input should be greater than or equal to 0"),
+        ({"interval_steps": 0}, "interval_steps=0: input should be greater than or equal to 1"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': input should be a valid number"),
+        ({"method": "lsia"}, "method='lsia': input should be 'lisa', 'lora' or 'full'"),
+        ({"method": "full", "num_active": 2}, "num_active has no effect with method=full"),
+        ({"method": "lisa", "lora_r": 8}, "lora_r has no effect with method=lisa"),
+        ({"eval_steps": 5}, "eval_steps has no effect without held-out rows"),
+        ({"streaming": True}, "streaming needs max_steps"),
+        ({"max_steps": 5, "num_train_epochs": 2}, "num_train_epochs has no effect beside max_steps"),
+        ({"max_steps": 5, "warmup_steps": 5}, "warmup_steps=5 leaves nothing of max_steps=5"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(settings, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_config(NEEDED | settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_missing_names_say_how_to_give_them(name):
+    with pytest.raises(UserError, match=f"^{name} is missing: give --{name}"):
+        build_config({k: v for k, v in NEEDED.items() if k != name})
+
+
+def test_overrides_win_over_the_file_and_keep_their_types(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\noutput: o\nlearning_rate: 5e-4\nseed: 1\n")
+    config = build_config(read_settings(str(path), ["seed=2", "packing=true", "eval_data=null"]))
+    assert (config.learning_rate, config.seed, config.packing, config.eval_data) == (5e-4, 2, True, None)
+
+
+def test_written_config_builds_the_same_run(tmp_path):
+    config = build_config(NEEDED | {"num_train_epochs": 2})
+    write_config(config, tmp_path / "config.yaml")
+    assert TrainConfig.model_validate(yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
+
+
+@pytest.mark.parametrize("method", ["lisa", "lora", "full"])
+@pytest.mark.parametrize("length", [{"max_steps": 5}, {"num_train_epochs": 2.0}])
+def test_config_yaml_of_a_run_repeats_it(tmp_path, method, length):
+    config = build_config(NEEDED | {"method": method} | length)
+    write_config(config, tmp_path / "config.yaml")
+    assert build_config(read_settings(str(tmp_path / "config.yaml"), ["output=other"])).method == method
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", "line 2: not valid YAML|line 1: not valid YAML"),
+        ("- a\n", "must hold 'name: value' lines"),
+        ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, content, message):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_settings(str(tmp_path / "run.yaml"), [])
+
+
+def test_bad_words():
+    with pytest.raises(UserError, match="'seed' is not of the form key=value"):
+        read_settings(None, ["seed"])
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_settings("nowhere.yaml", [])

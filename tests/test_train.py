@@ -1,0 +1,265 @@
+"""Whole runs on tiny models, and what their folders hold."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from conftest import make_llama, make_tokenizer
+from lisatune import UserError
+from lisatune.config import build_config
+from lisatune.models import load_model
+from lisatune.train import clip_gradients, learning_rate_at, train
+
+
+def run(model_folder, data_file, output, **settings):
+    defaults = {
+        "model": str(model_folder),
+        "data": str(data_file),
+        "output": str(output),
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "eval_rows": 6,
+    }
+    if settings.get("method", "lisa") == "lisa":
+        defaults |= {"num_active": 2, "interval_steps": 3}
+    config = build_config({k: v for k, v in (defaults | settings).items() if v is not None})
+    console = Console(file=io.StringIO(), width=500)
+    summary = train(config, console=console)
+    return summary, console.file.getvalue()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["lisa", "lora", "full"])
+def test_every_method_learns_and_saves_what_from_pretrained_loads(model_folder, data_file, tmp_path, method):
+    if method == "lora":
+        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    summary, said = run(model_folder, data_file, tmp_path / "run", method=method, max_steps=60)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.3
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert all(torch.equal(model.state_dict()[name], w) for name, w in trained(tmp_path / "run").items())
+    assert "4 decoder layers at model.layers" in said
+    assert "weights 0.0" in said
+    assert (tmp_path / "run" / "adapter").exists() == (method == "lora")
+
+
+def test_files_of_a_run(model_folder, data_file, tmp_path):
+    summary, _ = run(model_folder, data_file, tmp_path / "run", eval_steps=5)
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "metrics.jsonl", "summary.json", "model"}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["num_active"], config["interval_steps"], config["weight_decay"]) == (2, 3, 0.0)
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(13))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 5, 10, 12]
+    needed = {"loss", "learning_rate", "grad_norm", "active_layers", "labelled_tokens", "step_seconds", "peak_bytes"}
+    assert all(needed <= row.keys() for row in rows[1:])
+    sets = [tuple(row["active_layers"]) for row in rows[1:]]
+    assert all(sets[i] == sets[i - i % 3] for i in range(12))
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_same_config_and_seed_give_the_same_weights_to_the_bit(model_folder, data_file, tmp_path):
+    for name, more in [("a", {}), ("b", {}), ("evaluated", {"eval_steps": 1}), ("other", {"seed": 1})]:
+        run(model_folder, data_file, tmp_path / name, **more)
+    a, b, evaluated, other = (trained(tmp_path / name) for name in ("a", "b", "evaluated", "other"))
+    assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], evaluated[name]) for name in a)
+    assert any(not torch.equal(a[name], other[name]) for name in a)
+
+
+def test_all_layers_active_equals_full_fine_tuning_to_the_bit(model_folder, data_file, tmp_path):
+    run(model_folder, data_file, tmp_path / "lisa", num_active=4, interval_steps=2)
+    run(model_folder, data_file, tmp_path / "full", method="full")
+    lisa, full = trained(tmp_path / "lisa"), trained(tmp_path / "full")
+    assert all(torch.equal(lisa[name], full[name]) for name in full)
+
+
+def test_loss_has_one_divisor_per_step(model_folder, data_file, tmp_path):
+    """Micro-batches of unequal numbers of labelled tokens make the step of one batch; to rounding, 1e-5 of the loss."""
+    run(model_folder, data_file, tmp_path / "one", per_device_train_batch_size=8, max_steps=6)
+    run(
+        model_folder,
+        data_file,
+        tmp_path / "four",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=6,
+    )
+    for a, b in zip(metrics(tmp_path / "one")[1:], metrics(tmp_path / "four")[1:], strict=True):
+        assert a["labelled_tokens"] == b["labelled_tokens"]
+        assert a["active_layers"] == b["active_layers"]
+        # Adam divides by the root of tiny squares, so rounding grows a little with each step
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"packing": True}, {"gradient_checkpointing": True}, {"state_policy": "keep"}, {"dtype": "bfloat16"}]
+)
+def test_options_train(model_folder, data_file, tmp_path, more):
+    summary, _ = run(model_folder, data_file, tmp_path / "run", max_steps=40, **more)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.5
+
+
+def test_checkpointing_changes_no_bit(model_folder, data_file, tmp_path):
+    run(model_folder, data_file, tmp_path / "a")
+    run(model_folder, data_file, tmp_path / "b", gradient_checkpointing=True)
+    a, b = trained(tmp_path / "a"), trained(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_bfloat16_run_holds_what_it_says(model_folder, data_file, tmp_path):
+    _summary, said = run(model_folder, data_file, tmp_path / "run", dtype="bfloat16", max_steps=3)
+    assert "weights and gradients bfloat16, optimizer state float32" in said
+    assert {w.dtype for w in trained(tmp_path / "run").values()} == {torch.bfloat16}
+
+
+def test_epochs_count_every_row(model_folder, data_file, tmp_path):
+    summary, _ = run(model_folder, data_file, tmp_path / "run", max_steps=None, num_train_epochs=2, eval_rows=0)
+    assert summary["steps"] == 2 * 60 / 4
+    assert summary["eval_loss_before"] is None
+
+
+def test_streaming_reads_the_same_rows(model_folder, data_file, tmp_path):
+    summary, said = run(
+        model_folder, data_file, tmp_path / "run", streaming=True, eval_rows=None, eval_data=str(data_file)
+    )
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert "rows are read as they are needed" in said
+
+
+def test_text_rows_continue_pre_training(model_folder, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "%s"}\n' % ("abcdefgh " * 30) * 4)
+    summary, _said = run(
+        model_folder, tmp_path / "text.jsonl", tmp_path / "run", packing=True, eval_rows=1, max_length=32
+    )
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
+def test_tied_heads_are_saved_once_and_load_equal(data_file, tmp_path):
+    model = make_llama(vocab_size=len(make_tokenizer()), tied=True)
+    model.save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    run(tmp_path / "tied", data_file, tmp_path / "run")
+    assert "lm_head.weight" not in trained(tmp_path / "run")
+    loaded, _ = load_model(str(tmp_path / "run" / "model"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, trained(tmp_path / "run")["model.embed_tokens.weight"])
+
+
+def test_nothing_labelled_is_no_silent_run_on_no_tokens(model_folder, data_file, tmp_path):
+    with pytest.raises(UserError, match="no row holds anything to learn within max_length=8"):
+        run(model_folder, data_file, tmp_path / "run", max_length=8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(data_file, tmp_path):
+    model = make_llama(vocab_size=len(make_tokenizer()))
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    make_tokenizer().save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="step 1: the loss is nan"):
+        run(tmp_path / "nan", data_file, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_packing_is_refused_where_documents_would_mix(data_file, tmp_path):
+    """Falcon with ALiBi knows no position ids, so the second document would see the first."""
+    import transformers as hf
+
+    tokenizer = make_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = hf.FalconForCausalLM(hf.FalconConfig(**settings, alibi=True, bos_token_id=1, eos_token_id=2))
+    model.save_pretrained(tmp_path / "falcon")
+    tokenizer.save_pretrained(tmp_path / "falcon")
+    with pytest.raises(UserError, match="packing=true: FalconForCausalLM would mix packed documents"):
+        run(tmp_path / "falcon", data_file, tmp_path / "run", packing=True, num_active=1)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+def test_learning_rates_are_those_of_transformers(kind, warmup_steps):
+    from transformers import get_scheduler
+
+    config = build_config(
+        {
+            "model": "m",
+            "data": "d",
+            "output": "o",
+            "lr_scheduler_type": kind,
+            "warmup_steps": warmup_steps,
+            "learning_rate": 0.1,
+        }
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    scheduler = get_scheduler(name, optimizer, warmup_steps, 20)
+    for step in range(20):
+        assert learning_rate_at(config, step, 20) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_clipping_is_by_the_global_norm():
+    model, reference = make_llama(), make_llama()
+    for m in (model, reference):
+        m(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    norm = clip_gradients(model, 0.5)
+    assert norm == torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5).item()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    before = [p.grad.clone() for p in model.parameters()]
+    clip_gradients(model, 0)
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def test_weight_decay_touches_no_frozen_weight(model_folder, data_file, tmp_path):
+    """Every layer changes over the run, and in each interval only those that were drawn may."""
+    run(model_folder, data_file, tmp_path / "run", weight_decay=0.5, num_active=1, interval_steps=12)
+    (active,) = metrics(tmp_path / "run")[1]["active_layers"]
+    before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
+    for name in before:
+        if name.startswith("model.layers."):
+            assert torch.equal(before[name], after[name]) == (int(name.split(".")[2]) != active), name
+
+
+@pytest.mark.parametrize("method", ["lisa", "full"])
+def test_tensorboard_gets_the_metrics(model_folder, data_file, tmp_path, method):
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(model_folder, data_file, tmp_path / "run", log_to="tensorboard", method=method)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    expected = [row["loss"] for row in metrics(tmp_path / "run")[1:]]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(expected)
+
+
+def test_missing_tracker_says_what_to_install(model_folder, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"log_to=wandb needs the package wandb: pip install 'lisatune\[wandb\]'"):
+        run(model_folder, data_file, tmp_path / "run", log_to="wandb")
+
+
+def test_real_model_learns_real_data(shared, tmp_path):
+    summary, _ = run(
+        shared / "models/stories260K/hf", shared / "data/alpaca/alpaca.jsonl.gz", tmp_path / "run",
+        learning_rate=1e-3, max_length=96, eval_rows=50, max_steps=40,
+    )  # fmt: skip
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.3
