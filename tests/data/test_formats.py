@@ -71,7 +71,7 @@ def test_any_row_is_an_example_or_a_user_error(columns):
     try:
         example = parse_row(Row("here", columns))
     except UserError as error:
-        assert str(error).startswith("here: ")
+        assert str(error).startswith("here: ")  # noqa: PT017
     else:
         assert (example.text is None) == bool(example.messages)
 
@@ -139,6 +139,6 @@ def test_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(UserError, match=r"no such file or folder; did you mean 'train\.jsonl'"):
         list(read_rows(str(tmp_path / "trian.jsonl")))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="the folder holds no"):
-        (tmp_path / "empty").mkdir()
         list(read_rows(str(tmp_path / "empty")))

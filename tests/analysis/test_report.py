@@ -1,0 +1,47 @@
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from lisatune import UserError
+
+pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+from lisatune.analysis.report import write_report
+
+SUMMARY = {
+    "method": "lisa", "steps": 2, "tokens": 10, "eval_loss_before": 2.0, "eval_loss_after": 1.0, "train_seconds": 3.0,
+    "peak_bytes": 2**30, "state_bytes": 2**20,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "config.yaml").write_text("method: lisa\nmodel: some/<b>model</b>\n")
+    rows = [
+        {"step": 0, "eval_loss": 2.0},
+        {"step": 1, "loss": 1.5, "active_layers": [1, 3]},
+        {"step": 2, "loss": 1.0, "eval_loss": 1.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    return tmp_path
+
+
+def test_report_is_one_file_and_escapes_what_the_data_holds(run):
+    evil = "<script>alert(1)</script>"
+    (run / "answers.json").write_text(json.dumps([{"question": evil, "expected": "", "before": evil, "after": evil}]))
+    page = write_report(run).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 3
+    assert "<b>model" not in page
+    assert "2.0000 before, 1.0000 after" in page
+    assert page.count("<svg") == 2
+    for outside in ("src=", 'href="http', "@import"):
+        assert outside not in page
+    start = page.index("<svg")
+    ElementTree.fromstring(page[start : page.index("</svg>", start) + 6])
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no finished run"):
+        write_report(tmp_path)

@@ -1,0 +1,152 @@
+"""The command as a user types it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lisatune.cli import app
+
+
+def lisatune(*words, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "lisatune", *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def refused(model_folder, data_file, tmp_path):
+    """Runs ``lisatune train`` with one thing wrong and checks that it is refused as it should be."""
+
+    def check(*words, model=model_folder, data=data_file, output=tmp_path / "run"):
+        # an import of torch or transformers fails here: a refusal must not wait for them
+        (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+        before = sorted(tmp_path.rglob("*"))
+        done = lisatune("train", "--model", model, "--data", data, "--output", output, *words, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 2, done
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("lisatune: ")
+        assert done.stderr.count("\n") == 1
+        assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
+        return done.stderr
+
+    return check
+
+
+def test_missing_file(refused, tmp_path):
+    assert "rows.jsnl: no such file or folder; did you mean 'rows.jsonl'?" in refused(data=tmp_path / "rows.jsnl")
+
+
+def test_malformed_json_at_line_n(refused, data_file):
+    with data_file.open("a") as file:
+        file.write('{"prompt": "x", "completion"}\n')
+    assert "rows.jsonl, line 61, column 29: not valid JSON" in refused()
+
+
+def test_unknown_columns(refused, data_file):
+    data_file.write_text('{"q": "x", "a": "y"}\n')
+    assert "rows.jsonl, line 1: columns q, a are not recognised; expected messages; prompt" in refused()
+
+
+def test_empty_data_set(refused, data_file):
+    data_file.write_text("")
+    assert "holds no rows" in refused()
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("num_active=0", "num_active is 0, so no decoder layer would ever train"),
+        ("num_active=5", "num_active is 5, but the model has 4 decoder layers"),
+        ("interval_steps=0", "interval_steps=0: input should be greater than or equal to 1"),
+        ("learning_rat=1", "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        ("learning_rate", "'learning_rate' is not of the form key=value"),
+        ("eval_rows=60", "eval_rows=60 leaves nothing of the 60 rows"),
+    ],
+)
+def test_bad_settings(refused, word, message):
+    assert message in refused(word)
+
+
+def test_misspelt_key_in_the_config_file(refused, tmp_path):
+    (tmp_path / "run.yaml").write_text("intervall_steps: 3\n")
+    assert "unknown setting 'intervall_steps'; did you mean 'interval_steps'?" in refused(
+        "--config", tmp_path / "run.yaml"
+    )
+
+
+def test_model_folder_that_is_no_model(refused, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    assert "holds no config.json, so it is no Hugging Face model" in refused(model=tmp_path / "nothing")
+    assert "no such model folder or file" in refused(model=tmp_path / "nowhere")
+
+
+def test_output_that_already_holds_a_run(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("precious")
+    assert "already holds a run: choose another" in refused()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
+
+
+def test_broken_weights_are_a_sentence_too(data_file, tmp_path, model_folder):
+    import shutil
+
+    shutil.copytree(model_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
+    done = lisatune("train", "--model", tmp_path / "broken", "--data", data_file, "--output", tmp_path / "run")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "cannot be loaded as a causal language model" in done.stderr
+
+
+def test_train_chat_and_report(model_folder, data_file, tmp_path):
+    """The main job, typed: train, speak with the result, read its numbers."""
+    done = lisatune(
+        "train", "--model", model_folder, "--data", data_file, "--output", "run", "--json", "max_steps=4", "eval_rows=4",
+        "max_length=64", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4
+    answer = lisatune("chat", "run", "--prompt", "What is 1 plus 1?", "--max-new-tokens", 4, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    talk = subprocess.run(
+        [sys.executable, "-m", "lisatune", "chat", "run", "--max-new-tokens", "4"],
+        input="Hello\n\n", capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert talk.returncode == 0, talk.stderr
+    again = lisatune("train", "--config", "run/config.yaml", "--output", "run2", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["eval_loss_after"] == json.loads(done.stdout)["eval_loss_after"]
+
+
+def test_help_lists_every_command_without_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    (tmp_path / "transformers.py").write_text("raise SystemExit('transformers was imported')")
+    done = lisatune("--help", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0
+    for command in app.registered_commands:
+        assert command.callback.__name__ in done.stdout
+        assert lisatune(command.callback.__name__, "--help", PYTHONPATH=str(tmp_path)).returncode == 0
+    listed = json.loads(lisatune("settings", "--json", PYTHONPATH=str(tmp_path)).stdout)
+    assert {"name": "num_active", "default": 2}.items() <= next(s for s in listed if s["name"] == "num_active").items()
+
+
+def test_library_needs_torch_and_transformers_alone():
+    code = (
+        "import sys\n"
+        "for name in 'peft trl datasets accelerate matplotlib gguf pydantic'.split(): sys.modules[name] = None\n"
+        "import torch; from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from lisatune import find_layers, UniformSampler, LisaEngine, LisaCallback\n"
+        "model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,"
+        " num_hidden_layers=2, num_attention_heads=2))\n"
+        "engine = LisaEngine(find_layers(model), UniformSampler(2, 1))\n"
+        "engine.begin_step(0, torch.optim.AdamW(model.parameters()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
