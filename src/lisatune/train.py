@@ -95,7 +95,7 @@ def build(
 
     engine = None
     if config.method == "lora":
-        model = _add_adapters(config, model)
+        model = add_adapters(config, model)
     if config.gradient_checkpointing:
         enable = cast(Any, model).gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -286,7 +286,8 @@ def _check_packing(layers: Layers, model: Any, device: torch.device) -> None:
         )
 
 
-def _add_adapters(config: TrainConfig, model: Any) -> Any:
+def add_adapters(config: TrainConfig, model: Any) -> Any:
+    """``model`` with LoRA's adapters in the type of its weights, everything else frozen; needs peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -43,8 +43,9 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
             "output": str(output),
             "num_active": 2,
             "interval_steps": 5,
-            "learning_rate": 3e-4,
-            "num_train_epochs": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 5,
+            "num_train_epochs": 5,
             "per_device_train_batch_size": 8,
             "max_length": 128,
         }
