@@ -157,7 +157,7 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
     Example:
         >>> read_settings(None, ["learning_rate=5e-4", "packing=true"])
-        {'learning_rate': 5e-4, 'packing': True}
+        {'learning_rate': 0.0005, 'packing': True}
     """
     settings: dict[str, Any] = {}
     if path is not None:

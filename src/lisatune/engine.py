@@ -40,15 +40,15 @@ class LisaEngine:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         >>> engine = LisaEngine(find_layers(model), UniformSampler(num_layers=4, num_active=1, seed=0), interval_steps=2)
         >>> for step in range(4):
-        ...     engine.begin_step(step, optimizer)
+        ...     switched = engine.begin_step(step, optimizer)
         ...     ids = torch.arange(8)[None]
         ...     model(input_ids=ids, labels=ids).loss.backward()
         ...     optimizer.step(); optimizer.zero_grad()
-        ...     print(engine.active)
-        (0,)
-        (0,)
-        (2,)
-        (2,)
+        ...     print(switched, engine.active)
+        True (0,)
+        False (0,)
+        True (3,)
+        False (3,)
     """
 
     def __init__(

@@ -41,7 +41,7 @@ class UniformSampler:
     Reference: Pan et al., LISA, arXiv:2403.17919, Algorithm 1.
     Example:
         >>> UniformSampler(num_layers=32, num_active=2, seed=0)(interval=7)
-        (12, 31)
+        (3, 13)
     """
 
     num_layers: int
