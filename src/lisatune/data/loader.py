@@ -74,9 +74,8 @@ def collate(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
             # shifted: position t predicts the token at t + 1, never the first token of the next document
             is_token[b, start:end] = True
             labels[b, start : end - 1] = torch.tensor(document.labels[1:], dtype=torch.int64)
-            positions[b, start:end] = torch.arange(len(document))
             if len(row) > 1:
-                positions[b, end:] = torch.arange(width - end)
+                positions[b, end:] = torch.arange(width - end)  # the next document begins at 0 again
             start = end
     return Batch(ids, labels, positions, is_token)
 

@@ -46,6 +46,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
             "learning_rate": 1e-3,
             "warmup_steps": 5,
             "num_train_epochs": 5,
+            "eval_steps": 25,
             "per_device_train_batch_size": 8,
             "max_length": 128,
         }
