@@ -96,6 +96,10 @@ def test_output_that_already_holds_a_run(refused, tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
 
 
+def test_output_that_cannot_be_made(refused, data_file):
+    assert "cannot be made in" in refused(output=data_file / "run")
+
+
 def test_broken_weights_are_a_sentence_too(data_file, tmp_path, model_folder):
     import shutil
 

@@ -56,7 +56,7 @@ def test_every_method_learns_and_saves_what_from_pretrained_loads(model_folder, 
     AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert all(torch.equal(model.state_dict()[name], w) for name, w in trained(tmp_path / "run").items())
     assert "4 decoder layers at model.layers" in said
-    assert "weights 0.0" in said
+    assert "+ optimizer state" in said
     assert (tmp_path / "run" / "adapter").exists() == (method == "lora")
 
 
@@ -69,6 +69,10 @@ def test_files_of_a_run(model_folder, data_file, tmp_path):
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(13))
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 5, 10, 12]
+    assert rows[0]["planned_num_trained"] < rows[0]["planned_num_parameters"]
+    assert rows[0]["layers"].startswith("LlamaForCausalLM: 4 decoder layers")
+    # the plan counts two moments; the optimizer holds a step counter of 4 bytes beside them for each parameter
+    assert 0 < rows[-1]["state_bytes"] - rows[0]["planned_state_bytes"] < 4 * 40
     needed = {"loss", "learning_rate", "grad_norm", "active_layers", "labelled_tokens", "step_seconds", "peak_bytes"}
     assert all(needed <= row.keys() for row in rows[1:])
     sets = [tuple(row["active_layers"]) for row in rows[1:]]

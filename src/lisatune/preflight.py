@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def check_output(folder: Path) -> None:
         raise UserError(f"output folder {folder} {what}: choose another, or remove it first")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file: choose a folder")
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"output folder {folder} cannot be made in {parent}: choose a place where you may write")
 
 
 def check_model_name(name: str) -> None:

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from lisatune.layers import Layers, find_layers
 from lisatune.memory.measure import peak_bytes, state_bytes
 from lisatune.models import load_model, pick_device, save_model
 from lisatune.optim.adamw import AdamW
-from lisatune.plan import plan_static
+from lisatune.plan import Plan, plan_static
 from lisatune.preflight import check_output, preflight
 from lisatune.progress import training_progress
 from lisatune.sampling import UniformSampler
@@ -48,6 +48,7 @@ class Run:
     loader: Loader
     held_out: list[Batch]
     num_steps: int
+    plan: Plan
     device: torch.device
 
     def held_out_loss(self) -> float | None:
@@ -109,7 +110,18 @@ def build(
     )
     console.print(plan.describe(), highlight=False)
     return Run(
-        config, model, tokenizer, layers, layers.head_is_linear(), optimizer, engine, loader, batches, num_steps, device
+        config,
+        model,
+        tokenizer,
+        layers,
+        layers.head_is_linear(),
+        optimizer,
+        engine,
+        loader,
+        batches,
+        num_steps,
+        plan,
+        device,
     )
 
 
@@ -124,7 +136,8 @@ def fit(run: Run, *, console: Console) -> dict[str, Any]:
     with Metrics(config, folder) as metrics, training_progress(run.num_steps, console) as progress:
         before = run.held_out_loss()
         after = before
-        metrics.write(step=0, eval_loss=before)
+        planned = {f"planned_{name}": value for name, value in asdict(run.plan).items()}
+        metrics.write(step=0, eval_loss=before, layers=layers.describe(), **planned)
         run.model.train()
         for step, batch in enumerate(islice(run.loader, run.num_steps)):
             tick = time.perf_counter()

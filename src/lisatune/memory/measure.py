@@ -38,10 +38,10 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def gib(num_bytes: float) -> str:
-    """Bytes as GiB for people.
+    """Bytes for people: GiB, or MiB where GiB would say little.
 
     Example:
-        >>> gib(3 * 2**29)
-        '1.50 GiB'
+        >>> gib(3 * 2**29), gib(2**20)
+        ('1.50 GiB', '1.0 MiB')
     """
-    return f"{num_bytes / GIB:.2f} GiB"
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
