@@ -26,13 +26,14 @@ from lisatune.memory.measure import state_bytes, tensor_bytes
 from lisatune.models import load_model, pick_device
 from lisatune.train import add_adapters, clip_gradients, make_optimizer
 
-METHODS = ("lisa", "lora", "full")
+METHODS = ("lisa", "lisa, embedding and head frozen", "lora", "full")
 
 
 class Contender:
     """One method with its model and optimizer."""
 
     def __init__(self, method: str, name: str, dtype: str, device: torch.device) -> None:
+        method, _, frozen = method.partition(", ")
         config = build_config({"model": name, "data": "-", "output": "-", "method": method, "dtype": dtype})
         model, _ = load_model(name, getattr(torch, dtype))
         self.model: Any = model.to(device).train()
@@ -42,7 +43,8 @@ class Contender:
         self.optimizer = make_optimizer(config, self.model)
         self.engine = None
         if method == "lisa":
-            self.engine = LisaEngine(self.layers, UniformSampler(len(self.layers.decoder), 2), interval_steps=1)
+            sampler = UniformSampler(len(self.layers.decoder), 2)
+            self.engine = LisaEngine(self.layers, sampler, 1, train_embedding=not frozen, train_head=not frozen)
         self.engine_seconds: list[float] = []
         self.gradient_bytes = 0
 

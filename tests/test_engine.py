@@ -236,3 +236,56 @@ def test_cost_of_begin_step_between_switches_is_one_comparison(llama):
 def test_sets_change_over_time(llama):
     engine = make_engine(llama)
     assert any(a != b for a, b in pairwise(engine.active_at(s) for s in range(9)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_the_embedding_frozen_nothing_below_the_lowest_active_layer_is_differentiated(checkpointing):
+    """Counted: how many decoder layers a gradient passes through."""
+    model = make_llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
+    model.train()
+    passed = []
+
+    def watch(number):
+        def hook(_module, _args, out):
+            if out.requires_grad:
+                out.register_hook(lambda _grad: passed.append(number))
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(watch(number))
+    for train_embedding in (False, True):
+        optimizer = make_adamw(model)
+        engine = make_engine(model, num_active=1, train_embedding=train_embedding)
+        for step in range(10):
+            passed.clear()
+            train_step(model, optimizer, step, engine)
+            lowest = 0 if train_embedding else engine.active[0]
+            assert sorted(set(passed)) == list(range(lowest, 4))
+
+
+@pytest.mark.parametrize(("train_embedding", "train_head"), [(False, True), (True, False), (False, False)])
+def test_frozen_embedding_and_head_keep_their_bytes_and_hold_nothing(llama, train_embedding, train_head):
+    optimizer = make_adamw(llama)
+    engine = make_engine(llama, train_embedding=train_embedding, train_head=train_head)
+    before = weights(llama)
+    for step in range(6):
+        train_step(llama, optimizer, step, engine)
+    for name, trained in [("model.embed_tokens.weight", train_embedding), ("lm_head.weight", train_head)]:
+        parameter = llama.get_parameter(name)
+        assert torch.equal(before[name], parameter) != trained
+        assert (parameter in optimizer.state) == trained
+    counted = engine.layers.num_trainable(engine.active, train_embedding=train_embedding, train_head=train_head)
+    assert sum(p.numel() for p in llama.parameters() if p.requires_grad) == counted
+
+
+def test_tied_embedding_and_head_are_frozen_together():
+    model = make_llama(tied=True)
+    with pytest.raises(UserError, match="embedding and head are one tensor in this model"):
+        make_engine(model, train_head=False)
+    optimizer, engine = make_adamw(model), make_engine(model, train_embedding=False, train_head=False)
+    engine.begin_step(0, optimizer)
+    assert not model.lm_head.weight.requires_grad

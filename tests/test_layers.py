@@ -109,6 +109,13 @@ def test_vision_tower_is_not_the_decoder_and_is_never_trained():
     assert "outside the text model (never trained)" in layers.describe()
 
 
+def test_position_embeddings_belong_to_the_embedding():
+    """If they trained while the embedding is frozen, the backward pass would still go to the bottom."""
+    parts = find_layers(build("gpt2")).parts()
+    assert set(parts["embedding"]) == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert set(parts["norm"]) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
 def test_experts_are_not_decoder_layers():
     layers = find_layers(build("mixtral"))
     assert all("experts" in " ".join(n for n, _ in layer.named_parameters()) for layer in layers.decoder)

@@ -267,3 +267,14 @@ def test_real_model_learns_real_data(shared, tmp_path):
         learning_rate=1e-3, max_length=96, eval_rows=50, max_steps=40,
     )  # fmt: skip
     assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_embedding_and_head_can_be_frozen(model_folder, data_file, tmp_path, checkpointing):
+    more = {"train_embedding": False, "train_head": False, "gradient_checkpointing": checkpointing}
+    summary, _ = run(model_folder, data_file, tmp_path / "run", max_steps=40, **more)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.norm.weight" in changed
+    assert not changed & {"model.embed_tokens.weight", "lm_head.weight"}

@@ -24,6 +24,8 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         seed: Of the draws; equal seeds draw equal layers here, in ``LisaEngine`` and in ``lisatune train``.
         state_policy: See ``LisaEngine``.
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
+        train_embedding: See ``LisaEngine``.
+        train_head: See ``LisaEngine``.
     Raises: UserError, when training begins, for a model that is wrapped for several devices, or has adapters.
     Example: see examples/hf_trainer.py
     """
@@ -35,6 +37,9 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         seed: int = 0,
         state_policy: StatePolicy = "reset_layers",
         decoder_name: str | None = None,
+        *,
+        train_embedding: bool = True,
+        train_head: bool = True,
     ) -> None:
         if num_active < 1:
             raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
@@ -45,6 +50,8 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         self.seed = seed
         self.state_policy: StatePolicy = state_policy
         self.decoder_name = decoder_name
+        self.train_embedding = train_embedding
+        self.train_head = train_head
         self.engine: LisaEngine | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -57,7 +64,12 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
             )
         layers = find_layers(model, self.decoder_name)
         sampler = UniformSampler(len(layers.decoder), self.num_active, self.seed)
-        self.engine = LisaEngine(layers, sampler, self.interval_steps, self.state_policy)
+        self.engine = LisaEngine(
+            layers, sampler, self.interval_steps, self.state_policy,
+            train_embedding=self.train_embedding, train_head=self.train_head,
+        )  # fmt: skip
+        if not self.train_embedding and args.gradient_checkpointing:
+            model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer once for each optimizer step, before its first forward."""

@@ -36,6 +36,10 @@ class TrainConfig(BaseModel):
         "reset_layers",
         description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU.",
     )
+    train_embedding: bool = Field(
+        True, description="False freezes the embedding; the backward pass ends at the lowest active layer."
+    )
+    train_head: bool = Field(True, description="False freezes the head. Of a tied pair, both train or neither does.")
     decoder_name: str | None = Field(
         None, description="Dotted path of the decoder layers, where they are not recognised."
     )
@@ -95,6 +99,8 @@ ONLY_FOR: dict[str, Method] = {
     "num_active": "lisa",
     "interval_steps": "lisa",
     "state_policy": "lisa",
+    "train_embedding": "lisa",
+    "train_head": "lisa",
     "lora_r": "lora",
     "lora_alpha": "lora",
     "lora_dropout": "lora",

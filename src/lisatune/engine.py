@@ -17,7 +17,7 @@ StatePolicy = Literal["reset_layers", "reset_all", "keep"]
 class LisaEngine:
     """Every ``interval_steps`` steps, train the decoder layers that ``sampler`` draws and freeze the others.
 
-    The embedding, the head and the rest of the text model train always. The engine alone sets ``requires_grad``, and
+    The embedding, the head and the rest of the text model train always, unless told otherwise. The engine alone sets ``requires_grad``, and
     alone drops or moves optimizer state. What is frozen has no gradient, no optimizer state, no weight decay, and its
     bytes do not change. Which layers are active depends on the step's number alone, so there is nothing to save.
 
@@ -29,7 +29,11 @@ class LisaEngine:
             state, a layer that stays keeps it. ``reset_all``: every parameter starts afresh, the embedding and head
             too, as if each interval were a job of its own. ``keep``: the state of a frozen layer moves to the CPU and
             comes back with the layer.
-    Raises: UserError if ``interval_steps`` is less than 1 or the sampler draws from another number of layers.
+        train_embedding: False freezes the input embedding and position embeddings; then nothing below the lowest active
+            layer is differentiated.
+        train_head: False freezes the output embedding. Of a tied pair, both train or neither does.
+    Raises: UserError if ``interval_steps`` is less than 1, the sampler draws from another number of layers, or embedding
+        and head are one tensor of which only one is to train.
     Cost: a switch is a walk over the parameters; between switches ``begin_step`` is one comparison.
     Reference: Pan et al., LISA, arXiv:2403.17919; section 1.3 of the paper leaves the state's fate open.
     Example:
@@ -57,6 +61,9 @@ class LisaEngine:
         sampler: Sampler,
         interval_steps: int = 20,
         state_policy: StatePolicy = "reset_layers",
+        *,
+        train_embedding: bool = True,
+        train_head: bool = True,
     ) -> None:
         if interval_steps < 1:
             raise UserError(f"interval_steps is {interval_steps}: a set of layers lives at least 1 step")
@@ -67,7 +74,11 @@ class LisaEngine:
                 f"the sampler draws from {sampler.num_layers} layers, but the model has {len(layers.decoder)}: "
                 f"make it with num_layers={len(layers.decoder)}"
             )
+        if layers.tied and train_embedding != train_head:
+            raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
         self.layers = layers
+        self.train_embedding = train_embedding
+        self.train_head = train_head
         self.sampler = sampler
         self.interval_steps = interval_steps
         self.state_policy = state_policy
@@ -95,10 +106,12 @@ class LisaEngine:
         self._interval, self.active = interval, self.sampler(interval)
         if self.state_policy == "reset_all" and step % self.interval_steps == 0:
             optimizer.state.clear()
+        trained = self.layers.trained_parts(
+            self.active, train_embedding=self.train_embedding, train_head=self.train_head
+        )
         for part, parameters in self.layers.parts().items():
-            trains = part in ("embedding", "norm", "head") or part in {f"layers.{i}" for i in self.active}
             for parameter in parameters.values():
-                if trains and parameter.is_floating_point():
+                if part in trained and parameter.is_floating_point():
                     parameter.requires_grad_(True)
                     if self.state_policy == "keep":
                         _move_state(optimizer, parameter, parameter.device)
@@ -113,9 +126,11 @@ class LisaEngine:
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        parts = self.layers.parts()
-        del parts["outside"]
-        missing = [n for own in parts.values() for n, p in own.items() if p.is_floating_point() and id(p) not in held]
+        ever = self.layers.trained_parts(
+            tuple(range(len(self.layers.decoder))), train_embedding=self.train_embedding, train_head=self.train_head
+        )
+        parameters = [item for part, own in self.layers.parts().items() if part in ever for item in own.items()]
+        missing = [name for name, p in parameters if p.is_floating_point() and id(p) not in held]
         if missing:
             raise UserError(
                 f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "

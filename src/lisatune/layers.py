@@ -17,14 +17,15 @@ class Layers:
     Every parameter of the model belongs to exactly one part:
 
     ======================  ==================================================================================
-    ``embedding``           the input embedding; of a tied pair it is this side that owns the tensor
+    ``embedding``           the input embedding, and position embeddings beside it; of a tied pair it owns the tensor
     ``layers.0``, ...       the decoder layers, each with everything inside it (a mixture's experts too)
-    ``norm``                the rest of the text model: final norm, position embeddings, projections
+    ``norm``                the rest of the text model: final norm, projections
     ``head``                the output embedding; empty when tied
     ``outside``             what is not of the text model (a vision tower and its projector)
     ======================  ==================================================================================
 
-    LISA trains the first, third and fourth always, the decoder layers by turns, and ``outside`` never.
+    LISA trains the decoder layers by turns, ``norm`` always, embedding and head unless told otherwise, and ``outside``
+    never.
     """
 
     model: nn.Module
@@ -50,8 +51,10 @@ class Layers:
         for module in (self.embedding, *self.decoder, *([self.head] if self.head is not None else [])):
             for parameter in module.parameters():
                 owner.setdefault(id(parameter), prefixes[id(module)])
-        for parameter in self.trunk_module.parameters():
-            owner.setdefault(id(parameter), "norm")
+        for module in self.trunk_module.modules():
+            part = "embedding" if isinstance(module, nn.Embedding) else "norm"
+            for parameter in module.parameters(recurse=False):
+                owner.setdefault(id(parameter), part)
         names = ["embedding", *(f"layers.{i}" for i in range(len(self.decoder))), "norm", "head", "outside"]
         parts: dict[str, dict[str, nn.Parameter]] = {name: {} for name in names}
         for name, parameter in self.model.named_parameters():
@@ -62,10 +65,18 @@ class Layers:
         """Parameters of each part, tied weights once."""
         return {part: sum(p.numel() for p in own.values()) for part, own in self.parts().items()}
 
-    def num_trainable(self, active: tuple[int, ...]) -> int:
+    def trained_parts(
+        self, active: tuple[int, ...], *, train_embedding: bool = True, train_head: bool = True
+    ) -> set[str]:
+        """The parts that LISA trains while the layers ``active`` are."""
+        always = {"embedding": train_embedding, "norm": True, "head": train_head}
+        return {part for part, trains in always.items() if trains} | {f"layers.{i}" for i in active}
+
+    def num_trainable(self, active: tuple[int, ...], *, train_embedding: bool = True, train_head: bool = True) -> int:
         """Parameters that LISA trains while the layers ``active`` are."""
         counts = self.num_parameters()
-        return sum(counts[part] for part in ("embedding", "norm", "head", *(f"layers.{i}" for i in active)))
+        parts = self.trained_parts(active, train_embedding=train_embedding, train_head=train_head)
+        return sum(counts[part] for part in parts)
 
     def trunk(self, **inputs: Tensor | None) -> Tensor:
         """Last hidden states, shape (B, T, D): the model without its head."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lisatune.layers import Layers
+from lisatune.engine import LisaEngine
 from lisatune.memory.measure import gib
 
 
@@ -34,24 +34,23 @@ class Plan:
         )
 
 
-def plan_static(model: nn.Module, layers: Layers, num_active: int | None, moment_bytes: int = 4) -> Plan:
+def plan_static(model: nn.Module, engine: LisaEngine | None, moment_bytes: int = 4) -> Plan:
     """Weights, gradients and Adam's two moments of a run.
 
     Args:
         model: The whole model, adapters included.
-        layers: As ``find_layers`` sees it; used for LISA alone.
-        num_active: Layers that train at a time, the largest ones taken; None for what asks for a gradient now.
+        engine: Of LISA, whose largest set of layers is taken; None for what asks for a gradient now.
         moment_bytes: Of one number of optimizer state.
     """
     parameters = list(model.parameters())
-    if num_active is None:
+    if engine is None:
         trained = [p for p in parameters if p.requires_grad]
     else:
-        parts = layers.parts()
-        size = {i: sum(p.numel() for p in parts[f"layers.{i}"].values()) for i in range(len(layers.decoder))}
-        largest = sorted(size, key=lambda i: -size[i])[:num_active]
-        always = ("embedding", "norm", "head")
-        trained = [p for part in (*always, *(f"layers.{i}" for i in largest)) for p in parts[part].values()]
+        parts, counts = engine.layers.parts(), engine.layers.num_parameters()
+        num_active = len(engine.sampler(0))
+        largest = sorted(range(len(engine.layers.decoder)), key=lambda i: -counts[f"layers.{i}"])[:num_active]
+        always = {"train_embedding": engine.train_embedding, "train_head": engine.train_head}
+        trained = [p for part in engine.layers.trained_parts(tuple(largest), **always) for p in parts[part].values()]
     num_trained = sum(p.numel() for p in trained)
     return Plan(
         num_parameters=sum(p.numel() for p in parameters),

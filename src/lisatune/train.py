@@ -100,11 +100,16 @@ def build(
     if config.gradient_checkpointing:
         enable = cast(Any, model).gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.method == "lisa" and not config.train_embedding:
+            cast(Any, model).disable_input_require_grads()  # else the backward pass would not end at the lowest layer
     optimizer = make_optimizer(config, model)
     if config.method == "lisa":
         sampler = UniformSampler(len(layers.decoder), config.num_active, config.seed)
-        engine = LisaEngine(layers, sampler, config.interval_steps, config.state_policy)
-    plan = plan_static(model, layers, config.num_active if engine else None)
+        engine = LisaEngine(
+            layers, sampler, config.interval_steps, config.state_policy,
+            train_embedding=config.train_embedding, train_head=config.train_head,
+        )  # fmt: skip
+    plan = plan_static(model, engine)
     console.print(
         f"{config.method} on {device}, weights and gradients {config.dtype}, optimizer state float32:", highlight=False
     )
