@@ -135,3 +135,30 @@ def test_adapters_are_refused(tmp_path):
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=ROWS, callbacks=[LisaCallback()])
     with pytest.raises(UserError, match="this model has adapters"):
         trainer.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_the_embedding_frozen_the_backward_pass_ends_at_the_lowest_active_layer(tmp_path, checkpointing):
+    """The Trainer's checkpointing makes the embedding's output ask for gradients; the callback takes that back."""
+    model, passed = make_llama(), []
+
+    def watch(number):
+        def hook(_module, _args, out):
+            if out.requires_grad:
+                out.register_hook(lambda _grad: passed.append((trainer.state.global_step, number)))
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(watch(number))
+    lisa = LisaCallback(num_active=1, interval_steps=1, train_embedding=False)
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path, gradient_checkpointing=checkpointing),
+        train_dataset=ROWS,
+        callbacks=[lisa],
+    )
+    trainer.train()
+    for step in range(8):
+        (lowest,) = UniformSampler(4, 1)(step)
+        assert {number for at, number in passed if at == step} == set(range(lowest, 4))

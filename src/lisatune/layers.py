@@ -161,7 +161,7 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
 def _embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
     try:
         module = getattr(model, getter)()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # how transformers says that a model has no such embedding
         return None
     return module if isinstance(module, nn.Module) else None
 
