@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lisatune.layers import Layers, find_layers
     from lisatune.memory.cross_entropy import linear_cross_entropy
     from lisatune.optim.adamw import AdamW
+    from lisatune.plan import plan_memory
     from lisatune.sampling import Sampler, UniformSampler
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ __all__ = [
     "UserError",
     "find_layers",
     "linear_cross_entropy",
+    "plan_memory",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "UserError": "errors",
     "find_layers": "layers",
     "linear_cross_entropy": "memory.cross_entropy",
+    "plan_memory": "plan",
 }
 
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
-from lisatune.layers import find_layers
+from lisatune.layers import Trains, find_layers
 from lisatune.sampling import UniformSampler
 
 
@@ -38,8 +38,8 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         state_policy: StatePolicy = "reset_layers",
         decoder_name: str | None = None,
         *,
-        train_embedding: bool = True,
-        train_head: bool = True,
+        train_embedding: Trains = True,
+        train_head: Trains = True,
     ) -> None:
         if num_active < 1:
             raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
@@ -63,12 +63,10 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
                 "LisaCallback trains weights, but this model has adapters: pass the model without peft_config"
             )
         layers = find_layers(model, self.decoder_name)
-        sampler = UniformSampler(len(layers.decoder), self.num_active, self.seed)
-        self.engine = LisaEngine(
-            layers, sampler, self.interval_steps, self.state_policy,
-            train_embedding=self.train_embedding, train_head=self.train_head,
-        )  # fmt: skip
-        if not self.train_embedding and args.gradient_checkpointing:
+        options = {"train_embedding": self.train_embedding, "train_head": self.train_head}
+        sampler = UniformSampler(len(layers.pool(**options)), self.num_active, self.seed)
+        self.engine = LisaEngine(layers, sampler, self.interval_steps, self.state_policy, **options)
+        if self.train_embedding is not True and args.gradient_checkpointing:
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:

@@ -129,7 +129,13 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     if summary["eval_loss_before"] is not None:
         table.add_row("held-out loss", f"{summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}")
     table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps, {summary['train_seconds']:.0f} s")
-    table.add_row("memory", f"peak {gib(summary['peak_bytes'])}, optimizer state {gib(summary['state_bytes'])}")
+    base, own = summary["base_bytes"], summary["peak_bytes"] - summary["base_bytes"]
+    table.add_row(
+        "memory",
+        f"peak {gib(own)}, predicted {gib(summary['planned_peak_bytes'])}"
+        + (f" (beside {gib(base)} that the process held before)" if base else "")
+        + f", optimizer state {gib(summary['state_bytes'])}",
+    )
     console.print(table)
     console.print(f"speak with it: lisatune chat {output}", highlight=False, soft_wrap=True)
 

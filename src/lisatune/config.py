@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,10 +36,13 @@ class TrainConfig(BaseModel):
         "reset_layers",
         description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU.",
     )
-    train_embedding: bool = Field(
-        True, description="False freezes the embedding; the backward pass ends at the lowest active layer."
+    train_embedding: bool | Literal["sampled"] = Field(
+        True,
+        description="False freezes the embedding, and the backward pass ends at the lowest active layer; sampled draws it like a layer.",
     )
-    train_head: bool = Field(True, description="False freezes the head. Of a tied pair, both train or neither does.")
+    train_head: bool | Literal["sampled"] = Field(
+        True, description="The same for the head. Of a tied pair, both take the same value."
+    )
     decoder_name: str | None = Field(
         None, description="Dotted path of the decoder layers, where they are not recognised."
     )
@@ -51,6 +54,9 @@ class TrainConfig(BaseModel):
         "all-linear", description="Modules that get adapters, as peft names them."
     )
 
+    optim: Literal["adamw", "adamw_16bit", "adamw_8bit"] = Field(
+        "adamw", description="AdamW with moments of 32, 16 or 8 bits; the short ones are rounded stochastically."
+    )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="Shape after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
@@ -83,11 +89,29 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Held-out loss every so many steps, not only at start and end."
     )
 
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Type of the weights. In bfloat16 updates are rounded stochastically, moments are float32.",
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type of the weights; auto is bfloat16 on a GPU, float32 on a CPU. In bfloat16 updates are rounded stochastically.",
     )
-    gradient_checkpointing: bool = Field(False, description="Compute activations twice to hold fewer of them.")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        False,
+        description="Compute activations twice to hold fewer: of all decoder layers, or of so many, from the lowest.",
+    )
+    activation_offloading: bool = Field(
+        False, description="Keep the inputs of checkpointed layers in host memory. For a GPU."
+    )
+    vocabulary_blocks: bool = Field(
+        False, description="Make and use the gradients of embedding and head a block of rows at a time, never whole."
+    )
+    optimizer_in_backward: bool = Field(
+        False, description="Update each weight as soon as its gradient is there; needs max_grad_norm=0."
+    )
+    offload_optimizer: bool = Field(
+        False, description="Keep optimizer state in host memory, and bring it a block at a time. For a GPU."
+    )
+    offload_frozen: bool = Field(
+        False, description="Keep frozen decoder layers in host memory, and bring them one at a time. For a GPU."
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
     seed: int = Field(0, ge=0, description="Of the layers drawn, the data's order, and the dropout.")
@@ -105,6 +129,56 @@ ONLY_FOR: dict[str, Method] = {
     "lora_alpha": "lora",
     "lora_dropout": "lora",
     "lora_target_modules": "lora",
+}
+
+
+def _on_cpu(config: TrainConfig) -> str:
+    return (
+        "has no effect on a CPU, where host and device are one memory: leave it out" if config.device == "cpu" else ""
+    )
+
+
+def _nothing_in_blocks(config: TrainConfig) -> str:
+    if config.method == "lora":
+        return "has no effect with method=lora, which trains neither embedding nor head: leave it out"
+    both = config.train_embedding is False and config.train_head is False
+    return "has no effect while embedding and head are frozen: leave it out" if both else ""
+
+
+def _not_in_backward(config: TrainConfig) -> str:
+    if config.max_grad_norm:
+        return (
+            "cannot clip by the global norm, which is known only when all weights are updated: set max_grad_norm=0, or "
+            "leave it out"
+        )
+    if config.gradient_accumulation_steps > 1:
+        return (
+            "cannot add up micro-batches, whose gradients are gone: set gradient_accumulation_steps=1, or leave it out"
+        )
+    return ""
+
+
+def _needs_checkpoints(config: TrainConfig) -> str:
+    if config.gradient_checkpointing is False:
+        return "moves the inputs of checkpointed layers: set gradient_checkpointing=true, or leave it out"
+    return _on_cpu(config)
+
+
+def _not_streamed(config: TrainConfig) -> str:
+    if config.method == "full":
+        return "has no effect with method=full, where no layer is frozen: leave it out"
+    if config.gradient_checkpointing is not True:
+        return "needs gradient_checkpointing=true, or the backward pass would keep every layer on the device"
+    return _on_cpu(config)
+
+
+# why a lever that is pulled would have no effect, or cannot work; nothing if all is well
+REFUSALS: dict[str, Callable[[TrainConfig], str]] = {
+    "vocabulary_blocks": _nothing_in_blocks,
+    "optimizer_in_backward": _not_in_backward,
+    "activation_offloading": _needs_checkpoints,
+    "offload_optimizer": _on_cpu,
+    "offload_frozen": _not_streamed,
 }
 
 
@@ -144,6 +218,9 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
             raise UserError(f"{name} has no effect with method={config.method}: leave it out, or set method={method}")
     if config.method == "lisa" and config.num_active == 0:
         raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
+    for name, needed in REFUSALS.items():
+        if getattr(config, name) and (reason := needed(config)):
+            raise UserError(f"{name} {reason}")
     if config.eval_steps and not (config.eval_data or config.eval_rows):
         raise UserError("eval_steps has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>")
     if config.streaming and not config.max_steps:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lisatune.errors import UserError
-from lisatune.layers import Layers
+from lisatune.layers import Layers, Trains
 from lisatune.sampling import Sampler
 
 StatePolicy = Literal["reset_layers", "reset_all", "keep"]
@@ -30,10 +30,10 @@ class LisaEngine:
             too, as if each interval were a job of its own. ``keep``: the state of a frozen layer moves to the CPU and
             comes back with the layer.
         train_embedding: False freezes the input embedding and position embeddings; then nothing below the lowest active
-            layer is differentiated.
-        train_head: False freezes the output embedding. Of a tied pair, both train or neither does.
-    Raises: UserError if ``interval_steps`` is less than 1, the sampler draws from another number of layers, or embedding
-        and head are one tensor of which only one is to train.
+            layer is differentiated. ``"sampled"`` draws them like a layer: they train in the intervals that draw them.
+        train_head: The same for the output embedding. Of a tied pair, both take the same value.
+    Raises: UserError if ``interval_steps`` is less than 1, the sampler draws from another number of parts than there are
+        (``layers.pool`` lists them), or embedding and head are one tensor of which only one is to train.
     Cost: a switch is a walk over the parameters; between switches ``begin_step`` is one comparison.
     Reference: Pan et al., LISA, arXiv:2403.17919; section 1.3 of the paper leaves the state's fate open.
     Example:
@@ -62,32 +62,47 @@ class LisaEngine:
         interval_steps: int = 20,
         state_policy: StatePolicy = "reset_layers",
         *,
-        train_embedding: bool = True,
-        train_head: bool = True,
+        train_embedding: Trains = True,
+        train_head: Trains = True,
     ) -> None:
         if interval_steps < 1:
             raise UserError(f"interval_steps is {interval_steps}: a set of layers lives at least 1 step")
         if state_policy not in get_args(StatePolicy):
             raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
-        if sampler.num_layers != len(layers.decoder):
-            raise UserError(
-                f"the sampler draws from {sampler.num_layers} layers, but the model has {len(layers.decoder)}: "
-                f"make it with num_layers={len(layers.decoder)}"
-            )
         if layers.tied and train_embedding != train_head:
             raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
+        self.pool = layers.pool(train_embedding=train_embedding, train_head=train_head)
+        if sampler.num_layers != len(self.pool):
+            sampled = ", ".join(part for part in self.pool if not part.startswith("layers."))
+            raise UserError(
+                f"the sampler draws from {sampler.num_layers} layers, but the model has {len(layers.decoder)}"
+                + (f" and {sampled} to draw" if sampled else "")
+                + f": make it with num_layers={len(self.pool)}"
+            )
         self.layers = layers
         self.train_embedding = train_embedding
         self.train_head = train_head
         self.sampler = sampler
         self.interval_steps = interval_steps
         self.state_policy = state_policy
-        self.active: tuple[int, ...] | None = None
+        self.drawn: tuple[int, ...] | None = None
         self._interval: int | None = None
 
+    @property
+    def active(self) -> tuple[int, ...] | None:
+        """The decoder layers that train now; None before the first step."""
+        return None if self.drawn is None else self._layers_of(self.drawn)
+
     def active_at(self, step: int) -> tuple[int, ...]:
-        """The layers that train in optimizer step ``step`` (from 0)."""
-        return self.sampler(step // self.interval_steps)
+        """The decoder layers that train in optimizer step ``step`` (from 0)."""
+        return self._layers_of(self.sampler(step // self.interval_steps))
+
+    def trained_parts(self, drawn: tuple[int, ...]) -> set[str]:
+        """The parts that train while ``drawn``, indices of ``pool``, are active."""
+        return self.layers.trained_parts(drawn, train_embedding=self.train_embedding, train_head=self.train_head)
+
+    def _layers_of(self, drawn: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(i for i in drawn if i < len(self.layers.decoder))
 
     def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
         """Make the model ready for optimizer step ``step``; call once before the step's first forward.
@@ -103,18 +118,17 @@ class LisaEngine:
             return False
         if self._interval is None:
             self._check_optimizer(optimizer)
-        self._interval, self.active = interval, self.sampler(interval)
+        self._interval, self.drawn = interval, self.sampler(interval)
         if self.state_policy == "reset_all" and step % self.interval_steps == 0:
             optimizer.state.clear()
-        trained = self.layers.trained_parts(
-            self.active, train_embedding=self.train_embedding, train_head=self.train_head
-        )
+        trained = self.trained_parts(self.drawn)
+        state_device = getattr(optimizer, "state_device", None)  # of an optimizer whose state is never on the device
         for part, parameters in self.layers.parts().items():
             for parameter in parameters.values():
                 if part in trained and parameter.is_floating_point():
                     parameter.requires_grad_(True)
                     if self.state_policy == "keep":
-                        _move_state(optimizer, parameter, parameter.device)
+                        _move_state(optimizer, parameter, state_device or parameter.device)
                 else:
                     parameter.requires_grad_(False)
                     parameter.grad = None
@@ -126,9 +140,7 @@ class LisaEngine:
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        ever = self.layers.trained_parts(
-            tuple(range(len(self.layers.decoder))), train_embedding=self.train_embedding, train_head=self.train_head
-        )
+        ever = self.trained_parts(tuple(range(len(self.pool))))
         parameters = [item for part, own in self.layers.parts().items() if part in ever for item in own.items()]
         missing = [name for name, p in parameters if p.is_floating_point() and id(p) not in held]
         if missing:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from lisatune.data.loader import Batch
 from lisatune.layers import Layers
 from lisatune.memory.cross_entropy import linear_cross_entropy
+from lisatune.memory.row_gradient import RowGradients
 
 
-def batch_loss(layers: Layers, batch: Batch, num_labelled: int, *, linear_head: bool) -> Tensor:
+def batch_loss(
+    layers: Layers, batch: Batch, num_labelled: int, *, linear_head: bool, row_gradients: RowGradients | None = None
+) -> Tensor:
     """Summed next-token cross-entropy of ``batch`` divided by ``num_labelled``; scalar float32.
 
     Args:
@@ -22,13 +25,16 @@ def batch_loss(layers: Layers, batch: Batch, num_labelled: int, *, linear_head: 
         batch: Rows on the model's device.
         num_labelled: Labelled tokens of the whole optimizer step, so that micro-batches add up to one mean.
         linear_head: ``layers.head_is_linear()``: then logits exist for a few labelled tokens at a time only.
+        row_gradients: Where the head's gradient is left, if it is to be made a block at a time.
     """
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     if linear_head:
         assert isinstance(layers.head, nn.Linear)
         hidden = layers.trunk(**inputs).flatten(0, 1)
         weight, bias = layers.head.weight, layers.head.bias
-        return linear_cross_entropy(hidden, weight, batch.labels.flatten(), bias=bias, num_labelled=num_labelled)
+        return linear_cross_entropy(
+            hidden, weight, batch.labels.flatten(), bias=bias, num_labelled=num_labelled, row_gradients=row_gradients
+        )
     logits = layers.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
     return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / max(1, num_labelled)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.errors import UserError
+
+Trains = bool | Literal["sampled"]  # of embedding and head: in every interval, in none, or when drawn like a layer
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Layers:
     ``outside``             what is not of the text model (a vision tower and its projector)
     ======================  ==================================================================================
 
-    LISA trains the decoder layers by turns, ``norm`` always, embedding and head unless told otherwise, and ``outside``
-    never.
+    LISA trains the decoder layers by turns, ``norm`` always, embedding and head always unless told otherwise, and
+    ``outside`` never.
     """
 
     model: nn.Module
@@ -65,17 +68,29 @@ class Layers:
         """Parameters of each part, tied weights once."""
         return {part: sum(p.numel() for p in own.values()) for part, own in self.parts().items()}
 
-    def trained_parts(
-        self, active: tuple[int, ...], *, train_embedding: bool = True, train_head: bool = True
-    ) -> set[str]:
-        """The parts that LISA trains while the layers ``active`` are."""
-        always = {"embedding": train_embedding, "norm": True, "head": train_head}
-        return {part for part, trains in always.items() if trains} | {f"layers.{i}" for i in active}
+    def pool(self, *, train_embedding: Trains = True, train_head: Trains = True) -> tuple[str, ...]:
+        """The parts that LISA draws from: the decoder layers, then embedding and head where they are ``sampled``.
 
-    def num_trainable(self, active: tuple[int, ...], *, train_embedding: bool = True, train_head: bool = True) -> int:
-        """Parameters that LISA trains while the layers ``active`` are."""
+        A tied pair is drawn as one, the embedding. Index i of a draw is part i of the pool.
+        """
+        parts = [f"layers.{i}" for i in range(len(self.decoder))]
+        parts += ["embedding"] if train_embedding == "sampled" else []
+        return tuple(parts + (["head"] if train_head == "sampled" and not self.tied else []))
+
+    def trained_parts(
+        self, drawn: tuple[int, ...], *, train_embedding: Trains = True, train_head: Trains = True
+    ) -> set[str]:
+        """The parts that LISA trains while ``drawn``, indices of the pool, are active."""
+        pool = self.pool(train_embedding=train_embedding, train_head=train_head)
+        always = {"embedding": train_embedding is True, "norm": True, "head": train_head is True}
+        return {part for part, trains in always.items() if trains} | {pool[i] for i in drawn}
+
+    def num_trainable(
+        self, drawn: tuple[int, ...], *, train_embedding: Trains = True, train_head: Trains = True
+    ) -> int:
+        """Parameters that LISA trains while ``drawn``, indices of the pool, are active."""
         counts = self.num_parameters()
-        parts = self.trained_parts(active, train_embedding=train_embedding, train_head=train_head)
+        parts = self.trained_parts(drawn, train_embedding=train_embedding, train_head=train_head)
         return sum(counts[part] for part in parts)
 
     def trunk(self, **inputs: Tensor | None) -> Tensor:
@@ -86,20 +101,29 @@ class Layers:
     def head_is_linear(self) -> bool:
         """Whether the logits are just ``head(trunk(ids))``: some models scale or cap them afterwards.
 
-        Found by trying it on two tokens, so that no table of model classes has to be kept.
+        Found by trying it on two tokens, so that no table of model classes has to be kept. On the meta device, where
+        logits have no values, it is found by whether they are the very tensor that the head made of the trunk's output.
         """
         if not isinstance(self.head, nn.Linear):
             return False
-        ids = torch.tensor([[1, 2]], device=self.head.weight.device)
+        ids = torch.ones(1, 2, dtype=torch.int64, device=next(self.embedding.parameters()).device)
+        made: dict[str, Tensor] = {}
+        hooks = [
+            self.trunk_module.register_forward_hook(lambda _m, _a, out: made.update(hidden=out.last_hidden_state)),
+            self.head.register_forward_hook(lambda _m, args, out: made.update(input=args[0], logits=out)),
+        ]
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                return torch.equal(
-                    self.model(input_ids=ids, use_cache=False).logits, self.head(self.trunk(input_ids=ids))
-                )
+                logits = self.model(input_ids=ids, use_cache=False).logits
+                if not ids.is_meta:
+                    return torch.equal(logits, self.head(self.trunk(input_ids=ids)))
+                return _share(made["input"], made["hidden"]) and _share(made["logits"], logits)
         finally:
             self.model.train(training)
+            for hook in hooks:
+                hook.remove()
 
     def describe(self) -> str:
         """What was found, in one line."""
@@ -156,6 +180,10 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
         decoder_name=decoder_name,
         head=_embedding_of(model, "get_output_embeddings"),
     )
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage() is b.untyped_storage()
 
 
 def _embedding_of(model: nn.Module, getter: str) -> nn.Module | None:

@@ -1,61 +1,350 @@
-"""Bytes that a run will hold, by part.
+"""The peak of a run, predicted: its own step, run on the meta device, with every byte booked.
 
-Weights, gradients and optimizer state are arithmetic and exact. Activations and temporaries are not counted yet.
+No weight is loaded and no GPU is needed. The model is built on PyTorch's meta device, where tensors have shapes and no
+data; the levers, the optimizer and LISA are put on as for training; two optimizer steps are taken, and a ``Ledger``
+follows each storage as autograd, checkpoints and the optimizer make it and let it go.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lisatune.engine import LisaEngine
+from lisatune.config import TrainConfig, build_config
+from lisatune.data.loader import Batch
+from lisatune.errors import UserError
+from lisatune.layers import Layers, find_layers
+from lisatune.learner import STATE_BITS, Learner, make_learner
+from lisatune.memory.ledger import CUDA_GRANULARITY, Ledger
 from lisatune.memory.measure import gib
+from lisatune.preflight import check_model_name
+
+ATTENTION = "lisatune_plan"
+PARTS = ("decoder", "embedding", "head")
+TEMPORARIES = ("loss", "backward", "step", "other")
+WHERE = {"activations": "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
+         "step": "in the optimizer's step", "other": "between the passes"}  # fmt: skip
+LEFT_OUT = {
+    "cuda": "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, and what fragmentation wastes",
+    "cpu": "not counted: Python and its libraries, and what the allocator keeps for later",
+}
+FORMULA = (
+    "weights, gradients and optimizer state counted; activations by the formula of Korthikanti et al. (arXiv:2205.05198, "
+    "34 bytes a token, unit of width and layer in 16 bits), loss by 12 bytes a token and vocabulary entry"
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes at the largest set of layers that can be drawn."""
+    """The predicted peak of a run, in bytes, and what it consists of at that moment.
 
+    ``bytes_of`` has the keys ``weights``, ``gradients`` and ``state`` for each of ``decoder`` (with the norm and all that
+    is not a vocabulary matrix), ``embedding`` and ``head``, as in ``weights/head``, then ``activations`` and
+    ``temporaries`` (of the loss, the backward pass and the step). A tied pair counts as ``embedding``.
+    """
+
+    method: str
+    rows: int
+    tokens: int
     num_parameters: int
     num_trained: int
-    weight_bytes: int
-    gradient_bytes: int
-    state_bytes: int
+    peak_bytes: int
+    bytes_of: dict[str, int]
+    host_bytes: int = 0
+    peak_at: str = ""
+    device: str = "cuda"
+    settings: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
+
+    def total(self, kind: str) -> int:
+        """Bytes of ``weights``, ``gradients``, ``state``, ``activations`` or ``temporaries``."""
+        return sum(size for name, size in self.bytes_of.items() if name.partition("/")[0] == kind)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
 
     def describe(self) -> str:
-        """Two lines for people."""
+        """Three lines for people."""
         share = 100 * self.num_trained / self.num_parameters
+        kinds = {"weights": "weights", "gradients": "gradients", "state": "optimizer state",
+                 "activations": "activations", "temporaries": "temporaries"}  # fmt: skip
+        sizes = " + ".join(f"{name} {gib(self.total(kind))}" for kind, name in kinds.items())
+        host = f"; {gib(self.host_bytes)} in host memory" if self.host_bytes else ""
         return (
-            f"trains {self.num_trained:,} of {self.num_parameters:,} parameters at a time ({share:.1f}%)\n"
-            f"weights {gib(self.weight_bytes)} + gradients {gib(self.gradient_bytes)} + optimizer state "
-            f"{gib(self.state_bytes)} = {gib(self.weight_bytes + self.gradient_bytes + self.state_bytes)}, "
-            "activations and the process itself not counted"
+            f"{self.method} on {self.device}, weights and gradients {self.settings.get('dtype')}, optimizer state "
+            f"{STATE_BITS[self.settings.get('optim', 'adamw')]} bits: trains {self.num_trained:,} of "
+            f"{self.num_parameters:,} parameters at a time ({share:.1f}%)\n"
+            f"predicted peak {gib(self.peak_bytes)} {self.peak_at}, batch {self.rows} x {self.tokens} tokens: {sizes}{host}\n"
+            + (f"{self.remark}; " if self.remark else "")
+            + LEFT_OUT[self.device]
         )
 
+    def __str__(self) -> str:
+        return self.describe()
 
-def plan_static(model: nn.Module, engine: LisaEngine | None, moment_bytes: int = 4) -> Plan:
-    """Weights, gradients and Adam's two moments of a run.
+
+def plan_memory(model: str | Any, *, device: str = "cuda", **settings: Any) -> Plan:
+    """Predict the peak memory of a run.
 
     Args:
-        model: The whole model, adapters included.
-        engine: Of LISA, whose largest set of layers is taken; None for what asks for a gradient now.
-        moment_bytes: Of one number of optimizer state.
+        model: A Hugging Face folder, a ``config.json``, a hub name, or a transformers config.
+        device: ``cuda`` or ``cpu``: whose attention kernel and whose allocator to think of.
+        settings: Those of ``lisatune train``, by name: ``method``, ``num_active``, ``max_length``, ... Weights are
+            bfloat16 on ``cuda`` unless ``dtype`` says otherwise.
+    Returns: The plan of the draw of layers that needs most, all tokens labelled, rows full.
+    Raises: UserError for settings that cannot be.
+    Cost: 1 to 7 seconds, whatever the size of the model.
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        ...                      num_attention_heads=2)
+        >>> plan = plan_memory(config, num_active=1, max_length=8, per_device_train_batch_size=1)
+        >>> plan.num_trained, plan.total("gradients") <= 2 * plan.num_trained + 512 * 20
+        (4640, True)
     """
-    parameters = list(model.parameters())
-    if engine is None:
-        trained = [p for p in parameters if p.requires_grad]
+    return plan_run(plan_config(settings, device), model_config(model), device)
+
+
+def plan_config(settings: dict[str, Any], device: str = "cuda") -> TrainConfig:
+    """``settings`` as those of a run on ``device`` whose model, data and output do not matter."""
+    if device not in LEFT_OUT:
+        raise UserError(f"device={device}: a plan is made for cuda or for cpu")
+    return build_config({"model": "-", "data": "-", "output": "-", "device": device} | settings)
+
+
+def model_config(model: str | Any, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder, a ``config.json``, a hub name; any other object is taken for one."""
+    if not isinstance(model, str):
+        return model
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if not (path.is_file() and path.suffix == ".json"):
+        check_model_name(model)
+    if path.suffix == ".gguf":
+        raise UserError(f"{model}: a plan is made from a config.json; give a folder, a config.json or a hub name")
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{model}: no config of a model can be read there ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def plan_run(
+    config: TrainConfig, hf_config: Any, device: str = "cuda", *, rows: int | None = None, tokens: int | None = None
+) -> Plan:
+    """Predict the peak of the run ``config`` of a model with ``hf_config``; see ``plan_memory``.
+
+    Args:
+        config: The run.
+        hf_config: The model's transformers config.
+        device: ``cuda`` or ``cpu``.
+        rows: Of a micro-batch; by default as in ``config``.
+        tokens: Of a row; by default ``max_length``.
+    """
+    dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
+    config = config.model_copy(update={"dtype": dtype})
+    rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
+    layers = find_layers(_meta_model(hf_config, config), config.decoder_name)
+    plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
+    return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def _worst_draws(config: TrainConfig, layers: Layers) -> list[tuple[int, ...]]:
+    """The draws of which one needs most: as a rule the top layers, whose gradients lie beside everybody's activations.
+
+    With the embedding frozen the backward pass ends at the lowest active layer, so one with layer 0 can need more; and
+    where parts differ in size, the largest ones.
+    """
+    if config.method != "lisa":
+        return [()]
+    options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
+    pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
+    if gamma > len(pool):
+        raise UserError(f"num_active is {gamma}, but the model has {len(layers.decoder)} decoder layers: choose fewer")
+    by_size = sorted(range(len(pool)), key=lambda i: (-counts[pool[i]], -i))
+    draws = {tuple(sorted(by_size[:gamma]))}
+    if gamma and config.train_embedding is not True:
+        draws |= {tuple(sorted({0, *by_size[: gamma - 1]})), tuple(range(len(layers.decoder)))[-gamma:]}
+    return sorted(draws)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The same draw in each interval."""
+
+    num_layers: int
+    drawn: tuple[int, ...]
+
+    def __call__(self, interval: int) -> tuple[int, ...]:
+        return self.drawn
+
+
+def _meta_model(hf_config: Any, config: TrainConfig) -> nn.Module:
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+    def build(attention: str | None) -> nn.Module:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), dtype=getattr(torch, config.dtype), attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+        return model
+
+    try:
+        try:
+            return build(ATTENTION)
+        except KeyError:  # an older class (Falcon) has a table of its own of attentions
+            return build(None)
+    except (ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no causal language model can be built from this {type(hf_config).__name__}: {reason}"
+        ) from error
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What PyTorch's fused attention makes and keeps; on meta it would choose the one that keeps all scores."""
+    if kwargs.get("softcap") is not None:
+        raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
+    if module.training and getattr(module, "lisatune_device", "cuda") == "cpu":
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout, True, scale=scaling
+        )
     else:
-        parts, counts = engine.layers.parts(), engine.layers.num_parameters()
-        num_active = len(engine.sampler(0))
-        largest = sorted(range(len(engine.layers.decoder)), key=lambda i: -counts[f"layers.{i}"])[:num_active]
-        always = {"train_embedding": engine.train_embedding, "train_head": engine.train_head}
-        trained = [p for part in engine.layers.trained_parts(tuple(largest), **always) for p in parts[part].values()]
-    num_trained = sum(p.numel() for p in trained)
-    return Plan(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_trained=num_trained,
-        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
-        state_bytes=2 * moment_bytes * num_trained,
-    )
+        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
+    return out[0].transpose(1, 2).contiguous(), None
+
+
+def _plan_draw(
+    config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...]
+) -> Plan:
+    model = _meta_model(hf_config, config)
+    for module in model.modules():
+        module.lisatune_device = device  # type: ignore[assignment]  # for _attention
+    ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1)
+    remark = ""
+    if getattr(model.config, "_attn_implementation", None) != ATTENTION:
+        remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
+    cannot_run = False
+    with ledger:
+        learner = make_learner(config, model, torch.device("meta"))
+        parts = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
+        _book_weights(ledger, learner, parts)
+        if learner.engine:
+            learner.engine.sampler = _Draw(len(learner.engine.pool), drawn)
+        _watch(ledger, learner, parts)
+        try:
+            _two_steps(ledger, learner, config, rows, tokens)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's own code does that needs data
+            cannot_run = True
+            remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
+    trained = [p for p in parts if p.requires_grad]
+    plan = Plan(
+        method=config.method, rows=rows, tokens=tokens, device=device,
+        num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
+        peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_bytes,
+        peak_at=WHERE.get(ledger.peak_label, ""), settings=config.model_dump(exclude={"model", "data", "output"}),
+        remark=remark,
+    )  # fmt: skip
+    return _formula(plan, config, hf_config, learner, parts) if cannot_run else plan
+
+
+def _part(name: str) -> str:
+    return name if name in PARTS else "decoder"
+
+
+def _book_weights(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> None:
+    for p, part in parts.items():
+        ledger.book(p, f"weights/{part}")
+    for buffer in learner.model.buffers():
+        if buffer.is_meta:
+            ledger.book(buffer, "weights/decoder")
+
+
+def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> None:
+    """Tell the ledger what is being done, and which tensors are gradients."""
+
+    def doing(label: str) -> Any:
+        def hook(*_: Any) -> None:
+            ledger.label = label
+
+        return hook
+
+    def gradient(p: Tensor) -> None:
+        if p.grad is not None:
+            ledger.book(p.grad, f"gradients/{parts[p]}")  # type: ignore[index]
+
+    learner.layers.trunk_module.register_forward_pre_hook(doing("activations"))
+    learner.layers.trunk_module.register_forward_hook(doing("loss"))
+    learner.optimizer.register_step_pre_hook(doing("step"))
+    learner.optimizer.register_step_post_hook(doing("other"))
+    for p in parts:
+        if p.is_floating_point():
+            asked = p.requires_grad
+            p.requires_grad_(True)
+            p.register_post_accumulate_grad_hook(gradient)  # type: ignore[no-untyped-call]
+            p.requires_grad_(asked)
+
+
+def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int, tokens: int) -> None:
+    """The second step is the one that counts: the optimizer's state is there from its beginning."""
+    owner: dict[Tensor, str] = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
+    learner.model.train()
+    micro_batches = [_meta_batch(rows, tokens)] * min(2, config.gradient_accumulation_steps)
+    for number in (0, 1):
+        ledger.reset_peak()
+        learner.step(number, micro_batches, rows * tokens)
+        for p, state in learner.optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_meta:
+                    ledger.book(value, f"state/{owner[p]}")
+
+
+def _meta_batch(rows: int, tokens: int) -> Batch:
+    ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+    return Batch(ids, torch.empty_like(ids), torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool))
+
+
+def _bytes_of(peak: Any) -> dict[str, int]:
+    """Labels of the ledger as the rows of a plan, in their order."""
+    names = [f"{kind}/{part}" for kind in ("weights", "gradients", "state") for part in PARTS]
+    sizes = {name: peak.get(name, 0) for name in [*names, "activations"]}
+    return sizes | {"temporaries": sum(peak.get(name, 0) for name in TEMPORARIES)}
+
+
+def _formula(plan: Plan, config: TrainConfig, hf_config: Any, learner: Learner, parts: dict[nn.Parameter, str]) -> Plan:
+    """The plan of a model that cannot be run on meta; the levers that it can count are counted."""
+    sizes = dict.fromkeys(plan.bytes_of, 0)
+    bits = STATE_BITS[config.optim]
+    for p, part in parts.items():
+        size = p.numel() * p.element_size()
+        sizes[f"weights/{part}"] += size
+        if p.requires_grad:
+            sizes[f"gradients/{part}"] += size
+            sizes[f"state/{part}"] += 0 if config.offload_optimizer else 2 * bits // 8 * p.numel()
+    text = hf_config.get_text_config()
+    num_layers, width, size = len(learner.layers.decoder), text.hidden_size, torch.finfo(learner.model.dtype).bits // 16
+    token_width = plan.rows * plan.tokens * width * size
+    checkpointed = num_layers if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
+    # a checkpointed layer keeps its input of 2 bytes; one layer at a time is made again
+    sizes["activations"] = token_width * (34 * (num_layers - checkpointed + bool(checkpointed)) + 2 * checkpointed)
+    sizes["temporaries"] = 12 * plan.rows * plan.tokens * text.vocab_size
+    return replace(plan, bytes_of=sizes, peak_bytes=sum(sizes.values()), peak_at="at the loss")

@@ -71,7 +71,9 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
             ["held-out loss", f"{summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after"]
         )
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
-    rows.append(["peak memory", gib(summary["peak_bytes"])])
+    own = summary["peak_bytes"] - summary["base_bytes"]
+    beside = f", beside {gib(summary['base_bytes'])} that the process held before" if summary["base_bytes"] else ""
+    rows.append(["peak memory", f"{gib(own)}; predicted were {gib(summary['planned_peak_bytes'])}{beside}"])
     rows.append(["optimizer state", gib(summary["state_bytes"])])
     return rows
 

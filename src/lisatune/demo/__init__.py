@@ -63,7 +63,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     run = build(config, *examples, console=console, loaded=loaded)
     summary = fit(run, console=console)
     console.rule("[bold]3. the same questions, worded as in no training row")
-    after = _ask((run.model, run.tokenizer), rows, console)
+    after = _ask((run.learner.model, run.tokenizer), rows, console)
     shown = [
         {"question": row["prompt"], "expected": row["completion"], "before": was, "after": now}
         for row, was, now in zip(rows, before, after, strict=False)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune.errors import UserError
+from lisatune.memory.row_gradient import HeadPart, RowGradients
+
 IGNORED = -100
 
 
@@ -21,13 +24,15 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     num_labelled: int | None = None,
     chunk_tokens: int = 1024,
+    row_gradients: RowGradients | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, a few tokens at a time.
 
     Same value as ``F.cross_entropy((hidden @ weight.T + bias).float(), labels)``, but only labelled tokens are
     multiplied by the head at all, and the logits of only ``chunk_tokens`` of them exist at once, forward and backward:
     N * V * 4 bytes become chunk_tokens * V * 4. The gradients are made in the forward pass, where the logits are, so
-    nothing is computed twice; those of a frozen ``weight`` are not made.
+    nothing is computed twice; those of a frozen ``weight`` are not made. On the meta device, where labels have no values,
+    all tokens count as labelled.
 
     Args:
         hidden: Last hidden states, shape (N, D), any floating dtype.
@@ -36,8 +41,11 @@ def linear_cross_entropy(
         bias: Of the head, shape (V,), if it has one.
         num_labelled: Divisor of the summed loss; the whole step's count when accumulating. Default: this call's.
         chunk_tokens: Changes memory and speed, never the loss.
+        row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
+            its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
     Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
-    Raises: ValueError if ``hidden`` and ``labels`` differ in N.
+    Raises: ValueError if ``hidden`` and ``labels`` differ in N; UserError for row gradients of a weight that is computed
+        from others.
     Reference: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
     Example:
         >>> h, w, y = torch.randn(6, 4), torch.randn(10, 4), torch.tensor([1, 2, -100, 3, 4, 5])
@@ -47,12 +55,17 @@ def linear_cross_entropy(
     """
     if hidden.shape[:1] != labels.shape:
         raise ValueError(f"hidden has {hidden.shape[0]} tokens, but labels have shape {tuple(labels.shape)}")
-    labelled = (labels != IGNORED).nonzero().squeeze(1)
+    if row_gradients is not None and not weight.is_leaf:
+        raise UserError("the head's weight is computed from other tensors: train it without row gradients")
+    if labels.is_meta:
+        labelled = torch.arange(len(labels), device=labels.device)
+    else:
+        labelled = (labels != IGNORED).nonzero().squeeze(1)
     divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens
+        hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients
     )
     return loss
 
@@ -60,12 +73,21 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, divisor: int, chunk_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        divisor: int,
+        chunk_tokens: int,
+        row_gradients: RowGradients | None,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        leaves_part = wants_weight and row_gradients is not None
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        grad_weight = torch.zeros_like(weight) if wants_weight and not leaves_part else None
         grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
+        log_normalisers = hidden.new_empty(len(hidden), dtype=torch.float32) if leaves_part else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -73,6 +95,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = labels[rows, None]
             log_normaliser = logits_CV.logsumexp(1, keepdim=True)
             loss += (log_normaliser - logits_CV.gather(1, target)).sum()
+            if log_normalisers is not None:
+                log_normalisers[rows] = log_normaliser[:, 0]
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
             # d loss / d logits = (softmax - one-hot) / divisor, made in place of the logits
@@ -85,11 +109,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, hidden[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        kept: tuple[Tensor | None, ...] = ()
+        if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
+            kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())
+        ctx.weight, ctx.divisor, ctx.row_gradients = weight, divisor, row_gradients
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *kept)
         return loss / divisor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grads = (None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in ctx.saved_tensors)
-        return (*grads, None, None, None)
+        *grads, hidden, labels, log_normaliser, bias = (*ctx.saved_tensors, None, None, None, None)[:7]
+        if hidden is not None:
+            part = HeadPart(hidden.detach(), labels, log_normaliser, bias, scale.float() / ctx.divisor)
+            ctx.row_gradients.add(ctx.weight, part)
+        grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
+        return (*grads, None, None, None, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -29,12 +31,48 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that was held since the start: allocated on a CUDA device, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+class PeakMeter:
+    """The most that was held since the meter was made.
+
+    On a CUDA device that is what PyTorch had allocated. On a CPU it is what the process had resident, Python and its
+    libraries included: ``base_bytes`` is what was resident when the meter was made, 0 on CUDA.
+
+    Example:
+        >>> meter = PeakMeter(torch.device("cpu"))
+        >>> held = torch.ones(2**22)
+        >>> meter.bytes() - meter.base_bytes >= 2**23  # 16 MiB are asked for; the system may have had some to spare
+        True
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.base_bytes = 0
+        else:
+            _reset_peak_of_process()
+            self.base_bytes = _resident_bytes("VmRSS")
+
+    def bytes(self) -> int:
+        """The peak so far, ``base_bytes`` included."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _resident_bytes("VmHWM")
+
+
+def _reset_peak_of_process() -> None:
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _resident_bytes(entry: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process; elsewhere than on Linux always the peak."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(entry)) * 1024
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, others in KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def gib(num_bytes: float) -> str:

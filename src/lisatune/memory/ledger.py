@@ -1,0 +1,121 @@
+"""Every byte that a piece of PyTorch holds, booked as it comes and goes; on the meta device no byte is really held."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CUDA_GRANULARITY = 512  # the CUDA caching allocator rounds every block up to a multiple of this many bytes
+HOST = "host"
+
+_off_device = 0
+
+
+@contextmanager
+def off_device() -> Iterator[None]:
+    """Tensors made inside are booked as host memory, not as the device's; without a running ledger nothing happens.
+
+    A meta tensor has no place of its own, so whoever moves something off the device on meta says it this way.
+    """
+    global _off_device
+    _off_device += 1
+    try:
+        yield
+    finally:
+        _off_device -= 1
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages of all tensors made while it is entered, and remembers the moment when they were most.
+
+    Each storage is booked once, under a label: that of ``label`` when it was made, ``backward`` when autograd made it, or
+    what ``book`` says. It is struck off when the last tensor that shares it is gone, as an allocator would do it. What a
+    kernel takes for itself inside of one operation is not seen, nor is what an allocator cannot use for its blocks
+    being in the wrong places.
+
+    Args:
+        granularity: Bytes that the allocator rounds up to; 512 on CUDA, 1 to count exactly.
+        device_type: Tensors elsewhere are not booked.
+    Attributes:
+        total_bytes: Held now, host memory left out.
+        peak_bytes: The most that was held since the start, or since ``reset_peak``.
+        peak: Bytes by label at that moment.
+        peak_label: What was being done at that moment: the label of the last tensor made.
+    Cost: some microseconds for each operation.
+    Example:
+        >>> with Ledger(granularity=1) as ledger:
+        ...     a = torch.zeros(100, device="meta")
+        ...     b = (a * 2).sum()  # the product is gone as soon as it is summed
+        >>> ledger.total_bytes, ledger.peak_bytes
+        (404, 804)
+    """
+
+    def __init__(self, granularity: int = CUDA_GRANULARITY, device_type: str = "meta") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.granularity = granularity
+        self.device_type = device_type
+        self.label = "other"
+        self.total_bytes = 0
+        self.host_bytes = 0
+        self.peak_bytes = 0
+        self.peak: Mapping[str, int] = {}
+        self.peak_label = ""
+        self._held: Counter[str] = Counter()
+        self._entries: dict[int, tuple[str, int, Any]] = {}
+
+    def book(self, tensor: Tensor, label: str) -> None:
+        """Book ``tensor`` under ``label``, whether it is known already or not; what lies on the host stays there."""
+        storage = tensor.untyped_storage()
+        known = self._entries.get(id(storage))
+        if known is not None and known[2]() is storage:
+            if known[0] == HOST:
+                return
+            self._strike(id(storage))
+        num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
+        if num_bytes == 0:
+            return
+        key = id(storage)
+        self._entries[key] = (label, num_bytes, weakref.ref(storage, lambda _: self._strike(key)))
+        self._held[label] += num_bytes
+        if label == HOST:
+            self.host_bytes += num_bytes
+        else:
+            self.total_bytes += num_bytes
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far; the next operation begins a new one."""
+        self.peak_bytes, self.peak, self.peak_label = 0, {}, ""
+
+    def _strike(self, key: int) -> None:
+        label, num_bytes, _ = self._entries.pop(key, (HOST, 0, None))
+        self._held[label] -= num_bytes
+        if label == HOST:
+            self.host_bytes -= num_bytes
+        else:
+            self.total_bytes -= num_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _off_device:
+            label = HOST
+        elif torch._C._current_autograd_node() is not None:  # type: ignore[attr-defined]
+            label = "backward"
+        else:
+            label = self.label
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
+                storage = leaf.untyped_storage()
+                known = self._entries.get(id(storage))
+                if known is None or known[2]() is not storage:
+                    self.book(leaf, label)
+        if self.total_bytes > self.peak_bytes:
+            self.peak_bytes, self.peak, self.peak_label = self.total_bytes, dict(self._held), label
+        return out

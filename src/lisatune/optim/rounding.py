@@ -1,0 +1,63 @@
+"""Rounding up or down at random, and the random bits for it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def random_bits(name: str, start: int, stop: int, device: torch.device) -> Tensor:
+    """32 random bits for each of the elements ``start`` to ``stop`` of a stream that ``name`` alone decides.
+
+    Each element's bits are a hash of its number, so a stream is the same on every device and in every version of
+    torch, whatever the pieces it is asked for in, and in whatever order. A ``torch.Generator`` offers none of these.
+
+    Args:
+        name: Any text; other names give unrelated streams.
+        start: Number of the first element.
+        stop: One after the last.
+        device: Of the result; on the meta device nothing is computed, as always there.
+    Returns: int32, shape (stop - start,).
+    Cost: 14 passes over the elements; a second tensor of this size while they last.
+    Reference: the mixing is Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31, with a key between its rounds.
+    Example:
+        >>> device = torch.device("cpu")
+        >>> whole = random_bits("a", 0, 10, device)
+        >>> torch.equal(whole[4:], random_bits("a", 4, 10, device)), torch.equal(whole, random_bits("b", 0, 10, device))
+        (True, False)
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    first, second = (int.from_bytes(half, "little") for half in (digest[:4], digest[4:]))
+    x = torch.arange(stop - start, dtype=torch.int32, device=device)
+    # int32 wraps around, which is what a hash wants; its shift copies the sign, which is masked away
+    x.add_(_signed(first + start))
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D)).add_(_signed(second))
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _signed(x: int) -> int:
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def round_stochastically(x: Tensor, noise: Tensor | None = None) -> Tensor:
+    """``x`` in bfloat16, rounded up or down with the chances that make the mean right.
+
+    Adds uniform noise to the 16 bits that bfloat16 drops, then drops them.
+
+    Args:
+        x: float32, any shape.
+        noise: 0 to 65535, int32, shape of ``x``; default: drawn from torch's generator.
+    Returns: bfloat16, same shape; values that bfloat16 holds exactly, infinities and NaN are unchanged.
+    Reference: Zamirai et al., Revisiting BFloat16 Training, arXiv:2010.06192.
+    Example:
+        >>> x = torch.full((100_000,), 1.001)
+        >>> abs(round_stochastically(x).float().mean().item() - 1.001) < 1e-4
+        True
+    """
+    if noise is None:
+        noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
+    rounded = (x.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32)
+    return torch.where(x.abs() < torch.inf, rounded, x).bfloat16()
