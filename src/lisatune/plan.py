@@ -51,6 +51,7 @@ class Plan:
     method: str
     rows: int
     tokens: int
+    num_layers: int
     num_parameters: int
     num_trained: int
     peak_bytes: int
@@ -106,7 +107,7 @@ def plan_memory(model: str | Any, *, device: str = "cuda", **settings: Any) -> P
         ...                      num_attention_heads=2)
         >>> plan = plan_memory(config, num_active=1, max_length=8, per_device_train_batch_size=1)
         >>> plan.num_trained, plan.total("gradients") <= 2 * plan.num_trained + 512 * 20
-        (4640, True)
+        (4656, True)
     """
     return plan_run(plan_config(settings, device), model_config(model), device)
 
@@ -258,7 +259,7 @@ def _plan_draw(
             remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
     trained = [p for p in parts if p.requires_grad]
     plan = Plan(
-        method=config.method, rows=rows, tokens=tokens, device=device,
+        method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder),
         num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
         peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_bytes,
         peak_at=WHERE.get(ledger.peak_label, ""), settings=config.model_dump(exclude={"model", "data", "output"}),

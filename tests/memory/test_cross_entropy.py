@@ -3,9 +3,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from lisatune import linear_cross_entropy
+from lisatune import UserError, linear_cross_entropy
 from lisatune.memory import cross_entropy
+from lisatune.memory.row_gradient import RowGradients
 
 
 def plain(hidden, weight, labels, bias, divisor):
@@ -63,3 +66,86 @@ def test_nothing_labelled_is_zero():
 def test_mismatched_lengths_are_refused():
     with pytest.raises(ValueError, match="hidden has 3 tokens"):
         linear_cross_entropy(torch.randn(3, 4), torch.randn(9, 4), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_trains", [False, True])
+def test_row_gradients_change_nothing_but_the_weight_s(dtype, head_trains):
+    """Loss, and gradients of hidden states and bias, to the bit; a frozen head leaves no part."""
+    found = []
+    labels = torch.arange(12) % 9
+    labels[::5] = -100
+    for store in (None, RowGradients()):
+        torch.manual_seed(0)
+        hidden, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((12, 4), (9, 4), (9,)))
+        hidden.requires_grad_()
+        bias.requires_grad_()
+        weight.requires_grad_(head_trains)
+        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=5, row_gradients=store)
+        (2 * loss).backward()
+        found.append((loss, hidden.grad, bias.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert weight.grad is None
+    assert (weight in store) == head_trains
+
+
+def test_no_part_is_left_before_backward_or_without_gradients():
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True), torch.arange(3)
+    store = RowGradients()
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, row_gradients=store)
+    loss = linear_cross_entropy(hidden, weight, labels, row_gradients=store)
+    assert weight not in store
+    loss.backward()
+    assert weight in store
+
+
+def test_the_bias_is_as_it_was_in_the_forward_pass():
+    """The optimizer may update it before it comes to the weight."""
+    hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4, requires_grad=True), torch.arange(6)
+    bias, store = torch.randn(9, requires_grad=True), RowGradients()
+    linear_cross_entropy(hidden, weight, labels, bias=bias, row_gradients=store).backward()
+    before = store.block(weight, 2, 7)
+    bias.data.add_(1)
+    assert torch.equal(store.block(weight, 2, 7), before)
+
+
+class LargestMade(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest] + [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)])
+        return out
+
+
+def test_logits_of_all_tokens_never_exist():
+    """64 tokens of width 2, 301 entries, chunks of 8: 8 * 301 is the most, in the blocks too, whose size is bounded."""
+    hidden, weight = torch.randn(64, 2, requires_grad=True), torch.randn(301, 2, requires_grad=True)
+    labels, store = torch.randint(0, 301, (64,)), RowGradients(block_elements=8 * 301)
+    with LargestMade() as made:
+        linear_cross_entropy(hidden, weight, labels, chunk_tokens=8, row_gradients=store).backward()
+        for start in (0, 200):
+            store.block(weight, start, min(start + 200, 301))
+    assert made.largest == 8 * 301
+
+
+@pytest.mark.parametrize("store", [None, RowGradients()])
+def test_on_meta_all_tokens_count_as_labelled(store):
+    hidden = torch.empty(6, 4, device="meta", requires_grad=True)
+    weight = torch.empty(9, 4, device="meta", requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.empty(6, device="meta", dtype=torch.int64), row_gradients=store)
+    loss.backward()
+    assert hidden.grad.shape == (6, 4)
+    if store is None:
+        assert weight.grad.shape == (9, 4)
+    else:
+        assert store.block(weight, 0, 4).shape == (4, 4)
+
+
+def test_row_gradients_of_a_computed_weight_are_refused():
+    weight = torch.randn(9, 4, requires_grad=True)
+    with pytest.raises(UserError, match="computed from other tensors"):
+        linear_cross_entropy(torch.randn(3, 4), weight * 2, torch.arange(3), row_gradients=RowGradients())

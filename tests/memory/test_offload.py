@@ -136,31 +136,43 @@ def test_order_between_the_streams(monkeypatch):
     @contextmanager
     def entered(stream):
         now.append(stream)
+        log.append(f"{stream.name} copies")
         yield
         now.pop()
 
     monkeypatch.setattr(offload, "side_stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
     monkeypatch.setattr(torch.cuda, "stream", entered)
-    monkeypatch.setattr(offload, "to_host", lambda t: log.append(f"{now[-1].name} sends") or to_host(t))
-    monkeypatch.setattr(offload, "to_device", lambda t, d: log.append(f"{now[-1].name} fetches") or to_device(t, d))
+    monkeypatch.setattr(offload, "to_host", lambda t: empty_like(t))
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, device: log.append(f"{now[-1].name} allocates") or empty_like(t))
+    copied = ["side waits for compute", "side copies", "side records"]
     shuttle = Shuttle(META)
     a = shuttle.send(torch.empty(1, device="meta"))
-    assert log == ["side waits for compute", "side sends", "side records"]
+    assert log == copied
     log.clear()
     b = shuttle.send(torch.empty(1, device="meta"))
     # before the memory of the first tensor is given back, compute is told to wait for its copy
-    assert log == ["compute waits for event 1", "side waits for compute", "side sends", "side records"]
+    assert log == ["compute waits for event 1", *copied]
     log.clear()
     shuttle.prefetch([a])
-    assert log == ["side waits for compute", "side fetches", "side records"]
+    assert log == ["compute allocates", *copied]
     log.clear()
-    shuttle.fetch([a])
-    assert log[-1] == "compute waits for event 1"
-    assert "side fetches" not in log
+    shuttle.prefetch([b])
+    # nobody asked for the first, but its memory is not given back before it has been written to
+    assert log == ["compute waits for event 1", "compute allocates", *copied]
     log.clear()
     shuttle.fetch([b])
-    assert log == ["side waits for compute", "side fetches", "side records", "compute waits for event 1"]
+    assert log[-1] == "compute waits for event 1"
+    assert "compute allocates" not in log
+    log.clear()
+    shuttle.fetch([a])
+    assert log == ["compute allocates", *copied, "compute waits for event 1"]
+    log.clear()
+    shuttle.prefetch([a])
+    log.clear()
+    del shuttle
+    assert log == ["compute waits for event 1"]
 
 
 @needs_cuda

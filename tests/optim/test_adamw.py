@@ -3,9 +3,10 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import make_llama
 from lisatune import AdamW, UserError
@@ -21,12 +22,8 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {
-            t.untyped_storage().data_ptr()
-            for t in torch.utils._pytree.tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
-        for t in torch.utils._pytree.tree_leaves(out):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, t.numel())
         return out
@@ -107,6 +104,7 @@ def test_frozen_parameters_get_no_state():
 
 
 @BITS
+@settings(max_examples=25)
 @given(block_elements=st.integers(1, 5000), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_any_block_size_gives_the_same_bits(bits, block_elements, dtype):
     whole, pieces = weights(dtype), weights(dtype)
@@ -244,7 +242,8 @@ def test_a_step_on_meta(bits, offload):
 
 @BITS
 def test_fewer_bits_of_state_train_as_well(bits):
-    """A Llama in float32 learns 8 rows by heart from a loss of 4.87: see the figures in the assertion."""
+    """A Llama in float32 begins to learn 8 rows by heart, from a loss of 4.87. Seen at the end: 0.3134 with 32 bits,
+    0.3134 to 0.3136 with 16 (3 seeds of the rounding), 0.3125 to 0.3132 with 8 (6 seeds). Five times that is allowed."""
     model = make_llama()
     optimizer = AdamW(model.parameters(), lr=3e-3, state_bits=bits)
     ids = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -253,7 +252,7 @@ def test_fewer_bits_of_state_train_as_well(bits):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(bits, loss.item())
+    assert abs(loss.item() - 0.3134) < 0.005
 
 
 def test_parameters_that_are_not_contiguous_are_refused():

@@ -90,13 +90,13 @@ class Shuttle:
     nothing is prefetched or held, because an early copy would only take memory; meta does as CUDA does, so that a
     planner sees the same lifetimes.
 
-    Why no ``record_stream``: it returns memory only when the device has come so far, so a CPU that runs ahead would
-    find none returned, and the peak would be that of a run without offloading. Instead:
+    Why no ``record_stream``: it gives memory back only when the device has come so far, so a CPU that runs ahead would
+    find none given back, and the peak would be that of a run without offloading. Instead all device memory is the compute
+    stream's own, which orders its uses by itself, and the side stream touches it only between two waits:
 
-    - What is fetched is allocated on the side stream, and the side stream waits for all compute queued so far before
-      each such allocation. So memory that was returned is written again only after its last use.
-    - What is sent is held until the compute stream has been told to wait for the copy. So its memory is written again
-      only after it was read. A tensor that is sent must not be written to before the next call.
+    - before it reads or writes there, the side stream waits for all compute queued so far;
+    - before that memory is used or given back, the compute stream waits for the copy. Until the next call has said so,
+      what was sent is held here; it must not be written to before.
 
     Args:
         device: Where the compute is; all calls come from its compute stream.
@@ -110,16 +110,19 @@ class Shuttle:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = side_stream(device)
         self._leaving: Tensor | None = None
         self._left: torch.cuda.Event | None = None
         self._sources: list[Tensor] = []
         self._versions: list[int] = []
         self._coming: list[Tensor] = []
         self._came: torch.cuda.Event | None = None
+        self._stream = side_stream(device)
 
     def __reduce__(self) -> tuple[type[Shuttle], tuple[torch.device]]:
         return Shuttle, (self.device,)  # a copy of whoever holds this begins with nothing on its way
+
+    def __del__(self) -> None:
+        self.drop()  # a copy that nobody waited for must not go on writing to memory that is given back
 
     def send(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` in host memory, for ``fetch`` alone to read."""
@@ -149,14 +152,14 @@ class Shuttle:
         )
         if not prefetched:
             self._start(tensors)
-        if self._came is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._came)
         copies = self._coming
         self.drop()
         return copies
 
     def drop(self) -> None:
         """Forget what was prefetched; for when host tensors get other values."""
+        if self._came is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._came)
         self._sources, self._versions, self._coming, self._came = [], [], [], None
 
     def _start(self, tensors: Sequence[Tensor]) -> None:
@@ -165,9 +168,11 @@ class Shuttle:
         if self._stream is None:
             self._coming = [to_device(t, self.device) for t in tensors]
             return
+        self._coming = [torch.empty_like(t, device=self.device) for t in tensors]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            self._coming = [to_device(t, self.device) for t in tensors]
+            for copy, tensor in zip(self._coming, tensors, strict=True):
+                copy.copy_(tensor.detach(), non_blocking=True)
         self._came = self._stream.record_event()
 
     def _release(self) -> None:

@@ -125,7 +125,7 @@ class AdamW(torch.optim.Optimizer):
         for start, stop, held in self.moments.walk(state, self._spans(p), p.device):
             grad = self._gradient(p, start // width, stop // width).view(-1)
             if sq_norm is not None:
-                sq_norm += torch.linalg.vector_norm(grad).square()
+                sq_norm += torch.dot(grad, grad)
             first, second = self.moments.load(held)
             first.lerp_(grad, 1 - beta1)
             second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

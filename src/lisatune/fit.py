@@ -1,0 +1,158 @@
+"""Which levers make a run fit into a given memory, the cheapest in time first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lisatune.config import TrainConfig, build_config
+from lisatune.errors import UserError
+from lisatune.memory.measure import gib
+from lisatune.plan import Plan, plan_run
+
+# what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
+UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
+
+# The order is that of their price in time, as benchmarks/memory.py measures it: two more products with the head; the
+# arithmetic of short moments; nothing but the clipping; one more forward pass; smaller products; copies to host memory
+# of moments once a step, of layer inputs and of all frozen layers twice a micro-batch.
+LEVERS: tuple[tuple[str, Any], ...] = (
+    ("optimizer_in_backward", True),
+    ("optim", "adamw_8bit"),
+    ("vocabulary_blocks", True),
+    ("gradient_checkpointing", True),
+    ("per_device_train_batch_size", None),
+    ("offload_optimizer", True),
+    ("activation_offloading", True),
+    ("offload_frozen", True),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One more lever pulled than on the rung before.
+
+    Args:
+        lever: The setting that was added, as one types it; empty on the first rung.
+        config: The run with all levers so far.
+        plan: Its forecast.
+    """
+
+    lever: str
+    config: TrainConfig
+    plan: Plan
+
+
+def budget_of(memory_bytes: int, device: str) -> int:
+    """What a forecast may come to on a device of ``memory_bytes``."""
+    return memory_bytes - UNCOUNTED_BYTES[device]
+
+
+def climb(
+    config: TrainConfig, hf_config: Any, memory_bytes: int, device: str = "cuda", *, tokens: int | None = None
+) -> list[Rung]:
+    """Pull levers until the run fits; the last rung is the one that does.
+
+    A lever that the user has set, either way, stays as it is, and one that is refused with the rest is left out. Rows of
+    a micro-batch are halved, with twice the accumulation, so that a step stays the same. If checkpointing is what
+    makes the run fit, only as many layers are checkpointed as needed.
+
+    Args:
+        config: The run.
+        hf_config: The model's transformers config.
+        memory_bytes: Of the device; ``UNCOUNTED_BYTES`` of it are left for what a forecast does not count.
+        device: ``cuda`` or ``cpu``.
+        tokens: Of a row; by default ``max_length``.
+    Raises: UserError telling the smallest peak there is and what it would need, if nothing fits.
+    Cost: a forecast for each rung, and for halving the number of checkpointed layers.
+    """
+    budget = budget_of(memory_bytes, device)
+
+    def rung(lever: str, config: TrainConfig) -> Rung:
+        return Rung(lever, config, plan_run(config, hf_config, device, tokens=tokens))
+
+    rungs = [rung("", config)]
+    for lever, tried in _more(config):
+        if rungs[-1].plan.peak_bytes <= budget:
+            break
+        rungs.append(rung(lever, tried))
+    last = rungs[-1]
+    if last.plan.peak_bytes > budget:
+        smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
+        pulled = " ".join(r.lever for r in rungs[1:]) or "no lever is left to pull"
+        raise UserError(
+            f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} after what is not counted): the smallest peak "
+            f"of method={config.method} with rows of {smallest.plan.tokens} tokens is {gib(smallest.plan.peak_bytes)} "
+            f"({pulled}), so take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
+            "max_length, or a smaller model"
+        )
+    if last.lever == "gradient_checkpointing=true":
+        rungs[-1] = _fewest_checkpoints(last, budget, rung)
+    return rungs
+
+
+def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Configs with one more lever each."""
+    for name, value in LEVERS:
+        if name == "per_device_train_batch_size":
+            while config.per_device_train_batch_size % 2 == 0 and not config.optimizer_in_backward:
+                rows, times = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
+                config = _with(config, per_device_train_batch_size=rows, gradient_accumulation_steps=times)
+                yield f"per_device_train_batch_size={rows} gradient_accumulation_steps={times}", config
+            continue
+        if name in config.model_fields_set:
+            continue
+        try:
+            config = _with(config, **{name: value})
+        except UserError:  # it has no effect with this method, or cannot go with what is set
+            continue
+        yield f"{name}={str(value).lower()}", config
+
+
+def _with(config: TrainConfig, **more: Any) -> TrainConfig:
+    return build_config(config.model_dump(exclude_unset=True) | more)
+
+
+def _fewest_checkpoints(last: Rung, budget: int, rung: Callable[[str, TrainConfig], Rung]) -> Rung:
+    few, enough, best = 0, last.plan.num_layers, last
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        tried = rung(f"gradient_checkpointing={middle}", _with(last.config, gradient_checkpointing=middle))
+        if tried.plan.peak_bytes <= budget:
+            enough, best = middle, tried
+        else:
+            few = middle
+    return best
+
+
+def largest(peak_of: Callable[[int], int], budget: int, start: int, *, unit: int = 1, limit: int | None = None) -> int:
+    """The largest multiple of ``unit``, at most ``limit``, at which a growing peak stays within ``budget``; or 0.
+
+    Peaks grow in straight lines with kinks, so a step along the line between two points lands near the answer.
+
+    Example:
+        >>> largest(lambda n: 100 + 7 * n, budget=1000, start=8)
+        128
+    """
+    low, low_peak = 0, peak_of(unit)
+    if low_peak > budget:
+        return 0
+    low, high, high_peak = unit, max(start, 2 * unit), None
+    for _ in range(12):
+        high = min(high, limit // unit * unit) if limit else high
+        high_peak = peak_of(high)
+        if high_peak <= budget:
+            if limit and high >= limit // unit * unit:
+                return high
+            slope = (high_peak - low_peak) / max(1, high - low)
+            low, low_peak = high, high_peak
+            step = int((budget - low_peak) / slope) if slope > 0 else high
+            high = low + max(unit, step // unit * unit)
+        else:
+            if high - low <= unit:
+                return low
+            slope = (high_peak - low_peak) / (high - low)
+            guess = low + int((budget - low_peak) / slope) // unit * unit
+            high = min(max(guess, low + unit), high - unit)
+    return low
