@@ -35,24 +35,70 @@ def train(
     data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run, which must not hold one yet.")] = None,
     log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="MEMORY", help="Pull the levers that make the run fit, for example 24GiB.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model with LISA, LoRA or all parameters."""
+    from lisatune.amounts import parse_bytes
     from lisatune.config import build_config, read_settings
     from lisatune.preflight import preflight
 
     settings = read_settings(config, overrides or [])
     named = {"model": model, "data": data, "output": output, "log_to": log_to}
     checked = build_config(settings | {name: value for name, value in named.items() if value is not None})
+    memory_bytes = None if fit is None else parse_bytes(fit)
     examples = preflight(checked)
     quiet_libraries()
-    from lisatune.train import build, fit
+    from lisatune import train as training
 
-    summary = fit(build(checked, *examples, console=console), console=console)
+    run = training.build(checked, *examples, console=console, memory_bytes=memory_bytes)
+    summary = training.fit(run, console=console)
     if as_json:
         print(json.dumps(summary))
     else:
         print_summary(summary, checked.output)
+
+
+@app.command(epilog="All settings with their defaults: lisatune settings")
+def plan(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, as for train.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, config.json or hub name of the model.")] = None,
+    method: Annotated[
+        str, typer.Option(help="Methods to put side by side; with --gpu-memory levers are pulled for the first.")
+    ] = "lisa,lora,full",
+    gpu_memory: Annotated[str | None, typer.Option(help="Find what fits into it, for example 24GiB.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    as_json: AsJson = False,
+) -> None:
+    """Predict the peak memory of a run, without weights and without a GPU, and find what fits."""
+    from lisatune.amounts import parse_bytes
+    from lisatune.config import read_settings
+
+    settings = read_settings(config, overrides or [])
+    named = {"model": model} if model is not None else {}
+    settings |= named
+    settings.pop("device", None)
+    memory_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
+    methods = [settings.pop("method")] if "method" in settings else [m.strip() for m in method.split(",")]
+    quiet_libraries()
+    from lisatune.fit import forecast
+
+    with console.status("planning"):
+        result = forecast(settings, methods, device, memory_bytes)
+    if as_json:
+        print(json.dumps(result.as_dict()))
+        return
+    from lisatune.analysis.plan_table import show_plans, show_rungs
+
+    out = Console()
+    out.print(show_plans(result.plans, result.budget))
+    if result.budget is not None:
+        out.print(show_rungs(result.rungs, result.budget, result.reach))
 
 
 @app.command()
@@ -123,7 +169,7 @@ def demo(
 
 def print_summary(summary: dict[str, Any], output: str) -> None:
     """The end of a run, for people."""
-    from lisatune.memory.measure import gib
+    from lisatune.amounts import gib
 
     table = Table(show_header=False)
     if summary["eval_loss_before"] is not None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from lisatune.config import TrainConfig, build_config
+from lisatune.amounts import gib
+from lisatune.config import ONLY_FOR, TrainConfig, build_config
 from lisatune.errors import UserError
-from lisatune.memory.measure import gib
-from lisatune.plan import Plan, plan_run
+from lisatune.plan import Plan, model_config, plan_config, plan_run
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
 UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
@@ -47,6 +47,58 @@ class Rung:
 def budget_of(memory_bytes: int, device: str) -> int:
     """What a forecast may come to on a device of ``memory_bytes``."""
     return memory_bytes - UNCOUNTED_BYTES[device]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What ``lisatune plan`` tells: methods side by side and, for a given memory, what fits into it."""
+
+    plans: list[Plan]
+    budget: int | None = None
+    rungs: list[Rung] = field(default_factory=list)
+    reach: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        levers = [{"lever": rung.lever, "plan": rung.plan.as_dict()} for rung in self.rungs]
+        return {
+            "plans": [p.as_dict() for p in self.plans],
+            "budget": self.budget,
+            "levers": levers,
+            "reach": self.reach,
+        }
+
+
+def forecast(
+    settings: dict[str, Any], methods: Sequence[str], device: str = "cuda", memory_bytes: int | None = None
+) -> Forecast:
+    """Plans of ``methods`` with the same settings; with ``memory_bytes`` also the levers that make the first one fit.
+
+    A setting that plays no part in a method (``lora_r`` in LISA, ``vocabulary_blocks`` in LoRA) is left out for it.
+
+    Raises: UserError for settings that cannot be, or if nothing fits.
+    """
+    settings = {name: value for name, value in settings.items() if name not in ("data", "output")}
+    if "model" not in settings:
+        raise UserError("model is missing: give --model, a Hugging Face folder, a config.json or a hub name")
+    hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
+    configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
+    plans = [plan_run(config, hf_config, device) for config in configs]
+    if memory_bytes is None:
+        return Forecast(plans)
+    rungs = climb(configs[0], hf_config, memory_bytes, device)
+    return Forecast(plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device))
+
+
+def _for_method(settings: dict[str, Any], method: str, *, alone: bool) -> dict[str, Any]:
+    chosen = settings | {"method": method}
+    if alone:  # then a setting without effect is a mistake
+        return chosen
+    chosen = {name: value for name, value in chosen.items() if ONLY_FOR.get(name, method) == method}
+    for lever in ("vocabulary_blocks", "offload_frozen"):
+        if (lever, method) in (("vocabulary_blocks", "lora"), ("offload_frozen", "full")):
+            chosen.pop(lever, None)
+    return chosen
 
 
 def climb(
@@ -124,6 +176,29 @@ def _fewest_checkpoints(last: Rung, budget: int, rung: Callable[[str, TrainConfi
         else:
             few = middle
     return best
+
+
+def reach(rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda") -> dict[str, int]:
+    """How far ``rung`` can be stretched within the same memory, each by itself: sequence, micro-batch, active layers."""
+    budget, config, plan = budget_of(memory_bytes, device), rung.config, rung.plan
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+
+    def peak(config: TrainConfig = config, rows: int = plan.rows, tokens: int = plan.tokens) -> int:
+        return plan_run(config, hf_config, device, rows=rows, tokens=tokens).peak_bytes
+
+    longest = largest(lambda n: peak(tokens=n), budget, plan.tokens, unit=64 if plan.tokens >= 64 else 1, limit=limit)
+    found = {
+        "tokens of a row" + (" (all that the model's positions allow)" if longest == limit else ""): longest,
+        "rows of a micro-batch": largest(lambda n: peak(rows=n), budget, plan.rows),
+    }
+    if config.method == "lisa":
+        found["active layers"] = largest(
+            lambda n: peak(config.model_copy(update={"num_active": n})),
+            budget,
+            config.num_active,
+            limit=plan.num_layers,
+        )
+    return found
 
 
 def largest(peak_of: Callable[[int], int], budget: int, start: int, *, unit: int = 1, limit: int | None = None) -> int:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lisatune.amounts import gib
 from lisatune.config import TrainConfig, build_config
 from lisatune.data.loader import Batch
 from lisatune.errors import UserError
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import STATE_BITS, Learner, make_learner
 from lisatune.memory.ledger import CUDA_GRANULARITY, Ledger
-from lisatune.memory.measure import gib
 from lisatune.preflight import check_model_name
 
 ATTENTION = "lisatune_plan"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lisatune.amounts import gib
 from lisatune.config import TrainConfig, build_config, write_config
 from lisatune.data.formats import Example
 from lisatune.data.loader import Batch, Loader
@@ -22,6 +23,7 @@ from lisatune.data.tokenize import Encoded, Encoder
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.evaluate import held_out_loss
+from lisatune.fit import climb
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, make_learner
 from lisatune.memory.measure import PeakMeter, state_bytes
@@ -72,8 +74,12 @@ def build(
     *,
     console: Console,
     loaded: tuple[Any, Any] | None = None,
+    memory_bytes: int | None = None,
 ) -> Run:
-    """Load the model (or take ``loaded``, a model and its tokenizer), encode the data, and set the method up."""
+    """Load the model (or take ``loaded``, a model and its tokenizer), encode the data, and set the method up.
+
+    With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
+    """
     check_tracker(config)
     config, device = settle(config)
     meter = PeakMeter(device)
@@ -87,7 +93,14 @@ def build(
     if tokenizer.chat_template is None:
         console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
     loader, batches, num_steps, longest = _prepare_data(config, tokenizer, examples, held_out, console)
-    plan = plan_run(config, model.config, device.type, tokens=longest)
+    if memory_bytes is None:
+        plan = plan_run(config, model.config, device.type, tokens=longest)
+    else:
+        with console.status("looking for what fits"):
+            rungs = climb(config, model.config, memory_bytes, device.type, tokens=longest)
+        config, plan = rungs[-1].config, rungs[-1].plan
+        pulled = " ".join(rung.lever for rung in rungs[1:]) or "no lever is needed"
+        console.print(f"to fit into {gib(memory_bytes)}: {pulled}", highlight=False)
     console.print(plan.describe(), highlight=False)
     learner = make_learner(config, model, device)
     if config.packing:

@@ -95,6 +95,19 @@ def test_what_was_written_to_since_is_fetched_anew():
         assert (shuttle.fetch([host])[0] is coming) == (not write)
 
 
+def test_what_failed_to_come_is_fetched_anew(monkeypatch):
+    shuttle, host = Shuttle(META), torch.empty(3, device="meta")
+
+    def fail(tensor, device):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(offload, "to_device", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            shuttle.prefetch([host])
+    assert len(shuttle.fetch([host])) == 1
+
+
 def test_what_is_sent_does_not_keep_the_graph():
     shuttle = Shuttle(META)
     shuttle.send(torch.empty(3, device="meta", requires_grad=True) * 2)

@@ -16,9 +16,11 @@ BITS = pytest.mark.parametrize("bits", [32, 16, 8])
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of the largest tensor that an operation made, of new memory."""
+    """Elements of the largest tensor that an operation made, of new memory, and types of all."""
 
-    largest = 0
+    def __init__(self):
+        super().__init__()
+        self.largest, self.dtypes = 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -26,6 +28,7 @@ class Sizes(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
                 self.largest = max(self.largest, t.numel())
+                self.dtypes.add(t.dtype)
         return out
 
 
@@ -190,6 +193,17 @@ def test_state_of_other_bits_is_refused():
     train(ours, optimizer, 1)
     with pytest.raises(UserError, match="torch.int8, which state_bits=32 does not hold"):
         AdamW(ours).load_state_dict(optimizer.state_dict())
+
+
+def test_loading_casts_no_moment():
+    """Torch would copy all of them in the type and to the device of the weights, for which there may be no room."""
+    ours = weights(torch.float16)
+    optimizer = AdamW(ours, state_bits=8)
+    train(ours, optimizer, 1)
+    saved = optimizer.state_dict()
+    with Sizes() as made:
+        optimizer.load_state_dict(saved)
+    assert torch.float16 not in made.dtypes
 
 
 @BITS

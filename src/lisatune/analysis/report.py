@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from lisatune.amounts import gib
 from lisatune.analysis.plots import active_layers, loss_curve
 from lisatune.errors import UserError
-from lisatune.memory.measure import gib
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lisatune.amounts import gib
 from lisatune.config import build_config
 from lisatune.errors import UserError
 from lisatune.evaluate import answers
-from lisatune.memory.measure import gib
 from lisatune.models import load_model
 from lisatune.preflight import preflight
 

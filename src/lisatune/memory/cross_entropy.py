@@ -14,6 +14,7 @@ from lisatune.errors import UserError
 from lisatune.memory.row_gradient import HeadPart, RowGradients
 
 IGNORED = -100
+CHUNK_LOGITS = 2**25  # at most so many logits at once by default: 128 MiB in float32, 1,024 tokens of 32k, 261 of 128k
 
 
 def linear_cross_entropy(
@@ -23,7 +24,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     num_labelled: int | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int | None = None,
     row_gradients: RowGradients | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, a few tokens at a time.
@@ -40,7 +41,7 @@ def linear_cross_entropy(
         labels: Next-token ids, already shifted, shape (N,), int64; -100 means no target.
         bias: Of the head, shape (V,), if it has one.
         num_labelled: Divisor of the summed loss; the whole step's count when accumulating. Default: this call's.
-        chunk_tokens: Changes memory and speed, never the loss.
+        chunk_tokens: Changes memory and speed, never the loss but for rounding. Default: what makes ``CHUNK_LOGITS``.
         row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
             its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
     Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
@@ -61,6 +62,7 @@ def linear_cross_entropy(
         labelled = torch.arange(len(labels), device=labels.device)
     else:
         labelled = (labels != IGNORED).nonzero().squeeze(1)
+    chunk_tokens = chunk_tokens or max(1, CHUNK_LOGITS // len(weight))
     divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()

@@ -164,16 +164,17 @@ class Shuttle:
 
     def _start(self, tensors: Sequence[Tensor]) -> None:
         self.drop()  # first, so that two sets never lie here at once
-        self._sources, self._versions = list(tensors), [t._version for t in tensors]
         if self._stream is None:
             self._coming = [to_device(t, self.device) for t in tensors]
-            return
-        self._coming = [torch.empty_like(t, device=self.device) for t in tensors]
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            for copy, tensor in zip(self._coming, tensors, strict=True):
-                copy.copy_(tensor.detach(), non_blocking=True)
-        self._came = self._stream.record_event()
+        else:
+            self._coming = [torch.empty_like(t, device=self.device) for t in tensors]
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                for copy, tensor in zip(self._coming, tensors, strict=True):
+                    copy.copy_(tensor.detach(), non_blocking=True)
+            self._came = self._stream.record_event()
+        # last, so that nothing counts as fetched when the device was out of memory
+        self._sources, self._versions = list(tensors), [t._version for t in tensors]
 
     def _release(self) -> None:
         if self._left is not None:

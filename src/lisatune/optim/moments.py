@@ -174,7 +174,7 @@ def _codes(x: Tensor, top: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     lower, upper = _power(codes.clone(), top), _power(codes + 1, top)
     chance = noise.float().add_(0.5).mul_(2**-16)  # never 0, so that a value which has a code of its own keeps it
     codes.add_(lower.lerp_(upper, chance).lt_(wanted))
-    return codes.clamp_(max=top), scale  # the largest of a group may come out at top + 1e-5 and be rounded up
+    return codes.clamp_(max=top), scale  # a largest that comes out above the top must not become -128
 
 
 def _grouped(x: Tensor) -> Tensor:

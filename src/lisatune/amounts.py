@@ -1,0 +1,36 @@
+"""Amounts of memory, written and read."""
+
+from __future__ import annotations
+
+import re
+
+from lisatune.errors import UserError
+
+GIB = 2**30
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people: GiB, or MiB where GiB would say little.
+
+    Example:
+        >>> gib(3 * 2**29), gib(2**20)
+        ('1.50 GiB', '1.0 MiB')
+    """
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def parse_bytes(text: str) -> int:
+    """``24GiB``, ``24G`` or ``24`` as bytes; GB are 10**9.
+
+    Raises: UserError for anything else.
+    Example:
+        >>> parse_bytes("24GiB") == 24 * 2**30, parse_bytes("80 GB"), parse_bytes("1.5") == 1.5 * 2**30
+        (True, 80000000000, True)
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UserError(f"'{text}' is no amount of memory: write it as 24GiB or 24GB")
+    number, prefix, binary, byte = match.groups()
+    decimal = byte and not binary and prefix
+    power = "kmgt".index((prefix or "g").lower()) + 1
+    return int(float(number) * (1000 if decimal else 1024) ** power)
