@@ -167,6 +167,8 @@ def _needs_checkpoints(config: TrainConfig) -> str:
 def _not_streamed(config: TrainConfig) -> str:
     if config.method == "full":
         return "has no effect with method=full, where no layer is frozen: leave it out"
+    if config.state_policy == "keep":
+        return "cannot go with state_policy=keep, whose moments follow layers that have not moved yet: choose another"
     if config.gradient_checkpointing is not True:
         return "needs gradient_checkpointing=true, or the backward pass would keep every layer on the device"
     return _on_cpu(config)

@@ -220,15 +220,7 @@ def _attention(
     """What PyTorch's fused attention makes and keeps; on meta it would choose the one that keeps all scores."""
     if kwargs.get("softcap") is not None:
         raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
-    if module.training and getattr(module, "lisatune_device", "cuda") == "cpu":
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout, True, scale=scaling
-        )
-    else:
-        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
+    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
     return out[0].transpose(1, 2).contiguous(), None
 
 
@@ -236,8 +228,6 @@ def _plan_draw(
     config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...]
 ) -> Plan:
     model = _meta_model(hf_config, config)
-    for module in model.modules():
-        module.lisatune_device = device  # type: ignore[assignment]  # for _attention
     ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1)
     remark = ""
     if getattr(model.config, "_attn_implementation", None) != ATTENTION:

@@ -95,14 +95,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             logits_CV = torch.nn.functional.linear(hidden[rows], weight, bias).float()
             target = labels[rows, None]
-            log_normaliser = logits_CV.logsumexp(1, keepdim=True)
-            loss += (log_normaliser - logits_CV.gather(1, target)).sum()
+            target_logits = logits_CV.gather(1, target)
+            # in place, where logsumexp would make a second tensor of this size inside of itself
+            largest = logits_CV.amax(1, keepdim=True)
+            softmax = logits_CV.sub_(largest).exp_()
+            total = softmax.sum(1, keepdim=True)
+            log_normaliser = total.log() + largest
+            loss += (log_normaliser - target_logits).sum()
             if log_normalisers is not None:
                 log_normalisers[rows] = log_normaliser[:, 0]
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
-            # d loss / d logits = (softmax - one-hot) / divisor, made in place of the logits
-            grad = logits_CV.sub_(log_normaliser).exp_()
+            # d loss / d logits = (softmax - one-hot) / divisor
+            grad = softmax.div_(total)
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
             grad = grad.div_(divisor).to(weight.dtype)
             if grad_hidden is not None:

@@ -1,0 +1,257 @@
+"""Peak memory: the paper's table and others predicted, levers added one at a time, and predictions against measurements.
+
+python benchmarks/memory.py predict            # tables of predictions; about 10 minutes on 2 cores, no GPU
+python benchmarks/memory.py measure            # real steps with random weights, on the GPU if there is one, beside their forecasts
+
+``measure`` runs each case in a process of its own: two optimizer steps, and the peak of the second. On a GPU it is
+``torch.cuda.max_memory_allocated``, on a CPU the sum of what PyTorch's allocator gave out and took back, as its profiler
+reports it, and beside it what the process had resident more than before the model was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import write_page
+
+from lisatune.learner import make_learner
+from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
+from lisatune.plan import Plan, model_config, plan_config, plan_run
+
+SHAPES = Path(__file__).parent / "shapes"
+GB = 10**9
+# arXiv:2403.17919, first version, GB for a GPU: full, LoRA r128, r256, r512, LISA E+H, +2 layers, +4 layers
+PAPER: dict[str, tuple[float | None, ...]] = {
+    "gpt2-small": (3.8, 3.3, 3.5, 3.7, 3.3, 3.3, 3.4),
+    "tinyllama-1.1b": (13, 7.9, 8.6, 10, 7.4, 8.0, 8.3),
+    "phi-2": (28, 14.3, 15.5, 18, 13.5, 14.6, 15),
+    "mistral-7b": (59, 23, 26, 28, 21, 23, 24),
+    "llama-2-7b": (59, 23, 26, 28, 21, 23, 24),
+    "llama-2-70b": (None, 79, None, None, 71, 75, 79),
+}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    **{f"LoRA r{rank}": {"method": "lora", "lora_r": rank} for rank in (128, 256, 512)},
+    **{f"LISA {name}": {"num_active": gamma} for name, gamma in (("E+H", 0), ("E+H+2L", 2), ("E+H+4L", 4))},
+}
+LEVERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"gradient_checkpointing": True},
+    {"optim": "adamw_8bit"},
+    {"vocabulary_blocks": True},
+    {"optimizer_in_backward": True, "max_grad_norm": 0},
+    {"activation_offloading": True},
+    {"offload_optimizer": True},
+    {"offload_frozen": True},
+)
+LLAMA_CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
+    {"method": "lora", "gradient_checkpointing": True},
+)
+
+
+def plan_of(shape: str, rows: int, tokens: int, device: str = "cuda", **settings: Any) -> Plan:
+    """The forecast of a case; gamma may be 0, which no run takes."""
+    gamma = settings.pop("num_active", None)
+    settings |= {"per_device_train_batch_size": rows, "max_length": tokens}
+    config = plan_config(settings, device)
+    if gamma is not None:
+        config = config.model_copy(update={"num_active": gamma})
+    return plan_run(config, model_config(str(SHAPES / f"{shape}.json")), device)
+
+
+def paper_table(shapes: tuple[str, ...]) -> str:
+    """One row a model: predicted GB, and the paper's figure in brackets where it has one."""
+    lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for shape in shapes:
+        cells = []
+        for (_, settings), theirs in zip(COLUMNS.items(), PAPER.get(shape, (None,) * len(COLUMNS)), strict=True):
+            plan = plan_of(shape, 1, 1024, optim="adamw_16bit", **settings)
+            cells.append(f"{plan.peak_bytes / GB:.1f}" + (f" ({theirs:g})" if theirs is not None else ""))
+            print(shape, settings, cells[-1], flush=True)
+        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def lever_table(shape: str) -> str:
+    """Levers added one at a time, LISA beside LoRA r16 with the same levers as far as they concern it."""
+    lines = ["| lever added | LISA, 2 layers, GiB | in host memory | LoRA r16, GiB | in host memory | LISA against LoRA |",
+             "| --- " * 6 + "|"]  # fmt: skip
+    pulled: dict[str, Any] = {}
+    for lever in LEVERS:
+        pulled |= lever
+        lisa = plan_of(shape, 2, 2048, **pulled)
+        lora = plan_of(shape, 2, 2048, method="lora", **{k: v for k, v in pulled.items() if k != "vocabulary_blocks"})
+        name = " ".join(f"{k}={str(v).lower()}" for k, v in lever.items()) or "none"
+        lines.append(
+            f"| `{name}` | {_gib(lisa.peak_bytes)} | {_gib(lisa.host_bytes)} | {_gib(lora.peak_bytes)} "
+            f"| {_gib(lora.host_bytes)} | {lisa.peak_bytes / lora.peak_bytes:.2f} |"
+        )
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def predict() -> None:
+    """Tables (a), (b) and (c)."""
+    started = time.perf_counter()
+    setting = "bfloat16 weights, gradients and moments, no checkpointing, batch 1 x 1024 tokens, LoRA on all linear layers with adapters in bfloat16"
+    text = [
+        f"## The paper's models\nPredicted GB (10^9), {setting}; in brackets the paper's figure (first version; GB for a GPU, the "
+        "70B on several). The paper's LoRA has adapters on embedding and head too, and its script adds up stages instead of "
+        "taking a peak.\n",
+        paper_table(tuple(PAPER)),
+        "\n## Larger vocabularies\nThe same.\n",
+        paper_table(("llama-3.1-8b", "qwen2.5-7b", "llama-3.2-3b")),
+    ]
+    for shape in ("llama-3.1-8b", "llama-2-7b"):
+        text += [
+            f"\n## Levers added one at a time: {shape}\nPredicted GiB (2^30), batch 2 x 2048 tokens, bfloat16 weights, float32 "
+            "moments to begin with, loss always in chunks; embedding, head and two layers train.\n",
+            lever_table(shape),
+        ]
+    text.append(f"\nEvery figure is a prediction; all {time.perf_counter() - started:.0f} s of it ran without a GPU.")
+    print(write_page("memory-predicted", "\n".join(text), __doc__ or ""))
+
+
+def measure(rounds: int) -> None:
+    """Table (d)."""
+    cuda = torch.cuda.is_available()
+    small = (
+        {}, {"method": "lora"}, {"method": "full"}, {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
+        {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0},
+        {"dtype": "bfloat16"}, {"train_embedding": False, "train_head": False},
+    )  # fmt: skip
+    cases: list[tuple[str, int, int, dict[str, Any]]] = [("smollm2-135m", 4, 256, case) for case in small]
+    cases += [("qwen2.5-0.5b", 2, 256, case) for case in (small if not cuda else ())]
+    cases += [("gpt2-small", 4, 256, case) for case in (small[:4] if not cuda else ())]
+    if cuda:
+        for shape in ("llama-2-7b", "llama-3.1-8b"):
+            cases += [(shape, 2, 2048, case) for case in LLAMA_CASES]
+            cases.append((shape, 1, 1024, {"method": "full", "optim": "adamw_16bit", "gradient_checkpointing": True}))
+    lines = ["| model | batch | settings | predicted GiB | measured GiB | predicted/measured | resident GiB more | tokens/s |",
+             "| --- " * 8 + "|"]  # fmt: skip
+    for shape, rows, tokens, settings in cases:
+        words = [f"{k}={str(v).lower()}" for k, v in settings.items()]
+        command = [sys.executable, __file__, "case", shape, str(rows), str(tokens), json.dumps(settings), str(rounds)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines.append(
+                f"| {shape} | {rows} x {tokens} | {' '.join(words) or 'lisa'} | | failed: {done.stderr.splitlines()[-1][:120]} | | | |"
+            )
+            continue
+        got = json.loads(done.stdout.splitlines()[-1])
+        lines.append(
+            f"| {shape} | {rows} x {tokens} | `{' '.join(words) or 'method=lisa'}` | {_gib(got['predicted'])} | {_gib(got['measured'])} "
+            f"| {got['predicted'] / got['measured']:.3f} | {_gib(got['resident'])} | {got['tokens_per_second']:.0f} |"
+        )
+        print(lines[-1], flush=True)
+    what = "torch.cuda.max_memory_allocated" if cuda else "bytes that PyTorch's CPU allocator had given out"
+    print(
+        write_page(
+            "memory-measured",
+            f"Measured: {what}. Random weights; defaults of `lisatune train` (float32 on a CPU).\n\n"
+            + "\n".join(lines),
+            __doc__ or "",
+        )
+    )
+
+
+def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: int) -> None:
+    """Take real steps, and print what was predicted and what was measured as JSON."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = plan_of(shape, rows, tokens, device.type, **settings)
+    config = plan_config(settings | {"per_device_train_batch_size": rows, "max_length": tokens}, device.type)
+    dtype = getattr(torch, str(plan.settings["dtype"]))
+    meter = PeakMeter(device)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(model_config(str(SHAPES / f"{shape}.json")), dtype=dtype)
+    learner = make_learner(config, model, device)
+    if learner.engine:  # the draw that the forecast takes: the top layers
+        count = len(learner.engine.pool)
+        learner.engine.sampler = _Top(count, config.num_active)
+    learner.model.train()
+    batch = _batch(rows, tokens).to(device)
+    learner.step(0, [batch], batch.num_labelled)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        learner.step(1, [batch], batch.num_labelled)
+        measured = torch.cuda.max_memory_allocated()
+    else:
+        measured = _peak_of_allocator(learner, batch)
+    started = time.perf_counter()
+    for number in range(2, 2 + rounds):
+        learner.step(number, [batch], batch.num_labelled)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"predicted": plan.peak_bytes, "measured": measured, "resident": meter.bytes() - meter.base_bytes,
+                      "tokens_per_second": rounds * rows * tokens / seconds}))  # fmt: skip
+
+
+class _Top:
+    def __init__(self, num_layers: int, num_active: int) -> None:
+        self.num_layers, self.num_active = num_layers, num_active
+
+    def __call__(self, interval: int) -> tuple[int, ...]:
+        return tuple(range(self.num_layers - self.num_active, self.num_layers))
+
+
+def _batch(rows: int, tokens: int) -> Any:
+    from lisatune.data.loader import Batch
+
+    ids = torch.randint(3, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return Batch(ids, ids.roll(-1, 1), torch.arange(tokens).repeat(rows, 1), torch.ones_like(ids, dtype=torch.bool))
+
+
+def _peak_of_allocator(learner: Any, batch: Any) -> int:
+    """What lies there before the second step, and the most that the step adds."""
+    held = (
+        tensor_bytes(learner.model.parameters())
+        + tensor_bytes(learner.model.buffers())
+        + state_bytes(learner.optimizer)
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        learner.step(1, [batch], batch.num_labelled)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return held + peak
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    kinds.add_parser("predict")
+    kinds.add_parser("measure").add_argument("--rounds", type=int, default=3)
+    one = kinds.add_parser("case")
+    for name in ("shape", "rows", "tokens", "settings", "rounds"):
+        one.add_argument(name)
+    options = parser.parse_args()
+    if options.what == "predict":
+        predict()
+    elif options.what == "measure":
+        measure(options.rounds)
+    else:
+        case(options.shape, int(options.rows), int(options.tokens), json.loads(options.settings), int(options.rounds))
+
+
+if __name__ == "__main__":
+    main()
