@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,8 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config(str(SHAPES / f"{shape}.json")), dtype=dtype)
     learner = make_learner(config, model, device)
-    if learner.engine:  # the draw that the forecast takes: the top layers
-        count = len(learner.engine.pool)
-        learner.engine.sampler = _Top(count, config.num_active)
+    if learner.engine:
+        learner.engine.sampler = _Draw(len(learner.engine.pool), plan.drawn)  # that of the forecast
     learner.model.train()
     batch = _batch(rows, tokens).to(device)
     learner.step(0, [batch], batch.num_labelled)
@@ -200,12 +200,13 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
                       "tokens_per_second": rounds * rows * tokens / seconds}))  # fmt: skip
 
 
-class _Top:
-    def __init__(self, num_layers: int, num_active: int) -> None:
-        self.num_layers, self.num_active = num_layers, num_active
+@dataclass(frozen=True)
+class _Draw:
+    num_layers: int
+    drawn: tuple[int, ...]
 
     def __call__(self, interval: int) -> tuple[int, ...]:
-        return tuple(range(self.num_layers - self.num_active, self.num_layers))
+        return self.drawn
 
 
 def _batch(rows: int, tokens: int) -> Any:

@@ -132,16 +132,22 @@ def climb(
     last = rungs[-1]
     if last.plan.peak_bytes > budget:
         smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
-        pulled = " ".join(r.lever for r in rungs[1:]) or "no lever is left to pull"
+        levers = pulled(rungs[0], smallest) or "no lever is left to pull"
         raise UserError(
             f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} after what is not counted): the smallest peak "
             f"of method={config.method} with rows of {smallest.plan.tokens} tokens is {gib(smallest.plan.peak_bytes)} "
-            f"({pulled}), so take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
+            f"({levers}), so take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
             "max_length, or a smaller model"
         )
     if last.lever == "gradient_checkpointing=true":
         rungs[-1] = _fewest_checkpoints(last, budget, rung)
     return rungs
+
+
+def pulled(first: Rung, last: Rung) -> str:
+    """The settings in which ``last`` differs from ``first``, as one types them."""
+    before, after = first.config.model_dump(), last.config.model_dump()
+    return " ".join(f"{name}={str(after[name]).lower()}" for name in after if after[name] != before[name])
 
 
 def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:

@@ -8,7 +8,9 @@ follows each storage as autograd, checkpoints and the optimizer make it and let 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ class Plan:
     num_trained: int
     peak_bytes: int
     bytes_of: dict[str, int]
+    drawn: tuple[int, ...] = ()
     host_bytes: int = 0
     peak_at: str = ""
     device: str = "cuda"
@@ -153,7 +156,7 @@ def plan_run(
     dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
     config = config.model_copy(update={"dtype": dtype})
     rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
-    layers = find_layers(_meta_model(hf_config, config), config.decoder_name)
+    layers = find_layers(_meta_model(hf_config, config, device), config.decoder_name)
     plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
     return max(plans, key=lambda plan: plan.peak_bytes)
 
@@ -188,10 +191,10 @@ class _Draw:
         return self.drawn
 
 
-def _meta_model(hf_config: Any, config: TrainConfig) -> nn.Module:
+def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, partial(_attention, on_cpu=device == "cpu"))
 
     def build(attention: str | None) -> nn.Module:
         with torch.device("meta"):
@@ -215,11 +218,18 @@ def _meta_model(hf_config: Any, config: TrainConfig) -> nn.Module:
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+    scaling: float | None = None, dropout: float = 0.0, *, on_cpu: bool, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What PyTorch's fused attention makes and keeps; on meta it would choose the one that keeps all scores."""
     if kwargs.get("softcap") is not None:
         raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
+    if on_cpu and dropout:  # then there is no fused one
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
+        )
+        return out.transpose(1, 2).contiguous(), None
     out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
     return out[0].transpose(1, 2).contiguous(), None
 
@@ -227,7 +237,7 @@ def _attention(
 def _plan_draw(
     config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...]
 ) -> Plan:
-    model = _meta_model(hf_config, config)
+    model = _meta_model(hf_config, config, device)
     ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1)
     remark = ""
     if getattr(model.config, "_attn_implementation", None) != ATTENTION:
@@ -249,7 +259,7 @@ def _plan_draw(
             remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
     trained = [p for p in parts if p.requires_grad]
     plan = Plan(
-        method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder),
+        method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder), drawn=drawn,
         num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
         peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_bytes,
         peak_at=WHERE.get(ledger.peak_label, ""), settings=config.model_dump(exclude={"model", "data", "output"}),
@@ -262,7 +272,7 @@ def _part(name: str) -> str:
     return name if name in PARTS else "decoder"
 
 
-def _book_weights(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> None:
+def _book_weights(ledger: Ledger, learner: Learner, parts: Mapping[Any, str]) -> None:
     for p, part in parts.items():
         ledger.book(p, f"weights/{part}")
     for buffer in learner.model.buffers():
@@ -303,6 +313,7 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
     for number in (0, 1):
         ledger.reset_peak()
         learner.step(number, micro_batches, rows * tokens)
+        _book_weights(ledger, learner, owner)  # again: of streamed layers some have moved to the device
         for p, state in learner.optimizer.state.items():
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_meta:

@@ -23,7 +23,7 @@ from lisatune.data.tokenize import Encoded, Encoder
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.evaluate import held_out_loss
-from lisatune.fit import climb
+from lisatune.fit import climb, pulled
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, make_learner
 from lisatune.memory.measure import PeakMeter, state_bytes
@@ -99,8 +99,8 @@ def build(
         with console.status("looking for what fits"):
             rungs = climb(config, model.config, memory_bytes, device.type, tokens=longest)
         config, plan = rungs[-1].config, rungs[-1].plan
-        pulled = " ".join(rung.lever for rung in rungs[1:]) or "no lever is needed"
-        console.print(f"to fit into {gib(memory_bytes)}: {pulled}", highlight=False)
+        levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
+        console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
     console.print(plan.describe(), highlight=False)
     learner = make_learner(config, model, device)
     if config.packing:

@@ -218,6 +218,24 @@ def test_offloading_changes_no_bit(bits, dtype):
     assert (a.state_device, b.state_device) == (None, torch.device("cpu"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@BITS
+def test_cuda_offloading_changes_no_bit(bits):
+    """Blocks come and go on a side stream while others are worked on; what the CPU then reads is all there."""
+    made = []
+    for offload in (False, True):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 4096 * 1000, device="cuda").view(4096, 1000).bfloat16())
+        optimizer = AdamW([p], state_bits=bits, block_elements=2**17, offload_state=offload)
+        for step in range(4):
+            p.grad = torch.sin(p.detach() * (step + 1))
+            optimizer.step()
+        (state,) = optimizer.state_dict()["state"].values()
+        assert state["exp_avg"].is_cuda != offload
+        assert state["exp_avg"].is_pinned() == offload
+        made.append([p.detach().cpu(), *(t.cpu() for t in state.values())])
+    assert same(*made)
+
+
 @pytest.mark.parametrize(("bits", "num_bytes"), [(32, 8.0), (16, 4.0), (8, 2 + 8 / 256)])
 def test_bytes_of_state(bits, num_bytes):
     p = torch.nn.Parameter(torch.zeros(128, 256))

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lisatune.amounts import gib
-from lisatune.fit import Rung
+from lisatune.fit import Rung, pulled
 from lisatune.plan import LEFT_OUT, Plan
 
 KINDS = {
@@ -86,7 +86,7 @@ def show_rungs(rungs: Sequence[Rung], budget: int, reach: dict[str, int]) -> Ren
         fits = "yes" if rung.plan.peak_bytes <= budget else "no"
         table.add_row(rung.lever or "none", gib(rung.plan.peak_bytes), host, fits)
     lines = [f"{name}: {value:,}" for name, value in reach.items()]
-    pulled = " ".join(rung.lever for rung in rungs[1:])
-    if pulled:
-        lines.append(f"train with: {pulled}")
+    levers = pulled(rungs[0], rungs[-1])
+    if levers:
+        lines.append(f"train with: {levers}")
     return Group(table, Text("with these levers the same memory holds at most, each by itself:"), *map(Text, lines))
