@@ -1,67 +1,104 @@
-"""Time and memory of an optimizer step of LISA, LoRA r16 and full fine-tuning: one process, steps by turns.
+"""Time of an optimizer step: methods against full fine-tuning and levers against LISA, one process, steps by turns.
 
-python benchmarks/cost.py --model MODEL [--rows 4] [--tokens 128] [--rounds 15] [--dtype float32]
+python benchmarks/cost.py [--shape smollm2-135m] [--rows 4] [--tokens 128] [--rounds 15] [--dtype float32]
 
-Every method has its own copy of the model and the same batch. Each round runs one step of each, so that a machine whose
-speed drifts slows all of them; the ratio is taken round by round and its median quoted. The first two rounds warm up.
-LISA switches layers in every step here, where the default is every 20: the engine's cost is an upper bound.
+Every row has its own copy of the model, random weights, and the same batch. Each round runs one step of each, so that a
+machine whose speed drifts slows all of them; the ratio is taken round by round and its median quoted. The first two
+rounds warm up. LISA switches layers in every step here, where the default is every 20: the engine's cost is an upper
+bound. Matrix work is counted by PyTorch's FlopCounterMode in one more step. Peaks are forecasts.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from results import write_page
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from lisatune import LisaEngine, UniformSampler, find_layers
-from lisatune.config import build_config
 from lisatune.data.loader import Batch
-from lisatune.evaluate import batch_loss
-from lisatune.layers import Layers
-from lisatune.memory.measure import state_bytes, tensor_bytes
-from lisatune.models import load_model, pick_device
-from lisatune.train import add_adapters, clip_gradients, make_optimizer
+from lisatune.learner import make_learner
+from lisatune.memory.measure import state_bytes
+from lisatune.models import pick_device
+from lisatune.plan import model_config, plan_config, plan_run
 
-METHODS = ("lisa", "lisa, embedding and head frozen", "lora", "full")
+SHAPES = Path(__file__).parent / "shapes"
+FREE = {"max_grad_norm": 0}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "LoRA r16, all linear": {"method": "lora"},
+    "LISA": {},
+    "LISA, embedding and head frozen": {"train_embedding": False, "train_head": False},
+}
+LEVERS: dict[str, dict[str, Any]] = {
+    "LISA": {},
+    "`vocabulary_blocks=true`": {"vocabulary_blocks": True},
+    "`vocabulary_blocks=true max_grad_norm=0 optimizer_in_backward=true`": {"vocabulary_blocks": True, "optimizer_in_backward": True} | FREE,
+    "`optimizer_in_backward=true max_grad_norm=0`": {"optimizer_in_backward": True} | FREE,
+    "`optim=adamw_16bit`": {"optim": "adamw_16bit"},
+    "`optim=adamw_8bit`": {"optim": "adamw_8bit"},
+    "`gradient_checkpointing=15`": {"gradient_checkpointing": 15},
+    "`gradient_checkpointing=true`": {"gradient_checkpointing": True},
+    "`gradient_checkpointing=true`, embedding and head frozen": {"gradient_checkpointing": True, "train_embedding": False, "train_head": False},
+}  # fmt: skip
+MOVES = {
+    "`offload_optimizer=true`": {"offload_optimizer": True},
+    "`gradient_checkpointing=true activation_offloading=true`": {"gradient_checkpointing": True, "activation_offloading": True},
+    "`gradient_checkpointing=true offload_frozen=true`": {"gradient_checkpointing": True, "offload_frozen": True},
+}  # fmt: skip
 
 
 class Contender:
-    """One method with its model and optimizer."""
+    """One way to train with a model of its own."""
 
-    def __init__(self, method: str, name: str, dtype: str, device: torch.device) -> None:
-        method, _, frozen = method.partition(", ")
-        config = build_config({"model": name, "data": "-", "output": "-", "method": method, "dtype": dtype})
-        model, _ = load_model(name, getattr(torch, dtype))
-        self.model: Any = model.to(device).train()
-        self.layers: Layers = find_layers(model)
-        if method == "lora":
-            self.model = add_adapters(config, model)
-        self.optimizer = make_optimizer(config, self.model)
-        self.engine = None
-        if method == "lisa":
-            sampler = UniformSampler(len(self.layers.decoder), 2)
-            self.engine = LisaEngine(self.layers, sampler, 1, train_embedding=not frozen, train_head=not frozen)
+    def __init__(self, settings: dict[str, Any], options: argparse.Namespace, device: torch.device) -> None:
+        shape = model_config(str(SHAPES / f"{options.shape}.json"))
+        more = {"dtype": options.dtype, "interval_steps": 1} | settings
+        more |= {"per_device_train_batch_size": options.rows, "max_length": options.tokens}
+        if settings.get("method", "lisa") != "lisa":
+            del more["interval_steps"]
+        config = plan_config(more, device.type)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, options.dtype))
+        self.learner = make_learner(config, model, device)
+        self.learner.model.train()
+        self.peak = plan_run(config, shape, device.type).peak_bytes
+        self.device = device
         self.engine_seconds: list[float] = []
-        self.gradient_bytes = 0
+        self.flops = 0
+        if self.learner.engine:
+            self._time_engine(self.learner.engine)
 
-    def step(self, number: int, batch: Batch, device: torch.device) -> float:
-        """Seconds of one whole step, synchronised."""
-        _synchronise(device)
-        start = time.perf_counter()
-        if self.engine:
-            self.engine.begin_step(number, self.optimizer)
+    def _time_engine(self, engine: Any) -> None:
+        begin = engine.begin_step
+
+        def timed(*args: Any) -> bool:
+            start = time.perf_counter()
+            switched: bool = begin(*args)
             self.engine_seconds.append(time.perf_counter() - start)
-        batch_loss(self.layers, batch, batch.num_labelled, linear_head=True).backward()
-        clip_gradients(self.model, 1.0)
-        self.optimizer.step()
-        self.gradient_bytes = tensor_bytes(p.grad for p in self.model.parameters() if p.grad is not None)
-        self.optimizer.zero_grad()
-        _synchronise(device)
+            return switched
+
+        engine.begin_step = timed
+
+    def step(self, number: int, batch: Batch) -> float:
+        """Seconds of one whole step, synchronised."""
+        _synchronise(self.device)
+        start = time.perf_counter()
+        self.learner.step(number, [batch], batch.num_labelled)
+        _synchronise(self.device)
         return time.perf_counter() - start
+
+    def count(self, number: int, batch: Batch) -> None:
+        """Matrix work of one step."""
+        with FlopCounterMode(display=False) as counter:
+            self.learner.step(number, [batch], batch.num_labelled)
+        self.flops = counter.get_total_flops()
 
 
 def _synchronise(device: torch.device) -> None:
@@ -69,49 +106,59 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def race(
+    rows: dict[str, dict[str, Any]], against: str, options: argparse.Namespace, device: torch.device
+) -> tuple[str, dict[str, Any]]:
+    """A table of ``rows``, each timed against ``against``."""
+    contenders = {name: Contender(settings, options, device) for name, settings in rows.items()}
+    ids = torch.randint(3, 1000, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(options.tokens).repeat(options.rows, 1)
+    batch = Batch(ids, ids.roll(-1, 1), positions, torch.ones_like(ids, dtype=torch.bool)).to(device)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(options.rounds + 2):
+        for name, contender in contenders.items():
+            took = contender.step(number, batch)
+            if number >= 2:
+                seconds[name].append(took)
+    for contender in contenders.values():
+        contender.count(options.rounds + 2, batch)
+    lines = [f"| | s/step, median | against {against}, median (min to max) | matrix work against {against} | peak MiB, forecast | optimizer state MiB |",
+             "| --- " * 6 + "|"]  # fmt: skip
+    for name, contender in contenders.items():
+        ratios = [a / b for a, b in zip(seconds[name], seconds[against], strict=True)]
+        lines.append(
+            f"| {name} | {statistics.median(seconds[name]):.3f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {contender.flops / contenders[against].flops:.2f} "
+            f"| {contender.peak / 2**20:.0f} | {state_bytes(contender.learner.optimizer) / 2**20:.0f} |"
+        )
+    lisa = contenders["LISA"]
+    share = statistics.median(lisa.engine_seconds[2:]) / statistics.median(seconds["LISA"])
+    return "\n".join(lines), {"engine_share": share}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--shape", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     device = pick_device("auto")
-    contenders = {method: Contender(method, options.model, options.dtype, device) for method in METHODS}
-    ids = torch.randint(3, 1000, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(options.tokens).repeat(options.rows, 1)
-    batch = Batch(ids, ids.roll(-1, 1), positions, torch.ones_like(ids, dtype=torch.bool)).to(device)
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for number in range(options.rounds + 2):
-        for method, contender in contenders.items():
-            took = contender.step(number, batch, device)
-            if number >= 2:
-                seconds[method].append(took)
-    lines = [
-        "| method | s/step, median | against full, median (min to max) | gradients MiB | optimizer state MiB |",
-        "| --- " * 5 + "|",
-    ]
-    for method, contender in contenders.items():
-        ratios = [a / b for a, b in zip(seconds[method], seconds["full"], strict=True)]
-        lines.append(
-            f"| {method} | {statistics.median(seconds[method]):.3f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {contender.gradient_bytes / 2**20:.1f} "
-            f"| {state_bytes(contender.optimizer) / 2**20:.1f} |"
+    methods, told = race(METHODS, "full", options, device)
+    gc.collect()
+    levers, _ = race(LEVERS | (MOVES if device.type == "cuda" else {}), "LISA", options, device)
+    text = (
+        f"Batch: {options.rows} x {options.tokens} tokens, all labelled, {options.dtype}, shape {options.shape}.\n\n"
+        f"## Methods\n{methods}\n\nThe engine with a switch in every step took {100 * told['engine_share']:.2f}% of LISA's step.\n\n"
+        f"## Levers, each by itself, on LISA\n{levers}\n\n"
+        + (
+            ""
+            if device.type == "cuda"
+            else "Levers that move bytes to host memory have no effect on a CPU and were not timed.\n"
         )
-    lisa = contenders["lisa"]
-    counts = lisa.layers.num_parameters()
-    # matrix work only: the input embedding's gradient is no matrix product, the head's is
-    trained = lisa.layers.num_trainable((0, 1)) / sum(counts.values())
-    share = statistics.median(lisa.engine_seconds[2:]) / statistics.median(seconds["lisa"])
-    lines += [
-        "",
-        f"Matrix work alone (forward, gradient of activations, gradient of weights for the {trained:.0%} trained) predicts "
-        f"{(2 + trained) / 3:.2f} of a full step for LISA; the smaller update of the optimizer comes on top. The engine with "
-        f"a switch in every step took {100 * share:.2f}% of LISA's step.",
-        f"Batch: {options.rows} x {options.tokens} tokens, all labelled, {options.dtype}.",
-    ]
-    print(write_page("cost", "\n".join(lines), __doc__ or ""))
+    )
+    print(write_page("cost", text, __doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,64 @@ def test_help_lists_every_command_without_torch(tmp_path):
     assert {"name": "num_active", "default": 2}.items() <= next(s for s in listed if s["name"] == "num_active").items()
 
 
+def test_plan_puts_methods_side_by_side_and_finds_what_fits(model_folder):
+    words = ["plan", "--model", model_folder / "config.json", "max_length=64", "--device", "cpu"]
+    done = lisatune(*words)
+    assert done.returncode == 0, done.stderr
+    for expected in ("lisa", "lora", "full", "weights, embedding", "optimizer state, head", "peak", "█", "not counted"):
+        assert expected in done.stdout
+    plans = json.loads(lisatune(*words, "--json").stdout)["plans"]
+    assert [p["method"] for p in plans] == ["lisa", "lora", "full"]
+    assert all(p["peak_bytes"] == sum(p["bytes_of"].values()) for p in plans)
+    budget = plans[0]["peak_bytes"] - 1
+    fits = lisatune(*words, "--method", "lisa", "--gpu-memory", f"{budget / 2**30:.9f}GiB", "--json")
+    told = json.loads(fits.stdout)
+    assert told["levers"][0]["lever"] == ""
+    assert told["levers"][-1]["plan"]["peak_bytes"] <= told["budget"]
+    assert told["reach"]["active layers"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu-memory", "1KiB"], "nothing fits into 0.0 MiB"),
+        (["--gpu-memory", "much"], "'much' is no amount of memory: write it as 24GiB or 24GB"),
+        (["--method", "lsia"], "method='lsia': input should be 'lisa', 'lora' or 'full'"),
+        (["--device", "tpu"], "device=tpu: a plan is made for cuda or for cpu"),
+        (["--method", "lora", "vocabulary_blocks=true"], "vocabulary_blocks has no effect with method=lora"),
+    ],
+)
+def test_plans_that_cannot_be(model_folder, words, message):
+    done = lisatune(
+        "plan", "--model", model_folder, "max_length=64", *([] if "--device" in words else ["--device", "cpu"]), *words
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_plan_of_nothing():
+    done = lisatune("plan")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "model is missing: give --model" in done.stderr
+    assert "no such model folder or file" in lisatune("plan", "--model", "./nowhere").stderr
+
+
+def test_train_fit_pulls_levers_and_tells_what_came_of_it(model_folder, data_file, tmp_path):
+    plan = lisatune("plan", "--model", model_folder, "--device", "cpu", "--method", "lisa", "max_length=64", "--json")
+    budget = json.loads(plan.stdout)["plans"][0]["peak_bytes"] - 1
+    words = ["train", "--model", model_folder, "--data", data_file, "max_steps=3", "max_length=64", "packing=true"]
+    done = lisatune(*words, "--output", tmp_path / "a", "--fit", f"{budget / 2**30:.9f}GiB")
+    assert done.returncode == 0, done.stderr
+    assert "to fit into" in done.stderr
+    assert "predicted" in done.stderr.split("memory")[-1]
+    used = (tmp_path / "a" / "config.yaml").read_text()
+    assert "optim: adamw_8bit" in used
+    refused = lisatune(*words, "--output", tmp_path / "b", "--fit", "1KiB")
+    assert refused.returncode == 2
+    assert "nothing fits into" in refused.stderr
+    assert not (tmp_path / "b").exists()
+
+
 def test_library_needs_torch_and_transformers_alone():
     code = (
         "import sys\n"

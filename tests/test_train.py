@@ -118,7 +118,14 @@ def test_loss_has_one_divisor_per_step(model_folder, data_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [{"packing": True}, {"gradient_checkpointing": True}, {"state_policy": "keep"}, {"dtype": "bfloat16"}]
+    "more",
+    [
+        {"packing": True},
+        {"gradient_checkpointing": 2, "vocabulary_blocks": True},
+        {"state_policy": "keep"},
+        {"dtype": "bfloat16", "optim": "adamw_8bit"},
+        {"optimizer_in_backward": True, "max_grad_norm": 0},
+    ],
 )
 def test_options_train(model_folder, data_file, tmp_path, more):
     summary, _ = run(model_folder, data_file, tmp_path / "run", max_steps=40, **more)
@@ -130,6 +137,14 @@ def test_checkpointing_changes_no_bit(model_folder, data_file, tmp_path):
     run(model_folder, data_file, tmp_path / "b", gradient_checkpointing=True)
     a, b = trained(tmp_path / "a"), trained(tmp_path / "b")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_lever_for_a_gpu_is_refused_on_a_cpu_that_auto_chose(model_folder, data_file, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("auto takes the GPU that is here")
+    with pytest.raises(UserError, match="offload_optimizer has no effect on a CPU"):
+        run(model_folder, data_file, tmp_path / "run", offload_optimizer=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_run_holds_what_it_says(model_folder, data_file, tmp_path):

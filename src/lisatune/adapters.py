@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lisatune.errors import UserError, missing_package
@@ -27,12 +28,15 @@ def add_adapters(
     adapters = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
     )  # fmt: skip
-    dtype = next(model.parameters()).dtype
+    first = next(model.parameters())
     try:
-        wrapped = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name of its past
+            # on the meta device the adapters are made there at once: those of 70B would fill the memory otherwise
+            wrapped = get_peft_model(model, adapters, autocast_adapter_dtype=False, low_cpu_mem_usage=first.is_meta)
     except ValueError as error:
         raise UserError(f"lora_target_modules={targets}: {error}") from error
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)  # on the meta device peft leaves them float32
+            parameter.data = parameter.data.to(first.dtype)  # on the meta device peft leaves them float32
     return wrapped

@@ -85,6 +85,8 @@ def plan(
     settings.pop("device", None)
     memory_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
     methods = [settings.pop("method")] if "method" in settings else [m.strip() for m in method.split(",")]
+    if settings.get("model") is None:
+        raise UserError("model is missing: give --model, a Hugging Face folder, a config.json or a hub name")
     quiet_libraries()
     from lisatune.fit import forecast
 

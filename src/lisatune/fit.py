@@ -79,8 +79,6 @@ def forecast(
     Raises: UserError for settings that cannot be, or if nothing fits.
     """
     settings = {name: value for name, value in settings.items() if name not in ("data", "output")}
-    if "model" not in settings:
-        raise UserError("model is missing: give --model, a Hugging Face folder, a config.json or a hub name")
     hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
     configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
     plans = [plan_run(config, hf_config, device) for config in configs]
