@@ -13,7 +13,7 @@ test: $(VENV)/.dev ## format, lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2
 
 test-slow: $(VENV)/.dev $(VENV)/.demo ## the tests that take minutes
 	$(BIN)/pytest -m slow

@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and two test processes share two cores
+
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY = 128
 

@@ -71,9 +71,10 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
             ["held-out loss", f"{summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after"]
         )
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
-    own = summary["peak_bytes"] - summary["base_bytes"]
-    beside = f", beside {gib(summary['base_bytes'])} that the process held before" if summary["base_bytes"] else ""
-    rows.append(["peak memory", f"{gib(own)}; predicted were {gib(summary['planned_peak_bytes'])}{beside}"])
+    base = summary.get("base_bytes", 0)  # runs of earlier versions have no forecast
+    forecast = f"; predicted were {gib(summary['planned_peak_bytes'])}" if "planned_peak_bytes" in summary else ""
+    beside = f", beside {gib(base)} that the process held before" if base else ""
+    rows.append(["peak memory", f"{gib(summary['peak_bytes'] - base)}{forecast}{beside}"])
     rows.append(["optimizer state", gib(summary["state_bytes"])])
     return rows
 
