@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,8 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
         model = AutoModelForCausalLM.from_config(model_config(str(SHAPES / f"{shape}.json")), dtype=dtype)
     learner = make_learner(config, model, device)
     if learner.engine:
-        learner.engine.sampler = _Draw(len(learner.engine.pool), plan.drawn)  # that of the forecast
+        drawn = plan.drawn  # that of the forecast
+        learner.engine.sampler = lambda interval: drawn
     learner.model.train()
     batch = _batch(rows, tokens).to(device)
     learner.step(0, [batch], batch.num_labelled)
@@ -198,15 +198,6 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
     seconds = time.perf_counter() - started
     print(json.dumps({"predicted": plan.peak_bytes, "measured": measured, "resident": meter.bytes() - meter.base_bytes,
                       "tokens_per_second": rounds * rows * tokens / seconds}))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Draw:
-    num_layers: int
-    drawn: tuple[int, ...]
-
-    def __call__(self, interval: int) -> tuple[int, ...]:
-        return self.drawn
 
 
 def _batch(rows: int, tokens: int) -> Any:
