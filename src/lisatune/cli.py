@@ -181,7 +181,7 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     table.add_row(
         "memory",
         f"peak {gib(own)}, predicted {gib(summary['planned_peak_bytes'])}"
-        + (f" (beside {gib(base)} that the process held before)" if base else "")
+        + (f" (and {gib(base)} of the process beside it)" if base else "")
         + f", optimizer state {gib(summary['state_bytes'])}",
     )
     console.print(table)

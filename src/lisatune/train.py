@@ -26,7 +26,7 @@ from lisatune.evaluate import held_out_loss
 from lisatune.fit import climb, pulled
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, make_learner
-from lisatune.memory.measure import PeakMeter, state_bytes
+from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
 from lisatune.models import load_model, pick_device, save_model
 from lisatune.plan import Plan, plan_run
 from lisatune.preflight import check_output, preflight
@@ -82,7 +82,6 @@ def build(
     """
     check_tracker(config)
     config, device = settle(config)
-    meter = PeakMeter(device)
     model, tokenizer = loaded or load_model(
         config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
     )
@@ -102,6 +101,7 @@ def build(
         levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
         console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
     console.print(plan.describe(), highlight=False)
+    meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
     learner = make_learner(config, model, device)
     if config.packing:
         _check_packing(learner.layers, device)

@@ -73,7 +73,7 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
     base = summary.get("base_bytes", 0)  # runs of earlier versions have no forecast
     forecast = f"; predicted were {gib(summary['planned_peak_bytes'])}" if "planned_peak_bytes" in summary else ""
-    beside = f", beside {gib(base)} that the process held before" if base else ""
+    beside = f", and {gib(base)} of the process beside it" if base else ""
     rows.append(["peak memory", f"{gib(summary['peak_bytes'] - base)}{forecast}{beside}"])
     rows.append(["optimizer state", gib(summary["state_bytes"])])
     return rows

@@ -35,6 +35,9 @@ class PeakMeter:
     On a CUDA device that is what PyTorch had allocated. On a CPU it is what the process had resident, Python and its
     libraries included: ``base_bytes`` is what was resident when the meter was made, 0 on CUDA.
 
+    Args:
+        device: Where the model computes.
+        own_bytes: Of what was resident already, how much belongs to what is measured (a model that is loaded).
     Example:
         >>> meter = PeakMeter(torch.device("cpu"))
         >>> held = torch.ones(2**22)
@@ -42,14 +45,14 @@ class PeakMeter:
         True
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own_bytes: int = 0) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.base_bytes = 0
         else:
             _reset_peak_of_process()
-            self.base_bytes = _resident_bytes("VmRSS")
+            self.base_bytes = max(0, _resident_bytes("VmRSS") - own_bytes)
 
     def bytes(self) -> int:
         """The peak so far, ``base_bytes`` included."""
