@@ -92,7 +92,7 @@ def test_model_folder_that_is_no_model(refused, tmp_path):
 def test_output_that_already_holds_a_run(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious")
-    assert "already holds a run: choose another" in refused()
+    assert "already holds a run that was stopped early: go on with it by adding --resume" in refused()
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
 
 

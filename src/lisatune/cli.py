@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lisatune.errors import UserError
+from lisatune.errors import Stopped, UserError
 
 app = typer.Typer(
     help="Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919).",
@@ -33,7 +34,18 @@ def train(
     config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
     data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run, which must not hold one yet.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder, if there is one.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --resume: although settings or data have changed.")
+    ] = False,
+    save_every: Annotated[
+        str | None,
+        typer.Option(metavar="N steps|minutes", help="How often to write a checkpoint; 10 minutes by default."),
+    ] = None,
+    keep: Annotated[int | None, typer.Option(metavar="N", help="How many checkpoints to keep.")] = None,
     log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.")] = None,
     fit: Annotated[
         str | None, typer.Option(metavar="MEMORY", help="Pull the levers that make the run fit, for example 24GiB.")
@@ -43,18 +55,28 @@ def train(
     """Fine-tune a model with LISA, LoRA or all parameters."""
     from lisatune.amounts import parse_bytes
     from lisatune.config import build_config, read_settings
-    from lisatune.preflight import preflight
+    from lisatune.preflight import finished, preflight
 
     settings = read_settings(config, overrides or [])
-    named = {"model": model, "data": data, "output": output, "log_to": log_to}
+    named: dict[str, Any] = {"model": model, "data": data, "output": output, "log_to": log_to}
+    named["save_total_limit"] = keep
+    named |= {} if save_every is None else parse_period(save_every)
     checked = build_config(settings | {name: value for name, value in named.items() if value is not None})
     memory_bytes = None if fit is None else parse_bytes(fit)
-    examples = preflight(checked)
-    quiet_libraries()
-    from lisatune import train as training
+    if allow_changes and not resume:
+        raise UserError("--allow-changes has no effect without --resume: add it, or leave this out")
+    resume = resume or offer_to_go_on(Path(checked.output))
+    summary = finished(Path(checked.output)) if resume and not allow_changes else None
+    if summary is None:
+        examples = preflight(checked, resume=resume)
+        quiet_libraries()
+        from lisatune.run import build
+        from lisatune.train import fit as train_run
 
-    run = training.build(checked, *examples, console=console, memory_bytes=memory_bytes)
-    summary = training.fit(run, console=console)
+        run = build(checked, *examples, console=console, memory_bytes=memory_bytes)
+        summary = train_run(run, console=console, resume=resume, allow_changes=allow_changes)
+    else:
+        console.print(f"{checked.output}: the run is finished, nothing is left to do", highlight=False)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -169,6 +191,25 @@ def demo(
     run_demo(output, console=console)
 
 
+def parse_period(text: str) -> dict[str, float]:
+    """``100 steps`` or ``10 minutes`` as settings."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|minutes?)\s*", text)
+    if match is None:
+        raise UserError(f"--save-every '{text}' is not a period: write for example '100 steps' or '10 minutes'")
+    return {"save_steps" if match[2].startswith("step") else "save_minutes": float(match[1])}
+
+
+def offer_to_go_on(folder: Path) -> bool:
+    """Ask whether to go on with a run that was stopped; only a person can be asked."""
+    from lisatune.preflight import describe_run
+
+    if not (folder / "config.yaml").is_file() or (folder / "summary.json").is_file() or not sys.stdin.isatty():
+        return False
+    return typer.confirm(
+        f"{folder} holds {describe_run(folder).partition(':')[0]}. Go on with it?", default=True, err=True
+    )
+
+
 def print_summary(summary: dict[str, Any], output: str) -> None:
     """The end of a run, for people."""
     from lisatune.amounts import gib
@@ -176,6 +217,8 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     table = Table(show_header=False)
     if summary["eval_loss_before"] is not None:
         table.add_row("held-out loss", f"{summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}")
+    if summary.get("skipped_steps"):
+        table.add_row("steps left out", f"{summary['skipped_steps']:,}, whose loss or gradient was bad")
     table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps, {summary['train_seconds']:.0f} s")
     base, own = summary["base_bytes"], summary["peak_bytes"] - summary["base_bytes"]
     table.add_row(
@@ -203,6 +246,9 @@ def main() -> None:
     except UserError as error:
         console.print(f"lisatune: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except Stopped as stopped:
+        console.print(f"lisatune: {stopped}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(128 + stopped.signal)
 
 
 if __name__ == "__main__":

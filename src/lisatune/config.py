@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lisatune.errors import UserError, did_you_mean
+from lisatune.files import write_whole
 
 Method = Literal["lisa", "lora", "full"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -25,7 +26,7 @@ class TrainConfig(BaseModel):
 
     model: str = Field(description="Folder, .gguf file, or hub name of the model to train.")
     data: str = Field(description="File, folder, or hub name of the rows to train on.")
-    output: str = Field(description="Folder of the run; must not hold a run yet.")
+    output: str = Field(description="Folder of the run; may hold one only to go on with it.")
 
     method: Method = Field("lisa", description="lisa, lora (peft), or full (every parameter in every step).")
     num_active: int = Field(
@@ -65,6 +66,18 @@ class TrainConfig(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
     adam_epsilon: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     max_grad_norm: float = Field(1.0, ge=0, description="Global norm that gradients are clipped to; 0 does not clip.")
+
+    on_bad_step: Literal["stop", "skip"] = Field(
+        "stop",
+        description="If loss or gradient norm are not finite, or the norm exceeds bad_grad_norm: stop, or leave the batch out.",
+    )
+    bad_grad_norm: float | None = Field(None, gt=0, description="A gradient norm beyond this makes a step bad.")
+
+    save_steps: int | None = Field(None, ge=1, description="A checkpoint every so many steps.")
+    save_minutes: float | None = Field(
+        None, gt=0, description="A checkpoint every so many minutes; 10 if save_steps is not given either."
+    )
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints that are kept, the newest.")
 
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; without it, num_train_epochs decides.")
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the data, where max_steps is not given.")
@@ -113,6 +126,9 @@ class TrainConfig(BaseModel):
         False, description="Keep frozen decoder layers in host memory, and bring them one at a time. For a GPU."
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
+    full_determinism: bool = Field(
+        False, description="The same bits in every run on a GPU too, with slower kernels; a CPU gives them anyway."
+    )
     trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
     seed: int = Field(0, ge=0, description="Of the layers drawn, the data's order, and the dropout.")
     log_to: Tracker = Field("none", description="Hand the metrics to tensorboard, wandb or trackio as well.")
@@ -174,6 +190,14 @@ def _not_streamed(config: TrainConfig) -> str:
     return _on_cpu(config)
 
 
+def _repeats_anyway(config: TrainConfig) -> str:
+    return (
+        "has no effect on a CPU, where equal runs give equal bits anyway: leave it out"
+        if config.device == "cpu"
+        else ""
+    )
+
+
 # why a lever that is pulled would have no effect, or cannot work; nothing if all is well
 REFUSALS: dict[str, Callable[[TrainConfig], str]] = {
     "vocabulary_blocks": _nothing_in_blocks,
@@ -181,6 +205,7 @@ REFUSALS: dict[str, Callable[[TrainConfig], str]] = {
     "activation_offloading": _needs_checkpoints,
     "offload_optimizer": _on_cpu,
     "offload_frozen": _not_streamed,
+    "full_determinism": _repeats_anyway,
 }
 
 
@@ -223,6 +248,11 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
     for name, needed in REFUSALS.items():
         if getattr(config, name) and (reason := needed(config)):
             raise UserError(f"{name} {reason}")
+    if config.on_bad_step == "skip" and config.optimizer_in_backward:
+        raise UserError(
+            "on_bad_step=skip cannot go with optimizer_in_backward, which has updated weights before the step is known "
+            "to be bad: leave one of them out"
+        )
     if config.eval_steps and not (config.eval_data or config.eval_rows):
         raise UserError("eval_steps has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>")
     if config.streaming and not config.max_steps:
@@ -283,12 +313,32 @@ def _value(text: str) -> Any:
     return value
 
 
-def write_config(config: TrainConfig, path: Path) -> None:
-    """Write all settings that play a part, the defaults too, so that ``lisatune train --config`` repeats the run."""
+# may differ between stop and resume, because they change no weight
+FREE = ("output", "log_to", "save_steps", "save_minutes", "save_total_limit", "trust_remote_code")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings in which a run would not go on as it began, in words.
+
+    Example:
+        >>> differences({"seed": 0, "output": "a"}, {"seed": 1, "output": "b"})
+        ['seed=1 (was 0)']
+    """
+    names = [name for name in TrainConfig.model_fields if name not in FREE and before.get(name) != now.get(name)]
+    return [f"{name}={now.get(name)} (was {before.get(name)})" for name in names]
+
+
+def used_settings(config: TrainConfig) -> dict[str, Any]:
+    """All settings that play a part, the defaults too."""
     settings = config.model_dump()
     for name, method in ONLY_FOR.items():
         if config.method != method:
             del settings[name]
     if config.max_steps:
         del settings["num_train_epochs"]
-    path.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return settings
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write ``used_settings``, so that ``lisatune train --config`` repeats the run."""
+    write_whole(path, yaml.safe_dump(used_settings(config), sort_keys=False, allow_unicode=True))

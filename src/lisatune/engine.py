@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ class LisaEngine:
 
     The embedding, the head and the rest of the text model train always, unless told otherwise. The engine alone sets ``requires_grad``, and
     alone drops or moves optimizer state. What is frozen has no gradient, no optimizer state, no weight decay, and its
-    bytes do not change. Which layers are active depends on the step's number alone, so there is nothing to save.
+    bytes do not change. Which layers are active depends on the step's number and what the sampler holds, which for most
+    samplers is nothing but their arguments.
 
     Args:
         layers: The model, as ``find_layers`` sees it.
@@ -118,9 +119,38 @@ class LisaEngine:
             return False
         if self._interval is None:
             self._check_optimizer(optimizer)
-        self._interval, self.drawn = interval, self.sampler(interval)
         if self.state_policy == "reset_all" and step % self.interval_steps == 0:
             optimizer.state.clear()
+        self._train(interval, self.sampler(interval), optimizer)
+        return True
+
+    def resume(
+        self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: torch.optim.Optimizer,
+        sampler_state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Be where ``num_steps`` steps have led: call it before optimizer state is put back, then go on with ``begin_step``.
+
+        Args:
+            num_steps: Optimizer steps that are done, at least 1.
+            drawn: ``drawn`` as it was then.
+            optimizer: As for ``begin_step``.
+            sampler_state: Of a sampler that learns, its ``state_dict`` as it was then.
+        Raises: UserError if ``drawn`` is not what the sampler draws, so that the run would not go on as it began.
+        """
+        self._check_optimizer(optimizer)
+        interval = (num_steps - 1) // self.interval_steps
+        if sampler_state is not None:
+            self.sampler.load_state_dict(sampler_state)  # type: ignore[attr-defined]
+        elif drawn != self.sampler(interval):
+            raise UserError(
+                f"the layers active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
+            )
+        assert drawn is not None
+        self._train(interval, drawn, optimizer)
+
+    def _train(self, interval: int, drawn: tuple[int, ...], optimizer: torch.optim.Optimizer) -> None:
+        """Let train what ``drawn`` names, and freeze all else."""
+        self._interval, self.drawn = interval, drawn
         trained = self.trained_parts(self.drawn)
         state_device = getattr(optimizer, "state_device", None)  # of an optimizer whose state is never on the device
         for part, parameters in self.layers.parts().items():
@@ -128,15 +158,14 @@ class LisaEngine:
                 if part in trained and parameter.is_floating_point():
                     parameter.requires_grad_(True)
                     if self.state_policy == "keep":
-                        _move_state(optimizer, parameter, state_device or parameter.device)
+                        move_state(optimizer, parameter, state_device or parameter.device)
                 else:
                     parameter.requires_grad_(False)
                     parameter.grad = None
                     if self.state_policy == "keep":
-                        _move_state(optimizer, parameter, torch.device("cpu"))
+                        move_state(optimizer, parameter, torch.device("cpu"))
                     else:
                         optimizer.state.pop(parameter, None)
-        return True
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -150,7 +179,7 @@ class LisaEngine:
             )
 
 
-def _move_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, device: torch.device) -> None:
+def move_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, device: torch.device) -> None:
     """Move the moments of ``parameter``; step counters are left where the optimizer wants them."""
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():

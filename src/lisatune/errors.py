@@ -10,6 +10,18 @@ class UserError(ValueError):
     """A user's mistake, told in one sentence with the remedy; the command line prints it and exits with status 2."""
 
 
+class Stopped(Exception):
+    """A run was asked to stop by a signal, and has saved what it had.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class MissingPackageError(UserError, ImportError):
     """A feature was asked for whose package is not installed."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from lisatune.amounts import gib
 from lisatune.config import ONLY_FOR, TrainConfig, build_config
@@ -124,11 +127,11 @@ def climb(
     def rung(lever: str, config: TrainConfig) -> Rung:
         return Rung(lever, config, plan_run(config, hf_config, device, tokens=tokens))
 
-    rungs = [rung("", config)]
-    for lever, tried in _more(config):
-        if rungs[-1].plan.peak_bytes <= budget:
+    rungs: list[Rung] = []
+    for next_rung in ladder(config, hf_config, device, tokens=tokens):
+        rungs.append(next_rung)
+        if next_rung.plan.peak_bytes <= budget:
             break
-        rungs.append(rung(lever, tried))
     last = rungs[-1]
     if last.plan.peak_bytes > budget:
         smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
@@ -142,6 +145,38 @@ def climb(
     if last.lever == "gradient_checkpointing=true":
         rungs[-1] = _fewest_checkpoints(last, budget, rung)
     return rungs
+
+
+def ladder(config: TrainConfig, hf_config: Any, device: str = "cuda", *, tokens: int | None = None) -> Iterator[Rung]:
+    """``config`` with one more lever at a time, in their order; each costs a forecast."""
+    for lever, tried in [("", config), *_more(config)]:
+        yield Rung(lever, tried, plan_run(tried, hf_config, device, tokens=tokens))
+
+
+@contextmanager
+def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, tokens: int) -> Iterator[None]:
+    """Turn the device's running out of memory into a UserError that names the levers left and what they would save."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text):
+            raise
+        first, *more = ladder(config, hf_config, device, tokens=tokens)
+        levers, peak = [], first.plan.peak_bytes
+        for rung in more:
+            if rung.plan.peak_bytes < peak:
+                peak = rung.plan.peak_bytes
+                levers.append(f"{rung.lever} ({gib(peak)})")
+        advice = (
+            f"add levers until it fits, each with those before it: {', '.join(levers)}"
+            if levers
+            else "no lever is left"
+        )
+        raise UserError(
+            f"out of memory on {device} ({text.splitlines()[0][:200] if text else 'no more to be had'}); predicted was a peak "
+            f"of {gib(first.plan.peak_bytes)}: {advice}; or give --fit the memory that there is, or take a smaller max_length"
+        ) from error
 
 
 def pulled(first: Rung, last: Rung) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from lisatune.adapters import add_adapters
 from lisatune.config import TrainConfig
 from lisatune.data.loader import Batch
-from lisatune.engine import LisaEngine
+from lisatune.engine import LisaEngine, move_state
 from lisatune.errors import UserError
 from lisatune.evaluate import batch_loss
 from lisatune.layers import Layers, find_layers
@@ -29,6 +30,15 @@ from lisatune.optim.moments import StateBits
 from lisatune.sampling import UniformSampler
 
 STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8}
+
+
+class Outcome(NamedTuple):
+    """Of an optimizer step: loss and global gradient norm before clipping, scalars in float32; ``bad`` if either is not
+    finite or the norm is beyond the limit, and nothing was updated (unless in the backward pass)."""
+
+    loss: Tensor
+    norm: Tensor
+    bad: bool
 
 
 @dataclass
@@ -45,6 +55,10 @@ class Learner:
         row_gradients: Where gradients of embedding and head lie, if they are made a block at a time.
         in_backward: If the optimizer steps inside the backward pass.
         host_layers: If frozen layers are kept in host memory.
+        device: Where the model computes.
+        bad_grad_norm: A larger gradient norm makes a step bad.
+    Attributes:
+        touched: The parts that have trained since somebody, who saves them, last emptied this set.
     """
 
     model: Any
@@ -56,13 +70,12 @@ class Learner:
     row_gradients: RowGradients | None
     in_backward: StepInBackward | None
     host_layers: HostLayers | None
+    device: torch.device
+    bad_grad_norm: float = math.inf
+    touched: set[str] = field(default_factory=set)
 
-    def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
-        """Optimizer step ``number`` (from 0), at the learning rate that is set: one divisor for all its micro-batches.
-
-        Returns: Loss and global gradient norm before clipping; scalars, float32.
-        Raises: UserError if one of them is not finite; nothing has been updated then, unless in the backward pass.
-        """
+    def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> Outcome:
+        """Optimizer step ``number`` (from 0), at the learning rate that is set: one divisor for all its micro-batches."""
         if self.engine and self.engine.begin_step(number, self.optimizer) and self.host_layers:
             self.host_layers.place()
         losses = []
@@ -76,13 +89,45 @@ class Learner:
         if self.in_backward:
             self.optimizer.step()
             norm = self.in_backward.grad_norm()
-            _refuse_non_finite(number, total, norm)
+            bad = self._is_bad(total, norm)
         else:
             norm = clip_gradients(self.optimizer, self.max_grad_norm, self.row_gradients)
-            _refuse_non_finite(number, total, norm)
-            self.optimizer.step()
+            bad = self._is_bad(total, norm)
+            if not bad:
+                self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, norm
+        self.touched |= self.trained_parts
+        return Outcome(total, norm, bad)
+
+    @property
+    def trained_parts(self) -> set[str]:
+        """The parts that train now."""
+        if self.engine is None:
+            return self._always_trained
+        return self.engine.trained_parts(self.engine.drawn) if self.engine.drawn is not None else set()
+
+    @cached_property
+    def _always_trained(self) -> set[str]:
+        return {part for part, own in self.layers.parts().items() if any(p.requires_grad for p in own.values())}
+
+    def place_state(self, parameter: torch.nn.Parameter, saved: dict[str, Any]) -> None:
+        """Copy saved optimizer state to where the optimizer and the engine hold that of ``parameter``."""
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.place_state(parameter, saved)
+        else:
+            fused = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+            here, counter = parameter.device, parameter.device if fused else torch.device("cpu")
+            self.optimizer.state[parameter] = {
+                key: value.to(here if value.ndim else counter, copy=True) if isinstance(value, Tensor) else value
+                for key, value in saved.items()
+            }
+        if not parameter.requires_grad:
+            move_state(self.optimizer, parameter, torch.device("cpu"))  # state_policy=keep
+
+    def _is_bad(self, loss: Tensor, norm: Tensor) -> bool:
+        if loss.is_meta:
+            return False  # there are no values
+        return not (math.isfinite(loss.item()) and math.isfinite(norm.item()) and norm.item() <= self.bad_grad_norm)
 
 
 def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learner:
@@ -120,7 +165,8 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     elif host_layers:
         host_layers.place()  # LISA does so at its first step, when most layers are frozen
     return Learner(
-        model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers
+        model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers, device,
+        config.bad_grad_norm or math.inf,
     )  # fmt: skip
 
 
@@ -200,13 +246,3 @@ def clip_gradients(
         if row_gradients is not None:
             row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch does
     return norm
-
-
-def _refuse_non_finite(number: int, loss: Tensor, norm: Tensor) -> None:
-    if loss.is_meta:
-        return  # there are no values
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        raise UserError(
-            f"step {number + 1}: the loss is {loss.item()} and the gradient norm {norm.item()}, so the run was stopped; "
-            "try a lower learning_rate or warmup_steps"
-        )

@@ -6,22 +6,58 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lisatune.config import TrainConfig
 from lisatune.data.formats import Example, parse_row, read_rows
 from lisatune.errors import UserError, did_you_mean
+from lisatune.files import LOCK, checkpoint_steps, only_run
 
 
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that holds anything: nothing is overwritten."""
-    if folder.is_dir() and any(folder.iterdir()):
-        what = "already holds a run" if (folder / "config.yaml").exists() else "is not empty"
-        raise UserError(f"output folder {folder} {what}: choose another, or remove it first")
+def check_output(folder: Path, *, resume: bool = False, held: bool = False) -> None:
+    """Refuse an output folder that holds anything, unless it is a run to go on with: nothing is overwritten.
+
+    ``held`` says that this process holds it already (``only_run``).
+    """
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        if not (folder / "config.yaml").is_file():
+            raise UserError(
+                f"output folder {folder} is not empty, and holds no run: choose another, or remove it first"
+            )
+        if not resume:
+            raise UserError(f"output folder {folder} already holds {describe_run(folder)}, or choose another output")
+        if not held:
+            with only_run(folder):
+                pass  # a run that is under way is told of at once
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder} is a file: choose a folder")
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"output folder {folder} cannot be made in {parent}: choose a place where you may write")
+
+
+def describe_run(folder: Path) -> str:
+    """What became of the run in ``folder``, and how to go on."""
+    if (folder / "summary.json").is_file():
+        return "a finished run: report on it with lisatune report"
+    steps = checkpoint_steps(folder)
+    stopped = f"a run that was stopped after step {steps[0]:,} or later" if steps else "a run that was stopped early"
+    return f"{stopped}: go on with it by adding --resume"
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None if there is no such run.
+
+    Raises: UserError if it cannot be read.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it to go on with the run") from error
+    return summary
 
 
 def check_model_name(name: str) -> None:
@@ -104,9 +140,9 @@ def _spread(examples: list[Example], count: int) -> tuple[list[Example], list[Ex
     return [e for i, e in enumerate(examples) if i in chosen], [e for i, e in enumerate(examples) if i not in chosen]
 
 
-def preflight(config: TrainConfig) -> tuple[Iterable[Example], list[Example]]:
+def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Example], list[Example]]:
     """Every check that needs no torch, then the examples to train on and those held out."""
-    check_output(Path(config.output))
+    check_output(Path(config.output), resume=resume)
     check_model_name(config.model)
     check_num_active(config)
     return read_examples(config)

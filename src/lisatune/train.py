@@ -1,168 +1,239 @@
-"""A whole training run: every part built from a config, then the loop."""
+"""A whole training run: the loop, and what it leaves behind."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from lisatune.amounts import gib
-from lisatune.config import TrainConfig, build_config, write_config
-from lisatune.data.formats import Example
-from lisatune.data.loader import Batch, Loader
-from lisatune.data.tokenize import Encoded, Encoder
+from lisatune.checkpoint import Checkpoints
+from lisatune.config import TrainConfig, differences, read_settings, used_settings, write_config
+from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
-from lisatune.errors import UserError
-from lisatune.evaluate import held_out_loss
-from lisatune.fit import climb, pulled
-from lisatune.layers import Layers, find_layers
-from lisatune.learner import Learner, make_learner
-from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
-from lisatune.models import load_model, pick_device, save_model
-from lisatune.plan import Plan, plan_run
-from lisatune.preflight import check_output, preflight
+from lisatune.errors import Stopped, UserError
+from lisatune.files import only_run, replace_folder, write_whole
+from lisatune.fit import explain_out_of_memory
+from lisatune.learner import Outcome
+from lisatune.memory.measure import state_bytes
+from lisatune.models import save_model
+from lisatune.preflight import check_output, finished, preflight
 from lisatune.progress import training_progress
-from lisatune.tracking import Metrics, check_tracker
+from lisatune.run import Run, build
+from lisatune.signals import StopSignal, stop_signals
+from lisatune.snapshot import Snapshots, Standing, environment, read_state_of
+from lisatune.tracking import Metrics
+
+MOST_SKIPPED_IN_A_ROW = 10
 
 
-@dataclass
-class Run:
-    """All the parts of a run, built and checked, before its first step."""
-
-    config: TrainConfig
-    tokenizer: Any
-    learner: Learner
-    loader: Loader
-    held_out: list[Batch]
-    num_steps: int
-    plan: Plan
-    meter: PeakMeter
-    device: torch.device
-
-    def held_out_loss(self) -> float | None:
-        """Loss on the held-out rows, if there are any."""
-        if not self.held_out:
-            return None
-        learner = self.learner
-        return held_out_loss(learner.layers, self.held_out, linear_head=learner.linear_head, device=self.device)
-
-
-def train(config: TrainConfig, *, console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, *, console: Console | None = None, resume: bool = False, allow_changes: bool = False
+) -> dict[str, Any]:
     """Train as ``config`` says and leave the run's folder behind.
 
+    Args:
+        config: The settings.
+        console: Where to tell how it goes; stderr by default.
+        resume: Go on with the run in ``config.output``, if there is one, from its newest whole checkpoint: on a CPU, and on a
+            GPU with ``full_determinism``, the weights and metrics become those of a run never stopped, to the bit.
+        allow_changes: Go on although settings or data are not those that the run began with.
     Returns: The summary, also in ``summary.json``: losses before and after, seconds, tokens, peak and state bytes.
-    Raises: UserError for whatever the user can mend; then nothing has been written.
+    Raises: UserError for whatever the user can mend; Stopped if SIGINT or SIGTERM came, after a checkpoint.
     """
     console = console or Console(stderr=True)
-    run = build(config, *preflight(config), console=console)
-    return fit(run, console=console)
+    summary = finished(Path(config.output)) if resume and not allow_changes else None
+    if summary is not None:
+        console.print(f"{config.output}: the run is finished, nothing is left to do", highlight=False)
+        return summary
+    run = build(config, *preflight(config, resume=resume), console=console)
+    return fit(run, console=console, resume=resume, allow_changes=allow_changes)
 
 
-def build(
-    config: TrainConfig,
-    examples: Iterable[Example],
-    held_out: list[Example],
-    *,
-    console: Console,
-    loaded: tuple[Any, Any] | None = None,
-    memory_bytes: int | None = None,
-) -> Run:
-    """Load the model (or take ``loaded``, a model and its tokenizer), encode the data, and set the method up.
-
-    With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
-    """
-    check_tracker(config)
-    config, device = settle(config)
-    model, tokenizer = loaded or load_model(
-        config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
-    )
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    layers = find_layers(model, config.decoder_name)
-    console.print(layers.describe(), highlight=False)
-    if tokenizer.chat_template is None:
-        console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
-    loader, batches, num_steps, longest = _prepare_data(config, tokenizer, examples, held_out, console)
-    if memory_bytes is None:
-        plan = plan_run(config, model.config, device.type, tokens=longest)
-    else:
-        with console.status("looking for what fits"):
-            rungs = climb(config, model.config, memory_bytes, device.type, tokens=longest)
-        config, plan = rungs[-1].config, rungs[-1].plan
-        levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
-        console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
-    console.print(plan.describe(), highlight=False)
-    meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
-    learner = make_learner(config, model, device)
-    if config.packing:
-        _check_packing(learner.layers, device)
-    return Run(config, tokenizer, learner, loader, batches, num_steps, plan, meter, device)
+def fit(run: Run, *, console: Console, resume: bool = False, allow_changes: bool = False) -> dict[str, Any]:
+    """Train ``run``, as ``train`` does; the folder is held against other processes."""
+    config, folder = run.config, Path(run.config.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_run(folder), stop_signals() as stop:
+            check_output(folder, resume=resume, held=True)
+            checkpoints = Checkpoints(folder, keep=config.save_total_limit, background=run.device.type == "cuda")
+            snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
+            standing = _go_on(run, snapshots, console, allow_changes) if resume else Standing()
+            write_config(config, folder / "config.yaml")
+            model_config = run.learner.layers.model.config
+            with explain_out_of_memory(config, model_config, run.device.type, run.data.longest):
+                return _loop(run, standing, snapshots, stop, console)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be written ({error.strerror or error}), so the run was stopped; "
+            + how_to_go_on(config)
+        ) from error
 
 
-def fit(run: Run, *, console: Console) -> dict[str, Any]:
-    """The loop. One optimizer step: one draw at most, one divisor for all its micro-batches, one update."""
-    config, learner = run.config, run.learner
-    folder = Path(config.output)
-    check_output(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "config.yaml")
-    started, tokens = time.perf_counter(), 0
-    with Metrics(config, folder) as metrics, training_progress(run.num_steps, console) as progress:
-        before = run.held_out_loss()
-        after = before
-        metrics.write(step=0, eval_loss=before, layers=learner.layers.describe(), plan=run.plan.as_dict())
+def _loop(run: Run, standing: Standing, snapshots: Snapshots, stop: StopSignal, console: Console) -> dict[str, Any]:
+    """One optimizer step: one draw at most, one divisor for all its micro-batches, one update."""
+    config, learner, num_steps = run.config, run.learner, run.data.num_steps
+    folder, saves = Path(config.output), _Saves(config)
+    started = time.perf_counter() - standing.train_seconds
+    with Metrics(config, folder, standing.step) as metrics, training_progress(num_steps, console) as progress:
+        if standing.step == 0:
+            standing.eval_loss_before = standing.eval_loss_after = run.held_out_loss()
+            metrics.write(
+                step=0, eval_loss=standing.eval_loss_before, layers=learner.layers.describe(), plan=run.plan.as_dict()
+            )
         learner.model.train()
-        for step, batch in enumerate(islice(run.loader, run.num_steps)):
+        batches = run.data.loader.batches(standing.position)
+        for step, (batch, position) in zip(range(standing.step, num_steps), batches, strict=False):
             tick = time.perf_counter()
-            learning_rate = set_learning_rate(learner.optimizer, config, step, run.num_steps)
+            seed_step(config.seed, step)
+            learning_rate = set_learning_rate(learner.optimizer, config, step, num_steps)
             micro_batches = (micro.to(run.device) for micro in batch.split(config.per_device_train_batch_size))
-            loss, grad_norm = (x.item() for x in learner.step(step, micro_batches, batch.num_labelled))
+            outcome = learner.step(step, micro_batches, batch.num_labelled)
+            loss, grad_norm = outcome.loss.item(), outcome.norm.item()
             seconds = time.perf_counter() - tick
-            tokens += batch.num_tokens
+            standing.step, standing.position = step + 1, position
+            standing.tokens += batch.num_tokens
+            if outcome.bad:
+                _bad_step(config, standing, batch, outcome, console)
+            else:
+                standing.skipped_in_a_row = 0
             active = learner.engine.active if learner.engine else None
-            last = step + 1 == run.num_steps
+            last = step + 1 == num_steps
             evaluated = last or bool(config.eval_steps and (step + 1) % config.eval_steps == 0)
             if evaluated:
-                after = run.held_out_loss()
-            if evaluated or (step + 1) % config.logging_steps == 0:
+                standing.eval_loss_after = run.held_out_loss()
+            if evaluated or outcome.bad or (step + 1) % config.logging_steps == 0:
                 metrics.write(
-                    step=step + 1, loss=loss, eval_loss=after if evaluated else None, learning_rate=learning_rate,
-                    grad_norm=grad_norm, active_layers=active, sampled_parts=_sampled_parts(learner.engine),
-                    tokens=batch.num_tokens, labelled_tokens=batch.num_labelled, step_seconds=seconds,
-                    peak_bytes=run.meter.bytes(), state_bytes=state_bytes(learner.optimizer),
+                    step=step + 1, loss=loss, eval_loss=standing.eval_loss_after if evaluated else None,
+                    learning_rate=learning_rate, grad_norm=grad_norm, skipped=outcome.bad or None, active_layers=active,
+                    sampled_parts=_sampled_parts(learner.engine), tokens=batch.num_tokens,
+                    labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=run.meter.bytes(),
+                    state_bytes=state_bytes(learner.optimizer),
                 )  # fmt: skip
             progress(step + 1, loss, batch.num_tokens / seconds, active)
+            if not last and (stop.received or saves.due(step + 1)):
+                standing.train_seconds = time.perf_counter() - started
+                standing.peak_bytes = max(standing.peak_bytes, run.meter.bytes())
+                metrics.sync()
+                snapshots.save(standing)
+            if not last and stop.received:
+                snapshots.checkpoints.wait()
+                raise Stopped(
+                    f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_go_on(config)}", stop.received
+                )
+    snapshots.checkpoints.wait()
     summary = {
-        "method": config.method, "steps": run.num_steps, "tokens": tokens,
-        "eval_loss_before": before, "eval_loss_after": after, "train_seconds": time.perf_counter() - started,
-        "planned_peak_bytes": run.plan.peak_bytes, "peak_bytes": run.meter.bytes(), "base_bytes": run.meter.base_bytes,
-        "state_bytes": state_bytes(learner.optimizer),
+        "method": config.method, "steps": num_steps, "tokens": standing.tokens,
+        "eval_loss_before": standing.eval_loss_before, "eval_loss_after": standing.eval_loss_after,
+        "train_seconds": time.perf_counter() - started, "planned_peak_bytes": run.plan.peak_bytes,
+        "peak_bytes": max(standing.peak_bytes, run.meter.bytes()), "base_bytes": run.meter.base_bytes,
+        "state_bytes": state_bytes(learner.optimizer), "skipped_steps": standing.skipped_steps,
     }  # fmt: skip
+    if run.data.streamed:
+        console.print(f"train: {run.data.streamed.describe()}", highlight=False)
     _save(run, folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     _report(folder, console)
     return summary
 
 
-def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
-    """``config`` with what ``auto`` stands for on this machine, and the device.
+def how_to_go_on(config: TrainConfig) -> str:
+    """What to type, for the end of a message."""
+    folder = Path(config.output)
+    return f"go on with: lisatune train --resume --config {folder / 'config.yaml'}"
 
-    Raises: UserError for a device that is not there, or a lever that has no effect on it.
-    """
-    device = pick_device(config.device)
-    settings = config.model_dump(exclude_unset=True) | {"device": str(device)}
-    if config.dtype == "auto":
-        settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
-    return build_config(settings), device
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed what a step draws at random (dropout), so that it depends on the seed and the step alone."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "little")
+    random.seed(number)
+    torch.manual_seed(number)
+
+
+class _Saves:
+    """Says when a checkpoint is due."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.steps = config.save_steps
+        minutes = config.save_minutes or (None if config.save_steps else 10)
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        self.last = time.monotonic()
+
+    def due(self, num_steps: int) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds and not (self.steps and num_steps % self.steps == 0):
+            return False
+        self.last = now
+        return True
+
+
+def _go_on(run: Run, snapshots: Snapshots, console: Console, allow_changes: bool) -> Standing:
+    """Put the run where its newest whole checkpoint says."""
+    config, folder = run.config, Path(run.config.output)
+
+    def tell(text: str) -> None:
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    found = snapshots.checkpoints.latest(tell)
+    if found is not None:
+        state = read_state_of(found)
+        before, identity = state.config, state.identity
+    else:
+        path = folder / "config.yaml"
+        before, identity = read_settings(str(path), []) if path.is_file() else used_settings(config), {}
+    changes = differences(before, used_settings(config))
+    changes += [
+        f"{name} data: {run.data.identity.get(name, 'none')} (was {was})"
+        for name, was in identity.items()
+        if run.data.identity.get(name) != was
+    ]
+    if changes and not allow_changes:
+        raise UserError(
+            f"{folder} did not begin like this: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
+            "to go on with it, to other results"
+        )
+    for change in changes:
+        tell(f"changed since the run began: {change}")
+    if found is None:
+        if (folder / "model").exists():
+            raise UserError(f"{folder} holds a trained model, but no checkpoint to go on from: choose another output")
+        console.print("no checkpoint was written yet: the run begins anew")
+        return Standing()
+    for name, was in state.environment.items():
+        now = environment(run.device).get(name)
+        if now != was:
+            tell(f"{name} was {was}, now it is {now}: weights equal to the bit need the same")
+    (folder / "summary.json").unlink(missing_ok=True)
+    standing = snapshots.restore(found)
+    console.print(f"going on after step {standing.step:,} of {run.data.num_steps:,}", highlight=False)
+    return standing
+
+
+def _bad_step(config: TrainConfig, standing: Standing, batch: Batch, outcome: Outcome, console: Console) -> None:
+    """Stop, or count a step that was left out."""
+    shown = "; ".join(batch.places[:3]) + (f" and {len(batch.places) - 3} more" if len(batch.places) > 3 else "")
+    limit = f" (bad_grad_norm={config.bad_grad_norm})" if config.bad_grad_norm else ""
+    text = (
+        f"step {standing.step}: the loss is {outcome.loss.item():.6g} and the gradient norm {outcome.norm.item():.6g}{limit} "
+        f"with the rows {shown}"
+    )
+    standing.skipped_steps += 1
+    standing.skipped_in_a_row += 1
+    if config.on_bad_step == "skip" and standing.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
+        console.print(f"{text}: left out", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        return
+    again = f" for the {MOST_SKIPPED_IN_A_ROW}th time in a row" if config.on_bad_step == "skip" else ""
+    raise UserError(
+        f"{text}{again}, so the run was stopped, with its last checkpoint as it was; try a lower learning_rate, warmup_steps or "
+        f"on_bad_step=skip; {how_to_go_on(config)} --allow-changes, with the settings that change"
+    )
 
 
 def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
@@ -196,80 +267,18 @@ def _sampled_parts(engine: LisaEngine | None) -> list[str] | None:
     return [engine.pool[i] for i in engine.drawn if i >= len(engine.layers.decoder)]
 
 
-class _EncodedStream:
-    """Documents encoded anew from their examples each time they are iterated."""
-
-    def __init__(self, encoder: Encoder, examples: Iterable[Example]) -> None:
-        self.encoder = encoder
-        self.examples = examples
-
-    def __iter__(self) -> Iterator[Encoded]:
-        return self.encoder(self.examples)
-
-
-def _prepare_data(
-    config: TrainConfig, tokenizer: Any, examples: Iterable[Example], held_out: list[Example], console: Console
-) -> tuple[Loader, list[Batch], int, int]:
-    def encode(some: Iterable[Example], name: str) -> list[Encoded]:
-        encoder = Encoder(tokenizer, config.max_length, completion_only_loss=config.completion_only_loss)
-        with console.status(f"tokenizing {name}"):
-            documents = list(encoder(some))
-        console.print(f"{name}: {encoder.counts.describe()}", highlight=False)
-        if not documents:
-            raise UserError(
-                f"{config.data}: no row holds anything to learn within max_length={config.max_length}: raise it"
-            )
-        return documents
-
-    def load(documents: Iterable[Encoded], rows_per_step: int, **options: Any) -> Loader:
-        return Loader(
-            documents, rows_per_step=rows_per_step, max_length=config.max_length, pad_id=tokenizer.pad_token_id or 0,
-            packing=config.packing, seed=config.seed, **options,
-        )  # fmt: skip
-
-    documents: Iterable[Encoded]
-    if config.streaming:
-        encoder = Encoder(tokenizer, config.max_length, completion_only_loss=config.completion_only_loss)
-        documents = _EncodedStream(encoder, examples)
-        console.print(f"{config.data}: rows are read as they are needed")
-    else:
-        documents = encode(examples, "train")
-    loader = load(documents, config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
-    batches = []
-    if held_out:
-        batches = list(load(encode(held_out, "held out"), config.per_device_train_batch_size, shuffle=False).epoch(0))
-    known = not config.streaming and not config.packing
-    longest = max(len(document) for document in documents) if known else config.max_length
-    return loader, batches, num_steps, longest
-
-
-@torch.no_grad()
-def _check_packing(layers: Layers, device: torch.device) -> None:
-    """Refuse packing for a model in which a packed document would see the one before; found by trying it."""
-    layers.model.eval()
-    first, second = torch.tensor([[1, 2, 3, 4]], device=device), torch.tensor([[5, 6, 7]], device=device)
-    packed = torch.cat([first, second], dim=1)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
-    together = layers.trunk(input_ids=packed, position_ids=positions)[:, 4:]
-    alone = layers.trunk(input_ids=second, position_ids=positions[:, 4:])
-    # rounding differs with the shapes; a leak changes the hidden states by a share of their size
-    if (together - alone).abs().max() > 0.02 * alone.abs().max():
-        raise UserError(
-            f"packing=true: {type(layers.model).__name__} would mix packed documents with each other; leave packing out"
-        )
-
-
 def _save(run: Run, folder: Path) -> None:
     model = run.learner.model
     if run.config.method == "lora":
-        model.save_pretrained(folder / "adapter")
+        model.save_pretrained(folder / ".adapter.new")
+        replace_folder(folder / ".adapter.new", folder / "adapter")
         if run.learner.host_layers:
             model.to("cpu")  # adapters are merged where the weights are
             run.learner.host_layers.remove(torch.device("cpu"))
         model = model.merge_and_unload()
     model.requires_grad_(True)
-    save_model(model, run.tokenizer, folder / "model")
+    save_model(model, run.tokenizer, folder / ".model.new")
+    replace_folder(folder / ".model.new", folder / "model")
 
 
 def _report(folder: Path, console: Console) -> None:

@@ -40,20 +40,39 @@ def test_an_epoch_holds_every_document_once_in_an_order_of_its_own(packing):
 
 
 def test_endless_and_seeded():
-    first = [b.input_ids.tolist() for b in islice(loader(seed=1), 20)]
-    assert first == [b.input_ids.tolist() for b in islice(loader(seed=1), 20)]
-    assert first != [b.input_ids.tolist() for b in islice(loader(seed=2), 20)]
+    first = [b.input_ids.tolist() for b, _ in islice(loader(seed=1).batches(), 20)]
+    assert first == [b.input_ids.tolist() for b, _ in islice(loader(seed=1).batches(), 20)]
+    assert first != [b.input_ids.tolist() for b, _ in islice(loader(seed=2).batches(), 20)]
     with pytest.raises(ValueError, match="nothing to learn"):
-        next(iter(loader([])))
+        next(loader([]).batches())
+
+
+class InWindows:
+    """A stream of which every window but the last holds three documents."""
+
+    def windows(self, first):
+        for start in range(first, len(DOCUMENTS), 3):
+            yield start, list(DOCUMENTS[start : start + 3])
 
 
 def test_a_stream_is_read_anew_each_epoch():
-    class Stream:
-        def __iter__(self):
-            return iter(DOCUMENTS)
-
-    tokens = [sum(b.num_tokens for b in loader(Stream()).epoch(e)) for e in (0, 1)]
+    tokens = [sum(b.num_tokens for b in loader(InWindows()).epoch(e)) for e in (0, 1)]
     assert tokens == [sum(map(len, DOCUMENTS))] * 2
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("documents", [DOCUMENTS, InWindows()], ids=["in memory", "stream"])
+def test_going_on_from_any_position_gives_what_would_have_followed(documents, packing, monkeypatch):
+    """Over three epochs, the windows' ends and the epochs' among them, as are batches that span two windows."""
+    monkeypatch.setattr("lisatune.data.loader.WINDOW", 3)
+    straight = list(islice(loader(documents, packing=packing).batches(), 18))
+    assert {position.epoch for _, position in straight} >= {0, 1, 2}
+    for done, (_, position) in enumerate(straight[:-1], start=1):
+        rest = list(islice(loader(documents, packing=packing).batches(position), 18 - done))
+        for (batch, at), (expected, expected_at) in zip(rest, straight[done:], strict=True):
+            assert torch.equal(batch.input_ids, expected.input_ids)
+            assert batch.places == expected.places
+            assert at == expected_at
 
 
 @pytest.mark.parametrize("layout", ["packed", "micro-batches"])

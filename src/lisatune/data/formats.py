@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ ROLES = {
     "system": "system",
     "tool": "tool",
 }
+MAX_SHOWN, MAX_SHOWN_LETTERS = 12, 60  # column names in a message, and letters of each
 KNOWN_COLUMNS = (
     "messages; prompt and completion; instruction, input and output; conversations; question and answer; text"
 )
@@ -89,9 +93,8 @@ def parse_row(row: Row) -> Example:
         return _pair(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _string(row, "output"))
     if "text" in columns:
         return Example(row.where, text=_string(row, "text"))
-    raise UserError(
-        f"{row.where}: columns {', '.join(map(str, columns)) or '(none)'} are not recognised; expected {KNOWN_COLUMNS}"
-    )
+    names = [_shown(name) for name in list(columns)[:MAX_SHOWN]] + ["..."] * (len(columns) > MAX_SHOWN)
+    raise UserError(f"{row.where}: columns {', '.join(names) or '(none)'} are not recognised; expected {KNOWN_COLUMNS}")
 
 
 def _string(row: Row, column: str, default: str | None = None) -> str:
@@ -100,7 +103,19 @@ def _string(row: Row, column: str, default: str | None = None) -> str:
         value = default
     if not isinstance(value, str):
         raise UserError(f"{row.where}: '{column}' is {_kind(value)}, but must be a string")
-    return value
+    return _whole(row, column, value)
+
+
+def _whole(row: Row, name: str, text: str) -> str:
+    """``text``, unless a tokenizer could not take it: JSON may write half of a surrogate pair, UTF-8 may not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{row.where}: '{name}' holds {ascii(text[error.start])[1:-1]}, half of a character, which is no text; "
+            "mend or remove it"
+        ) from error
+    return text
 
 
 def _as_messages(row: Row, column: str, role: str) -> list[Any]:
@@ -122,9 +137,10 @@ def _chat(row: Row, turns: Any, role_key: str, content_key: str) -> Example:
         if not isinstance(turn, Mapping) or not isinstance(turn.get(content_key), str):
             raise UserError(f"{row.where}: turn {number} has no '{content_key}' that is a string")
         role = turn.get(role_key)
-        if role not in ROLES:
-            raise UserError(f"{row.where}: turn {number} has {role_key} {role!r}; expected one of {', '.join(ROLES)}")
-        messages.append(Message(role=ROLES[role], content=turn[content_key]))
+        if not isinstance(role, str) or role not in ROLES:
+            told = f"'{_shown(role)}'" if isinstance(role, str) else _kind(role)
+            raise UserError(f"{row.where}: turn {number} has {role_key} {told}; expected one of {', '.join(ROLES)}")
+        messages.append(Message(role=ROLES[role], content=_whole(row, content_key, turn[content_key])))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{row.where}: the chat has no assistant turn, so there is nothing to learn")
     return Example(row.where, tuple(messages))
@@ -132,6 +148,13 @@ def _chat(row: Row, turns: Any, role_key: str, content_key: str) -> Example:
 
 def _kind(value: Any) -> str:
     return "missing or null" if value is None else f"a {type(value).__name__}"
+
+
+def _shown(name: Any) -> str:
+    """A name of the data in a message to the user: one line that any terminal can print, and not a long one."""
+    text = str(name)[:MAX_SHOWN_LETTERS]
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(str(name)) <= MAX_SHOWN_LETTERS else f"{text}..."
 
 
 def read_rows(data: str, *, split: str = "train", streaming: bool = False) -> Iterator[Row]:
@@ -147,20 +170,48 @@ def read_rows(data: str, *, split: str = "train", streaming: bool = False) -> It
     Yields: ``Row``, in the order of the file; files of a folder in the order of their names.
     Raises: UserError naming file and line for what is malformed.
     """
-    path = Path(data).expanduser()
-    if path.is_dir():
-        files = [f for f in sorted(path.rglob("*")) if f.is_file() and _suffix(f)]
-        if not files:
-            raise UserError(f"{data}: the folder holds no {', '.join(LOCAL_SUFFIXES)}, .parquet or .csv file")
+    files = find_files(data)
+    if files is None:
+        yield from _read_with_library(data, split, streaming)
+    else:
         for file in files:
             yield from _read_file(file)
-    elif path.is_file():
-        yield from _read_file(path)
-    elif path.exists() or _looks_like_path(data):
-        nearby = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{data}: no such file or folder{did_you_mean(path.name, nearby)}")
-    else:
-        yield from _read_with_library(data, split, streaming)
+
+
+def find_files(data: str) -> list[Path] | None:
+    """The files that ``data`` names, or None for a name of the hub."""
+    if not data.strip():
+        raise UserError("the data's name is empty: give a file, a folder or a hub name")  # Path("") is where we stand
+    try:
+        path = Path(data).expanduser()
+        if path.is_dir():
+            return _files_of_folder(path)
+        if path.is_file():
+            return [path]
+        if path.exists() or _looks_like_path(data):
+            nearby = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f"{data}: no such file or folder{did_you_mean(path.name, nearby)}")
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, ~ of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{_shown(data)}: cannot be looked up ({reason}); give the path of a file or folder") from error
+    return None
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """Every file of rows below ``folder``; one that cannot be read is an error, where ``rglob`` passes it by."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files = []
+    for place, subfolders, names in os.walk(folder, onerror=refuse):
+        for name in subfolders:
+            if (link := Path(place, name)).is_symlink():
+                raise UserError(f"{link}: a link to another folder is not followed; remove it, or give that folder")
+        files += [file for name in names if _suffix(file := Path(place, name))]
+    if not files:
+        raise UserError(f"{folder}: the folder holds no {', '.join(LOCAL_SUFFIXES)}, .parquet or .csv file")
+    return sorted(files)
 
 
 def _looks_like_path(data: str) -> bool:
@@ -175,24 +226,35 @@ def _read_file(path: Path) -> Iterator[Row]:
     suffix = _suffix(path)
     if suffix is None:
         raise UserError(f"{path}: expected a file ending in {', '.join((*LOCAL_SUFFIXES, *LIBRARY_SUFFIXES))}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file; give one that holds rows")  # a pipe would be waited for
     if suffix in LIBRARY_SUFFIXES:
         yield from _read_with_library(str(path), "train", streaming=True, builder=LIBRARY_SUFFIXES[suffix])
         return
     try:
         yield from _read_json(path) if ".jsonl" not in suffix else _read_json_lines(path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); is it a whole{' gzip' * suffix.endswith('.gz')} file?"
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason}{_bad_line(path)}); save it as UTF-8") from error
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, mode: str = "rt") -> Any:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig")
+    return opener(path, mode, encoding="utf-8-sig" if mode == "rt" else None)
+
+
+def _bad_line(path: Path) -> str:
+    """Where text stops being UTF-8; found by a second look, as text is decoded ahead of the line that is read."""
+    with _open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f" in line {number}"
+    return ""
 
 
 def _read_json_lines(path: Path) -> Iterator[Row]:
@@ -209,19 +271,35 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not text.lstrip().startswith("["):
         yield from _read_json_lines(path)
         return
-    for number, item in enumerate(_parse(text, path, 1), start=1):
+    for number, item in enumerate(_parse(text, path), start=1):
         yield _row(f"{path}, row {number}", item)
 
 
-def _parse(text: str, path: Path, line: int) -> Any:
+def _parse(text: str, path: Path, line: int | None = None) -> Any:
+    where = str(path) if line is None else f"{path}, line {line}"
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {line + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); mend or remove it"
+            f"{path}, line {(line or 1) + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); mend or remove it"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{path}, line {line}: JSON nested too deep to read; mend or remove it") from error
+        raise UserError(f"{where}: JSON nested too deep to read; mend or remove it") from error
+    except _Twice as error:
+        raise UserError(f"{where}: '{_shown(error)}' stands twice in one object; remove one of them") from error
+    except ValueError as error:  # of int(), which reads no more than 4,300 digits
+        raise UserError(f"{where}: holds a number of too many digits to read; mend or remove it") from error
+
+
+class _Twice(Exception):
+    """A name that an object holds twice; json would keep the last and lose the others in silence."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return columns
 
 
 def _row(where: str, columns: Any) -> Row:

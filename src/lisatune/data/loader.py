@@ -6,9 +6,9 @@ Shapes: B rows, T positions.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,23 @@ from torch import Tensor
 from lisatune.data.packing import pack
 from lisatune.data.tokenize import IGNORED, Encoded
 
-PACK_WINDOW = 1000  # documents packed, or shuffled in a stream, at a time
+WINDOW = 1000  # documents packed, or shuffled in a stream, at a time
+
+
+class Position(NamedTuple):
+    """Where a reader of the data stands: in the window that begins at item ``first``, ``rows`` rows are done."""
+
+    epoch: int = 0
+    first: int = 0
+    rows: int = 0
+
+
+class Stream(Protocol):
+    """Documents that cannot all be held."""
+
+    def windows(self, first: int) -> Iterator[tuple[int, list[Encoded]]]:
+        """Windows of documents with the number of their first item, from that on which begins at item ``first``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,12 +41,14 @@ class Batch:
 
     ``labels`` are shifted already: ``labels[b, t]`` is the token to predict at ``t``, or -100. ``position_ids`` begin
     anew with each document, which is how the attention knows to keep documents apart. ``is_token`` is False on padding.
+    ``places`` says where the documents come from.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
     is_token: Tensor
+    places: tuple[str, ...] = ()
 
     @property
     def num_labelled(self) -> int:
@@ -49,11 +67,15 @@ class Batch:
             labels = self.labels[rows]
             used = (labels != IGNORED).any(0).nonzero()
             width = int(used[-1]) + 1 if len(used) else 1
-            yield Batch(*(t[rows, :width] for t in (self.input_ids, self.labels, self.position_ids, self.is_token)))
+            yield self._map(lambda t: t[rows, :width])  # noqa: B023 - called at once
 
     def to(self, device: torch.device) -> Batch:
         """The same on ``device``."""
-        return Batch(*(t.to(device) for t in (self.input_ids, self.labels, self.position_ids, self.is_token)))
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        ids, labels, positions = change(self.input_ids), change(self.labels), change(self.position_ids)
+        return Batch(ids, labels, positions, change(self.is_token), self.places)
 
 
 def collate(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
@@ -77,15 +99,14 @@ def collate(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
             if len(row) > 1:
                 positions[b, end:] = torch.arange(width - end)  # the next document begins at 0 again
             start = end
-    return Batch(ids, labels, positions, is_token)
+    return Batch(ids, labels, positions, is_token, tuple(document.where for row in rows for document in row))
 
 
 class Loader:
-    """Batches of optimizer steps, epoch after epoch without end.
+    """Batches of optimizer steps, epoch after epoch without end, from any position on.
 
     Args:
-        documents: A sequence, shuffled anew each epoch; or any other iterable that can be iterated again (a stream),
-            shuffled within a window.
+        documents: A sequence, shuffled anew each epoch, or a ``Stream``, shuffled within its windows.
         rows_per_step: Rows of a batch; the last one of an epoch may have fewer.
         max_length: Tokens of a row.
         pad_id: Token that fills rows up.
@@ -97,7 +118,7 @@ class Loader:
 
     def __init__(
         self,
-        documents: Iterable[Encoded],
+        documents: Sequence[Encoded] | Stream,
         *,
         rows_per_step: int,
         max_length: int,
@@ -114,42 +135,62 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
 
-    def __iter__(self) -> Iterator[Batch]:
-        for epoch in count():
-            empty = True
-            for batch in self.epoch(epoch):
+    def batches(self, start: Position = Position()) -> Iterator[tuple[Batch, Position]]:  # noqa: B008 - a constant
+        """Batches from ``start`` on, each with the position after it, which is where to go on.
+
+        A pure function of the documents, the seed and ``start``: going on from a position gives what would have
+        followed. What lies before it is skipped; of a stream it is read again, but not tokenized.
+
+        Raises: ValueError if an epoch is empty.
+        """
+        while True:
+            empty = start == (start.epoch, 0, 0)
+            for batch, position in self._epoch(start):
                 empty = False
-                yield batch
+                yield batch, position
             if empty:
                 raise ValueError("the data set holds nothing to learn")
+            start = Position(start.epoch + 1)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch; a pure function of the documents, the seed and ``epoch``."""
-        rows = self._rows(epoch)
-        while chunk := list(islice(rows, self.rows_per_step)):
-            yield collate(chunk, self.pad_id)
+        """The batches of one epoch."""
+        return (batch for batch, _ in self._epoch(Position(epoch)))
 
     def num_steps(self) -> int:
         """Batches in the first epoch; counted without making them. Packing may give another epoch one more or less."""
-        return -(-sum(1 for _ in self._rows(0)) // self.rows_per_step)
+        return -(-sum(1 for _ in self._rows(Position())) // self.rows_per_step)
 
-    def _rows(self, epoch: int) -> Iterator[list[Encoded]]:
-        order = random.Random(f"{self.seed}/{epoch}")
-        for window in self._windows(order):
-            if not self.packing:
-                yield from ([document] for document in window)
-                continue
-            rows = pack([len(document) for document in window], self.max_length)
-            if self.shuffle:
-                order.shuffle(rows)  # longest first would order the steps by length
-            yield from ([window[i] for i in row] for row in rows)
+    def _epoch(self, start: Position) -> Iterator[tuple[Batch, Position]]:
+        rows: list[list[Encoded]] = []
+        for row, position in self._rows(start):
+            rows.append(row)
+            if len(rows) == self.rows_per_step:
+                yield collate(rows, self.pad_id), position
+                rows = []
+        if rows:
+            yield collate(rows, self.pad_id), Position(start.epoch + 1)
 
-    def _windows(self, order: random.Random) -> Iterator[list[Encoded]]:
-        documents = self.documents
-        if self.shuffle and isinstance(documents, Sequence):
-            documents = order.sample(documents, len(documents))
-        stream = iter(documents)
-        while window := list(islice(stream, PACK_WINDOW)):
+    def _rows(self, start: Position) -> Iterator[tuple[list[Encoded], Position]]:
+        """The rest of an epoch, a row at a time, each with the position after it."""
+        for first, window in self._windows(start):
+            order = random.Random(f"{self.seed}/{start.epoch}/{first}")
             if self.shuffle and not isinstance(self.documents, Sequence):
                 order.shuffle(window)
-            yield window
+            rows = [[document] for document in window]
+            if self.packing:
+                rows = [[window[i] for i in row] for row in pack([len(d) for d in window], self.max_length)]
+                if self.shuffle:
+                    order.shuffle(rows)  # longest first would order the steps by length
+            done = start.rows if first == start.first else 0
+            for number, row in enumerate(rows[done:], start=done + 1):
+                yield row, Position(start.epoch, first, number)
+
+    def _windows(self, start: Position) -> Iterator[tuple[int, list[Encoded]]]:
+        if not isinstance(self.documents, Sequence):
+            yield from self.documents.windows(start.first)
+            return
+        documents = self.documents
+        if self.shuffle:
+            documents = random.Random(f"{self.seed}/{start.epoch}").sample(documents, len(documents))
+        for first in range(start.first, len(documents), WINDOW):
+            yield first, list(documents[first : first + WINDOW])

@@ -24,10 +24,14 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one document and which of them are learnt; both of length T, ``labels[t]`` is ``ids[t]`` or -100."""
+    """Token ids of one document and which of them are learnt; both of length T, ``labels[t]`` is ``ids[t]`` or -100.
+
+    ``where`` is the place of its row: ``file, line 3``.
+    """
 
     ids: array[int]
     labels: array[int]
+    where: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,8 +88,8 @@ class Encoder:
             chats = [text for piece in pieces for text, kind in piece if kind != "text"]
             texts = [text for piece in pieces for text, kind in piece if kind == "text"]
             ids = {False: iter(self._tokenize(chats, special=False)), True: iter(self._tokenize(texts, special=True))}
-            for piece in pieces:
-                yield from self._join([(next(ids[kind == "text"]), kind) for _, kind in piece])
+            for example, piece in zip(chunk, pieces, strict=True):
+                yield from self._join([(next(ids[kind == "text"]), kind) for _, kind in piece], example.where)
 
     def _tokenize(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -123,7 +127,7 @@ class Encoder:
             raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
         return text
 
-    def _join(self, pieces: list[tuple[list[int], str]]) -> Iterator[Encoded]:
+    def _join(self, pieces: list[tuple[list[int], str]], where: str) -> Iterator[Encoded]:
         ids, labels = array("i"), array("i")
         for piece, kind in pieces:
             ids.extend(piece)
@@ -137,7 +141,7 @@ class Encoder:
         self.counts.read += 1
         step = self.max_length if is_text else max(len(ids), 1)
         documents = [
-            Encoded(ids[start : start + self.max_length], labels[start : start + self.max_length])
+            Encoded(ids[start : start + self.max_length], labels[start : start + self.max_length], where)
             for start in range(0, len(ids), step)
         ]
         # the first token of a document is predicted from nothing, so a label there is none

@@ -33,7 +33,8 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     training row, how many are answered to the letter.
     Raises: UserError if ``output`` holds something already or the model is not to be had.
     """
-    from lisatune.train import build, fit
+    from lisatune.run import build
+    from lisatune.train import fit
 
     config = build_config(
         {

@@ -187,16 +187,22 @@ class AdamW(torch.optim.Optimizer):
         for number, p in zip(numbers, parameters, strict=True):
             if number not in state_dict["state"]:
                 continue
-            saved = state_dict["state"][number]
-            if saved["exp_avg"].dtype != self.moments.dtypes()["exp_avg"]:
-                raise UserError(
-                    f"the saved moments are {saved['exp_avg'].dtype}, which state_bits={self.moments.bits} does not "
-                    "hold: make the optimizer with the state_bits that the state was saved with"
-                )
-            state = {"step": saved["step"].to("cpu", copy=True)}
-            for name, dtype in self.moments.dtypes().items():
-                state[name] = self.moments.place(saved[name].shape, dtype, p).copy_(saved[name])
-            self.state[p] = state
+            self.place_state(p, state_dict["state"][number])
+
+    def place_state(self, p: Tensor, saved: dict[str, Any]) -> None:
+        """Copy the saved state of ``p`` to where this optimizer holds it.
+
+        Raises: UserError if it was saved with other ``state_bits``.
+        """
+        if saved["exp_avg"].dtype != self.moments.dtypes()["exp_avg"]:
+            raise UserError(
+                f"the saved moments are {saved['exp_avg'].dtype}, which state_bits={self.moments.bits} does not "
+                "hold: make the optimizer with the state_bits that the state was saved with"
+            )
+        state = {"step": saved["step"].to("cpu", copy=True)}
+        for name, dtype in self.moments.dtypes().items():
+            state[name] = self.moments.place(saved[name].shape, dtype, p).copy_(saved[name])
+        self.state[p] = state
 
 
 def _width(p: Tensor) -> int:

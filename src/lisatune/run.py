@@ -1,0 +1,193 @@
+"""All the parts of a run, built from a config and checked."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisatune.amounts import gib
+from lisatune.config import TrainConfig, build_config
+from lisatune.data import fingerprint
+from lisatune.data.formats import Example
+from lisatune.data.loader import Batch, Loader, Stream
+from lisatune.data.stream import EncodedStream
+from lisatune.data.tokenize import Counts, Encoded, Encoder
+from lisatune.errors import UserError
+from lisatune.evaluate import held_out_loss
+from lisatune.fit import climb, explain_out_of_memory, pulled
+from lisatune.layers import Layers, find_layers
+from lisatune.learner import Learner, make_learner
+from lisatune.memory.measure import PeakMeter, tensor_bytes
+from lisatune.models import load_model, pick_device
+from lisatune.plan import Plan, plan_run
+from lisatune.tracking import check_tracker
+
+
+@dataclass
+class Data:
+    """What a run learns from.
+
+    Args:
+        loader: Batches to train on.
+        held_out: Batches to evaluate on.
+        num_steps: Optimizer steps of the whole run.
+        longest: Tokens of the longest row.
+        identity: ``train`` and ``held-out`` to what they are recognised by.
+        streamed: Counts of the rows of a stream, which grow as it is read; None if all were read at the start.
+    """
+
+    loader: Loader
+    held_out: list[Batch]
+    num_steps: int
+    longest: int
+    identity: dict[str, str]
+    streamed: Counts | None
+
+
+@dataclass
+class Run:
+    """All the parts of a run, built and checked, before its first step."""
+
+    config: TrainConfig
+    tokenizer: Any
+    learner: Learner
+    data: Data
+    plan: Plan
+    meter: PeakMeter
+    device: torch.device
+
+    def held_out_loss(self) -> float | None:
+        """Loss on the held-out rows, if there are any."""
+        if not self.data.held_out:
+            return None
+        learner = self.learner
+        return held_out_loss(learner.layers, self.data.held_out, linear_head=learner.linear_head, device=self.device)
+
+
+def build(
+    config: TrainConfig,
+    examples: Iterable[Example],
+    held_out: list[Example],
+    *,
+    console: Console,
+    loaded: tuple[Any, Any] | None = None,
+    memory_bytes: int | None = None,
+) -> Run:
+    """Load the model (or take ``loaded``, a model and its tokenizer), encode the data, and set the method up.
+
+    With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
+    """
+    check_tracker(config)
+    config, device = settle(config)
+    model, tokenizer = loaded or load_model(
+        config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+    )
+    if config.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask for
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)  # of LoRA's adapters
+    layers = find_layers(model, config.decoder_name)
+    console.print(layers.describe(), highlight=False)
+    if tokenizer.chat_template is None:
+        console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
+    data = _prepare_data(config, tokenizer, examples, held_out, console)
+    if memory_bytes is None:
+        plan = plan_run(config, model.config, device.type, tokens=data.longest)
+    else:
+        with console.status("looking for what fits"):
+            rungs = climb(config, model.config, memory_bytes, device.type, tokens=data.longest)
+        config, plan = rungs[-1].config, rungs[-1].plan
+        levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
+        console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
+    console.print(plan.describe(), highlight=False)
+    meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
+    with explain_out_of_memory(config, model.config, device.type, data.longest):
+        learner = make_learner(config, model, device)
+    if config.packing:
+        _check_packing(learner.layers, device)
+    return Run(config, tokenizer, learner, data, plan, meter, device)
+
+
+def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
+    """``config`` with what ``auto`` stands for on this machine, and the device.
+
+    Raises: UserError for a device that is not there, or a lever that has no effect on it.
+    """
+    device = pick_device(config.device)
+    settings = config.model_dump(exclude_unset=True) | {"device": str(device)}
+    if config.dtype == "auto":
+        settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
+    return build_config(settings), device
+
+
+def _prepare_data(
+    config: TrainConfig, tokenizer: Any, examples: Iterable[Example], held_out: list[Example], console: Console
+) -> Data:
+    def encoder() -> Encoder:
+        return Encoder(tokenizer, config.max_length, completion_only_loss=config.completion_only_loss)
+
+    def encode(some: Iterable[Example], name: str) -> list[Encoded]:
+        encode_all = encoder()
+        with console.status(f"tokenizing {name}"):
+            documents = list(encode_all(some))
+        console.print(f"{name}: {encode_all.counts.describe()}", highlight=False)
+        if not documents:
+            raise UserError(
+                f"{config.data}: no row holds anything to learn within max_length={config.max_length}: raise it"
+            )
+        return documents
+
+    def load(documents: Sequence[Encoded] | Stream, rows_per_step: int, **options: Any) -> Loader:
+        return Loader(
+            documents, rows_per_step=rows_per_step, max_length=config.max_length, pad_id=tokenizer.pad_token_id or 0,
+            packing=config.packing, seed=config.seed, **options,
+        )  # fmt: skip
+
+    documents: list[Encoded] | EncodedStream
+    longest = config.max_length
+    if config.streaming:
+        documents = EncodedStream(encoder(), examples)
+        identity = {"train": fingerprint.of_stream(config.data)}
+        console.print(f"{config.data}: rows are read as they are needed")
+    else:
+        documents = encode(examples, "train")
+        identity = {"train": fingerprint.of_documents(documents)}
+        if not config.packing:
+            longest = max(len(document) for document in documents)
+    loader = load(documents, config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
+    batches = []
+    if held_out:
+        rows = encode(held_out, "held out")
+        batches = list(load(rows, config.per_device_train_batch_size, shuffle=False).epoch(0))
+        identity["held-out"] = fingerprint.of_documents(rows)
+    return Data(
+        loader,
+        batches,
+        num_steps,
+        longest,
+        identity,
+        documents.encoder.counts if isinstance(documents, EncodedStream) else None,
+    )
+
+
+@torch.no_grad()
+def _check_packing(layers: Layers, device: torch.device) -> None:
+    """Refuse packing for a model in which a packed document would see the one before; found by trying it."""
+    layers.model.eval()
+    first, second = torch.tensor([[1, 2, 3, 4]], device=device), torch.tensor([[5, 6, 7]], device=device)
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
+    together = layers.trunk(input_ids=packed, position_ids=positions)[:, 4:]
+    alone = layers.trunk(input_ids=second, position_ids=positions[:, 4:])
+    # rounding differs with the shapes; a leak changes the hidden states by a share of their size
+    if (together - alone).abs().max() > 0.02 * alone.abs().max():
+        raise UserError(
+            f"packing=true: {type(layers.model).__name__} would mix packed documents with each other; leave packing out"
+        )

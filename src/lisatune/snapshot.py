@@ -1,0 +1,263 @@
+"""What a checkpoint holds of a learner, part by part, and how it is put back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lisatune.checkpoint import Checkpoint, Checkpoints, Damaged
+from lisatune.data.loader import Position
+from lisatune.errors import UserError
+from lisatune.learner import Learner
+
+COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
+
+
+class Standing(BaseModel):
+    """How far a run has come, beside its weights and optimizer state."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = 0
+    position: Position = Position()
+    tokens: int = 0
+    train_seconds: float = 0.0
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    peak_bytes: int = 0
+
+
+class State(BaseModel):
+    """``state.json`` of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    standing: Standing
+    drawn: tuple[int, ...] | None
+    sampler: dict[str, Any] | None
+    counters: list[dict[str, int]]
+    scalars: dict[str, dict[str, dict[str, float | int | bool | None]]]
+    base: dict[str, str]
+    config: dict[str, Any]
+    identity: dict[str, str]
+    environment: dict[str, str]
+
+
+class Snapshots:
+    """Saves a learner into checkpoints and brings it back.
+
+    Files of a checkpoint: ``weights-<part>`` for each part that has trained since the run began, ``state-<part>`` for each
+    part that holds optimizer state. Of what never trained (layers not drawn yet, all that LoRA freezes) there is only the
+    SHA-256: those weights are the base model's, which a resumed run loads anyway and has to find unchanged. Random states
+    are not saved, because there are none: draws, noise and dropout are functions of the seed and the step.
+
+    Args:
+        learner: As ``make_learner`` gives it, before its first step.
+        checkpoints: Where they are kept.
+        config: All settings, for the comparison at resume.
+        identity: Names to what the run must find again, in words that a person can compare (the data's fingerprint).
+    """
+
+    def __init__(
+        self, learner: Learner, checkpoints: Checkpoints, config: dict[str, Any], identity: dict[str, str]
+    ) -> None:
+        self.learner = learner
+        self.checkpoints = checkpoints
+        self.config = config
+        self.identity = identity
+        self._ever: set[str] = set()
+        self._base: dict[str, str] | None = None
+
+    def save(self, standing: Standing) -> None:
+        """A checkpoint of the learner between two steps.
+
+        Cost: hashing of the whole model at the first one; then bytes of what has trained since the last.
+        Raises: OSError if it cannot be written.
+        """
+        learner, known = self.learner, self.checkpoints.known()
+        if self._base is None:
+            self._base = self._hash_base()
+        changed = learner.touched
+        self._ever |= changed
+        state = learner.optimizer.state
+        tensors: dict[str, dict[str, Tensor]] = {}
+        unchanged: set[str] = set()
+        scalars: dict[str, Any] = {}
+        for part, parameters in self._trainable().items():
+            names = {
+                f"weights-{part}": part in self._ever,
+                f"state-{part}": any(state.get(p) for p in parameters.values()),
+            }
+            for name, present in names.items():
+                if not present:
+                    continue
+                if part not in changed and name in known:
+                    unchanged.add(name)
+                elif name.startswith("weights"):
+                    tensors[name] = {n: self._to_save(p) for n, p in parameters.items()}
+                else:
+                    tensors[name] = {
+                        f"{key}:{n}": self._to_save(value)
+                        for n, p in parameters.items()
+                        for key, value in state.get(p, {}).items()
+                        if isinstance(value, Tensor)
+                    }
+            held = {n: _scalars_of(state.get(p, {})) for n, p in parameters.items()}
+            if any(held.values()):
+                scalars[part] = {n: values for n, values in held.items() if values}
+        content = State(
+            standing=standing,
+            drawn=learner.engine.drawn if learner.engine else None,
+            sampler=_sampler_state(learner),
+            counters=[{k: g[k] for k in COUNTERS if isinstance(g.get(k), int)} for g in learner.optimizer.param_groups],
+            scalars=scalars,
+            base={part: digest for part, digest in self._base.items() if part not in self._ever},
+            config=self.config,
+            identity=self.identity,
+            environment=environment(learner.device),
+        )
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)
+        self.checkpoints.save(standing.step, tensors, unchanged, content.model_dump())
+        learner.touched = set()
+
+    def restore(self, checkpoint: Checkpoint) -> Standing:
+        """Put the learner where it was when ``checkpoint`` was saved; nothing of it is changed if that fails.
+
+        Raises: UserError if the base model is another one; Damaged if the checkpoint does not fit the model.
+        """
+        learner, state = self.learner, read_state_of(checkpoint)
+        self._base = self._hash_base()
+        other = [part for part, digest in state.base.items() if self._base.get(part) != digest]
+        if other:
+            raise UserError(
+                f"the base model is not the one that the run began with: its {other[0]} has other weights; put the model "
+                f"back that {checkpoint.folder} was made from"
+            )
+        trainable = self._trainable()
+        files = {name.removesuffix(".safetensors") for name in checkpoint.manifest.files} - {"state.json"}
+        weights = {part: f"weights-{part}" for part in trainable if f"weights-{part}" in files}
+        states = {part: f"state-{part}" for part in trainable if f"state-{part}" in files}
+        if strangers := files - {*weights.values(), *states.values()}:
+            raise Damaged(f"{checkpoint.folder}: {min(strangers)} is of no part of this model")
+        for part, name in weights.items():
+            _check_fit(checkpoint, name, trainable[part])
+        with torch.no_grad():
+            for part, name in weights.items():
+                with _open(checkpoint, name) as file:
+                    for n, parameter in trainable[part].items():
+                        parameter.copy_(file.get_tensor(n))
+        if learner.engine is not None:
+            learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
+            if learner.host_layers:
+                learner.host_layers.place()
+        for part, name in states.items():
+            with _open(checkpoint, name) as file:
+                held: dict[str, dict[str, Any]] = {}
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    entry, _, n = key.partition(":")
+                    held.setdefault(n, {})[entry] = file.get_tensor(key)
+            for n, values in held.items():
+                if n not in trainable[part]:
+                    raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
+                learner.place_state(trainable[part][n], values | state.scalars.get(part, {}).get(n, {}))
+        for group, counters in zip(learner.optimizer.param_groups, state.counters, strict=False):
+            group.update(counters)
+        self._ever = set(weights)
+        learner.touched = set()
+        return state.standing
+
+    def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parts to those of their parameters that the optimizer holds."""
+        held = {id(p) for group in self.learner.optimizer.param_groups for p in group["params"]}
+        parts = self.learner.layers.parts()
+        found = {part: {n: p for n, p in own.items() if id(p) in held} for part, own in parts.items()}
+        return {part: own for part, own in found.items() if own}
+
+    def _to_save(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the CPU; a copy if training goes on while it is written."""
+        found = tensor.detach().to("cpu", copy=self.checkpoints.background and tensor.device.type == "cpu")
+        return found.contiguous()
+
+    def _hash_base(self) -> dict[str, str]:
+        """SHA-256 of the weights as they are now, by part, and of what never trains in each: ``<part>/frozen``."""
+        trainable = self._trainable()
+        digests = {}
+        for part, own in self.learner.layers.parts().items():
+            trains = trainable.get(part, {})
+            for name, parameters in {
+                part: trains,
+                f"{part}/frozen": {n: p for n, p in own.items() if n not in trains},
+            }.items():
+                if parameters:
+                    digests[name] = _hash(parameters)
+        return digests
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the bits of a sum may depend on, beside the numbers."""
+    found = {package: version(package) for package in ("torch", "transformers")}
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    )
+    return found | {"device": name}
+
+
+def read_state_of(checkpoint: Checkpoint) -> State:
+    """``checkpoint.state``, checked.
+
+    Raises: Damaged if it is not what ``Snapshots.save`` writes.
+    """
+    try:
+        return State.model_validate(checkpoint.state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))[:80]
+        raise Damaged(f"{checkpoint.folder / 'state.json'}: {place}: {first['msg'].lower()}") from error
+
+
+def _hash(parameters: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _scalars_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    unknown = [key for key, value in found.items() if not isinstance(value, int | float | bool | None)]
+    if unknown:
+        raise UserError(f"the optimizer's state '{unknown[0]}' is neither a tensor nor a number, so it cannot be saved")
+    return found
+
+
+def _sampler_state(learner: Learner) -> dict[str, Any] | None:
+    state = getattr(learner.engine.sampler, "state_dict", None) if learner.engine else None
+    return None if state is None else state()
+
+
+def _open(checkpoint: Checkpoint, name: str) -> Any:
+    return safe_open(checkpoint.folder / f"{name}.safetensors", "pt")
+
+
+def _check_fit(checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose tensors are not those of ``parameters``."""
+    with _open(checkpoint, name) as file:
+        shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 - not a dict
+    expected = {n: tuple(p.shape) for n, p in parameters.items()}
+    if shapes != expected:
+        wrong = next(n for n in sorted({*shapes, *expected}) if shapes.get(n) != expected.get(n))
+        raise Damaged(
+            f"{checkpoint.folder}: {name} does not fit the model: {wrong[:80]} has the shape {shapes.get(wrong)}, the "
+            f"model's {expected.get(wrong)}"
+        )
