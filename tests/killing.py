@@ -14,7 +14,9 @@ from rich.console import Console
 
 from lisatune.config import build_config
 from lisatune.files import checkpoint_steps
-from lisatune.train import train
+from lisatune.preflight import preflight
+from lisatune.run import Run, build
+from lisatune.train import fit
 
 SETTINGS = {
     "num_active": 1, "interval_steps": 3, "save_steps": 1, "max_steps": 150, "learning_rate": 1e-2, "max_length": 64,
@@ -22,14 +24,19 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def start(model: str, data: str, output: Path) -> int:
+def make(model: str, data: str, output: Path) -> Run:
+    """A run that has not begun; each child gets a copy of it, as if it had been built there."""
+    config = build_config(SETTINGS | {"model": model, "data": data, "output": str(output)})
+    return build(config, *preflight(config), console=Console(file=io.StringIO()))
+
+
+def start(run: Run) -> int:
     """A child that trains; its process number."""
     child = os.fork()
     if child:
         return child
     try:
-        config = build_config(SETTINGS | {"model": model, "data": data, "output": str(output)})
-        train(config, console=Console(file=io.StringIO()), resume=True)
+        fit(run, console=Console(file=io.StringIO()), resume=True)
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr)
@@ -39,13 +46,14 @@ def start(model: str, data: str, output: Path) -> int:
 def main(model: str, data: str, folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
     begun = time.monotonic()
-    assert os.waitpid(start(model, data, folder / "straight"), 0)[1] == 0
+    assert os.waitpid(start(make(model, data, folder / "straight")), 0)[1] == 0
     per_step = (time.monotonic() - begun) / SETTINGS["max_steps"]
     moments = random.Random(0)
-    output, told = folder / "killed", {"kills": 0, "while_writing": 0, "went_on": 0}
+    output = folder / "killed"
+    run, told = make(model, data, output), {"kills": 0, "while_writing": 0, "went_on": 0}
     while told["kills"] < kills:
         before = (checkpoint_steps(output) or [0])[0] if output.exists() else 0
-        child = start(model, data, output)
+        child = start(run)
         if moments.random() < 0.8 and before < SETTINGS["max_steps"] - 20:  # most die in the loop, some before it
             while not output.exists() or (checkpoint_steps(output) or [0])[0] <= before:
                 assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
@@ -57,7 +65,7 @@ def main(model: str, data: str, folder: Path, kills: int) -> None:
         if output.exists():
             told["while_writing"] += any((output / "checkpoints").glob(".writing-*"))
             told["went_on"] += (checkpoint_steps(output) or [0])[0] > before
-    assert os.waitpid(start(model, data, output), 0)[1] == 0
+    assert os.waitpid(start(run), 0)[1] == 0
     print(json.dumps(told))
 
 

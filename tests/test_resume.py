@@ -19,6 +19,12 @@ from lisatune.learner import make_learner
 from lisatune.snapshot import Snapshots, Standing
 from lisatune.train import train
 
+
+@pytest.fixture
+def tmp_path(memory_path):
+    return memory_path
+
+
 STEPS = 14
 WAYS = {
     "LISA": {},

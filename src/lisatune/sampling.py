@@ -100,8 +100,8 @@ class UniformSampler:
 class BernoulliSampler:
     """Draw each layer by itself with its own chance, as the pseudo code of the paper's first version does.
 
-    How many are active varies: with chance 2/32 each, 2 on average, none in 13% of intervals and 5 or more in 5%. So does
-    the memory; the later versions draw exactly gamma instead.
+    How many are active varies: with chance 2/32 each, 2 on average, none in 13% of intervals and 5 or more in 5%. So
+    does the memory; the later versions draw exactly gamma instead.
 
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
@@ -144,11 +144,12 @@ class BernoulliSampler:
 class SweepSampler:
     """Go through all layers in random order, each once, then again in another order.
 
-    A sweep takes ``num_active`` layers an interval, and so ceil(num_layers / num_active) intervals. If the layers do not
-    go into the intervals evenly, some intervals have one layer less: 7 layers by 3 go as 2, 2, 3. To fill these up from
-    the next sweep would hold the number of layers, but then a sweep would end within an interval and the next would have
-    to avoid its layers, and theirs theirs; this way a sweep begins with an interval, and memory is never above that of
-    ``num_active`` layers. Against independent draws, no layer waits for longer than two sweeps less two intervals.
+    A sweep takes ``num_active`` layers an interval, and so ceil(num_layers / num_active) intervals. If the layers do
+    not go into the intervals evenly, some intervals have one layer less: 7 layers by 3 go as 2, 2, 3. To fill these up
+    from the next sweep would hold the number of layers, but then a sweep would end within an interval and the next
+    would have to avoid its layers, and theirs theirs; this way a sweep begins with an interval, and memory is never
+    above that of ``num_active`` layers. Against independent draws, no layer waits for longer than two sweeps less two
+    intervals.
 
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
@@ -194,8 +195,8 @@ class RoundRobinSampler:
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
         num_active: Layers of each interval (gamma), 0 to ``num_layers``; an interval may hold the last and the first.
-        descending: Go from the top down. Then, with a frozen embedding, each interval differentiates deeper than the one
-            before.
+        descending: Go from the top down. Then, with a frozen embedding, each interval differentiates deeper than the
+            one before.
     Raises: UserError if ``num_active`` lies outside 0 to ``num_layers``.
     Reference: Luo et al., BAdam, arXiv:2404.02827, its ascending and descending orders; Liu et al., HiFT,
         arXiv:2401.15207.

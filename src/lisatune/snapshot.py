@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -203,6 +204,7 @@ class Snapshots:
         return digests
 
 
+@cache
 def environment(device: torch.device) -> dict[str, str]:
     """What the bits of a sum may depend on, beside the numbers."""
     found = {package: version(package) for package in ("torch", "transformers")}

@@ -25,6 +25,7 @@ ROLES = {
     "system": "system",
     "tool": "tool",
 }
+MARK = "\ufeff"  # that some editors begin a file with; Python's utf-8-sig also takes the first half of it for an empty file
 MAX_SHOWN, MAX_SHOWN_LETTERS = 12, 60  # column names in a message, and letters of each
 KNOWN_COLUMNS = (
     "messages; prompt and completion; instruction, input and output; conversations; question and answer; text"
@@ -143,6 +144,10 @@ def _chat(row: Row, turns: Any, role_key: str, content_key: str) -> Example:
         messages.append(Message(role=ROLES[role], content=_whole(row, content_key, turn[content_key])))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(f"{row.where}: the chat has no assistant turn, so there is nothing to learn")
+    if messages[0]["role"] == "assistant":
+        raise UserError(
+            f"{row.where}: the chat begins with an assistant turn, which answers nothing; put a user or system turn first"
+        )
     return Example(row.where, tuple(messages))
 
 
@@ -232,18 +237,20 @@ def _read_file(path: Path) -> Iterator[Row]:
         yield from _read_with_library(str(path), "train", streaming=True, builder=LIBRARY_SUFFIXES[suffix])
         return
     try:
-        yield from _read_json(path) if ".jsonl" not in suffix else _read_json_lines(path)
+        try:
+            yield from _read_json(path) if ".jsonl" not in suffix else _read_json_lines(path)
+        except UnicodeDecodeError as error:
+            reason = f"{error.reason}{_bad_line(path)}"
+            raise UserError(f"{path}: is not UTF-8 text ({reason}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); is it a whole{' gzip' * suffix.endswith('.gz')} file?"
         ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason}{_bad_line(path)}); save it as UTF-8") from error
 
 
 def _open(path: Path, mode: str = "rt") -> Any:
     opener = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, mode, encoding="utf-8-sig" if mode == "rt" else None)
+    return opener(path, mode, encoding="utf-8" if mode == "rt" else None)
 
 
 def _bad_line(path: Path) -> str:
@@ -260,6 +267,8 @@ def _bad_line(path: Path) -> str:
 def _read_json_lines(path: Path) -> Iterator[Row]:
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
+            if number == 1:
+                line = line.removeprefix(MARK)
             if line.strip():
                 yield _row(f"{path}, line {number}", _parse(line.rstrip(), path, number))
 
@@ -267,7 +276,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of rows; or, as many tools write under this name, one row a line."""
     with _open(path) as file:
-        text = file.read()
+        text = file.read().removeprefix(MARK)
     if not text.lstrip().startswith("["):
         yield from _read_json_lines(path)
         return
