@@ -42,9 +42,17 @@ class Watch(TrainerCallback):
 def arguments(folder, **more):
     return TrainingArguments(
         output_dir=str(folder),
-        **({"max_steps": 8, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "weight_decay": 0.1} | more),
+        **(
+            {
+                "max_steps": 8,
+                "learning_rate": 1e-2,
+                "per_device_train_batch_size": 2,
+                "weight_decay": 0.1,
+                "save_strategy": "no",
+            }
+            | more
+        ),
         use_cpu=True,
-        save_strategy="no",
         report_to=[],
         disable_tqdm=True,
         logging_steps=100,
@@ -162,3 +170,29 @@ def test_with_the_embedding_frozen_the_backward_pass_ends_at_the_lowest_active_l
     for step in range(8):
         (lowest,) = UniformSampler(4, 1)(step)
         assert {number for at, number in passed if at == step} == set(range(lowest, 4))
+
+
+class StopAfter(TrainerCallback):
+    """Ends training once so many steps are done."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.steps
+
+
+def test_resumed_in_the_trainer_to_the_bit(tmp_path):
+    """The Trainer keeps weights and moments; the step's number tells the layers, in the middle of an interval too."""
+
+    def fit(model, folder, *callbacks, resume=None):
+        lisa = LisaCallback(num_active=1, interval_steps=3)
+        settings = arguments(folder, max_steps=12, save_strategy="steps", save_steps=5)
+        trainer = Trainer(model=model, args=settings, train_dataset=ROWS, callbacks=[lisa, *callbacks])
+        trainer.train(resume_from_checkpoint=resume)
+
+    straight, stopped, resumed = make_llama(), make_llama(), make_llama(seed=1)
+    fit(straight, tmp_path / "a")
+    fit(stopped, tmp_path / "b", StopAfter(5))
+    fit(resumed, tmp_path / "b", resume=str(tmp_path / "b" / "checkpoint-5"))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))

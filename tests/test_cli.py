@@ -212,3 +212,60 @@ def test_library_needs_torch_and_transformers_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
+    """In a terminal of its own; what is answered decides."""
+    import pty
+
+    output = tmp_path / "run"
+    words = [
+        "--model",
+        model_folder,
+        "--data",
+        data_file,
+        "--output",
+        output,
+        "max_steps=4",
+        "max_length=64",
+        "num_active=1",
+    ]
+    command = [sys.executable, "-m", "lisatune", "train", *map(str, words)]
+    (output / "checkpoints").mkdir(parents=True)
+    assert lisatune("train", *words[:4], "--output", tmp_path / "other", *words[6:]).returncode == 0
+    (output / "config.yaml").write_text((tmp_path / "other" / "config.yaml").read_text())
+
+    def answer(text):
+        ours, theirs = pty.openpty()
+        os.write(ours, text.encode())
+        environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, env=environment, timeout=120)
+        os.close(ours)
+        os.close(theirs)
+        return done
+
+    refused = answer("n\n")
+    assert "holds a run that was stopped early. Go on with it? [Y/n]" in refused.stderr
+    assert refused.returncode == 2
+    accepted = answer("y\n")
+    assert accepted.returncode == 0, accepted.stderr
+    assert "no checkpoint was written yet: the run begins anew" in accepted.stderr
+    assert (output / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "setting"),
+    [("100 steps", "save_steps: 100"), ("2.5minutes", "save_minutes: 2.5"), ("1 step", "save_steps: 1")],
+)
+def test_periods(model_folder, data_file, tmp_path, text, setting):
+    from lisatune.cli import parse_period
+    from lisatune.config import build_config, write_config
+
+    needed = {"model": "m", "data": "d", "output": "o"}
+    write_config(build_config(needed | parse_period(text)), tmp_path / "config.yaml")
+    assert setting in (tmp_path / "config.yaml").read_text().splitlines()
+
+
+def test_what_is_no_period(refused):
+    assert "--save-every '10' is not a period: write for example '100 steps'" in refused("--save-every", "10")
+    assert "--allow-changes has no effect without --resume" in refused("--allow-changes")

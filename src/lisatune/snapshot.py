@@ -85,6 +85,8 @@ class Snapshots:
         Raises: OSError if it cannot be written.
         """
         learner, known = self.learner, self.checkpoints.known()
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)  # what is on its way to host memory has to be there
         if self._base is None:
             self._base = self._hash_base()
         changed = learner.touched
@@ -126,8 +128,6 @@ class Snapshots:
             identity=self.identity,
             environment=environment(learner.device),
         )
-        if learner.device.type == "cuda":
-            torch.cuda.synchronize(learner.device)
         self.checkpoints.save(standing.step, tensors, unchanged, content.model_dump())
         learner.touched = set()
 
