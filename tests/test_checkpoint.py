@@ -76,16 +76,22 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
 
 def test_later_ones_that_were_passed_over_go_with_the_next(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    for step in (1, 2, 3):
+    for step in (2, 4, 6):
         checkpoints.save(step, tensors(step, "a"), set(), {})
-    (tmp_path / "checkpoints/checkpoint-3/a.safetensors").unlink()
+    (tmp_path / "checkpoints/checkpoint-6/a.safetensors").unlink()
     told = []
     resumed = Checkpoints(tmp_path)
-    assert resumed.latest(told.append).manifest.step == 2
-    assert "checkpoint-3/a.safetensors is missing; passed over" in told[0]
-    resumed.save(3, tensors(30, "a"), set(), {})
-    assert read_manifest(tmp_path / "checkpoints/checkpoint-3").step == 3
-    assert names(tmp_path / "checkpoints") == {"checkpoint-2", "checkpoint-3"}
+    assert resumed.latest(told.append).manifest.step == 4
+    assert "checkpoint-6/a.safetensors is missing; passed over" in told[0]
+    resumed.save(5, tensors(5, "a"), set(), {})
+    assert names(tmp_path / "checkpoints") == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_one_of_the_same_step_that_was_passed_over_is_replaced(tmp_path):
+    Checkpoints(tmp_path).save(6, tensors(6, "a"), set(), {})
+    (tmp_path / "checkpoints/checkpoint-6/a.safetensors").unlink()
+    Checkpoints(tmp_path).save(6, tensors(6, "a"), set(), {})
+    assert read_manifest(tmp_path / "checkpoints/checkpoint-6").step == 6
 
 
 def test_one_of_another_step_is_damaged(tmp_path):

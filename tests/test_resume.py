@@ -44,6 +44,14 @@ WAYS = {
     "embedding and head drawn": {"train_embedding": "sampled", "train_head": "sampled", "num_active": 1},
     "embedding and head frozen": {"train_embedding": False, "train_head": False},
     "LoRA with dropout": {"method": "lora", "lora_dropout": 0.2},
+    "gradient norms": {"sampler": "gradient_norm", "num_active": 1, "interval_steps": 2},
+    "halves, divided by chance": {"sampled_unit": "halves", "inverse_chance": True},
+    "Muon in bfloat16": {"optim": "muon", "dtype": "bfloat16"},
+    "Adafactor": {"optim": "adafactor"},
+    "LAMB": {"optim": "lamb"},
+    "LARS": {"optim": "lars", "learning_rate": 0.1},
+    "SGD": {"optim": "sgd", "learning_rate": 0.5},
+    "MeZO": {"method": "mezo", "learning_rate": 1e-4},
     "full": {"method": "full", "lr_scheduler_type": "cosine", "warmup_steps": 3},
 }
 

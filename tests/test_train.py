@@ -298,3 +298,55 @@ def test_embedding_and_head_can_be_frozen(model_folder, data_file, tmp_path, che
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert "model.norm.weight" in changed
     assert not changed & {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "fixed"},
+        {"method": "fixed", "sampler_options": {"layers": [0, 3]}},
+        {"method": "badam", "interval_steps": 2, "max_steps": 60},
+        {
+            "method": "mezo",
+            "learning_rate": 5e-4,
+            "mezo_directions": 4,
+            "max_steps": 150,
+            "lr_scheduler_type": "constant",
+        },
+        {"sampler": "bernoulli"},
+        {"sampler": "sweep"},
+        {"sampler": "round_robin", "sampler_options": {"descending": True}},
+        {"sampler": "weighted", "sampler_options": {"weights": [1, 2, 3, 4]}},
+        {"sampler": "gradient_norm"},
+        {"sampled_unit": "halves"},
+        {"sampled_unit": "modules", "num_active": 6},
+        {"inverse_chance": True, "learning_rate": 5e-3},
+        {"optim": "sgd", "learning_rate": 1.0},
+        {"optim": "lars", "learning_rate": 0.02},
+        {"optim": "lamb", "learning_rate": 0.02},
+        {"optim": "adafactor", "learning_rate": 0.02},
+        {"optim": "muon", "dtype": "bfloat16"},
+        {"method": "full", "optim": "lamb", "learning_rate": 0.02},
+        {"method": "lora", "lora_use_dora": True},
+        {"method": "lora", "lora_use_rslora": True},
+    ],
+    ids=lambda more: " ".join(
+        f"{k}={v}" for k, v in more.items() if k in ("method", "sampler", "optim", "sampled_unit") or v is True
+    ),
+)
+def test_methods_samplers_and_optimizers_train(model_folder, data_file, tmp_path, more):
+    if more.get("method") == "lora":
+        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    settings = {"max_steps": 40} | more
+    if settings.get("method") in ("fixed", "badam"):
+        settings = {"num_active": 1, "interval_steps": 3} | settings
+    summary, _ = run(model_folder, data_file, tmp_path / "run", **settings)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - (0.02 if more.get("method") == "mezo" else 0.3)
+    if more.get("method") == "fixed":
+        sets = {tuple(row["active_layers"]) for row in metrics(tmp_path / "run")[1:]}
+        assert len(sets) == 1
+        assert sets == {(0, 3)} or "sampler_options" not in more
+    if more.get("method") == "badam":
+        before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
+        assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+        assert {row["active_layers"][0] for row in metrics(tmp_path / "run")[1:]} == {0, 1, 2, 3}

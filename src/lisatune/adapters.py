@@ -9,16 +9,25 @@ from lisatune.errors import UserError, missing_package
 
 
 def add_adapters(
-    model: Any, *, rank: int = 16, alpha: float = 32, dropout: float = 0.0, targets: str | list[str] = "all-linear"
+    model: Any,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> Any:
     """``model`` with LoRA's adapters in the type of its weights, everything else frozen; needs peft.
 
     Args:
         model: A causal language model; peft changes it in place and wraps it.
         rank: Rank of the adapters.
-        alpha: Their scale, times 1/rank.
+        alpha: Their scale, times 1/rank; with ``use_rslora`` times 1/sqrt(rank) (arXiv:2312.03732).
         dropout: Before the adapters.
         targets: Modules that get adapters, as peft names them.
+        use_rslora: See ``alpha``.
+        use_dora: Learn the magnitude of each output beside its direction (arXiv:2402.09353).
     Raises: UserError if no module fits ``targets``; MissingPackageError without peft.
     """
     try:
@@ -26,7 +35,8 @@ def add_adapters(
     except ImportError as error:
         raise missing_package("peft", "method=lora", "lora") from error
     adapters = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
+        use_rslora=use_rslora, use_dora=use_dora,
     )  # fmt: skip
     first = next(model.parameters())
     try:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lisatune.errors import UserError, did_you_mean
 from lisatune.files import write_whole
 
-Method = Literal["lisa", "lora", "full"]
+Method = Literal["lisa", "fixed", "badam", "lora", "full", "mezo"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 
 
@@ -28,11 +28,30 @@ class TrainConfig(BaseModel):
     data: str = Field(description="File, folder, or hub name of the rows to train on.")
     output: str = Field(description="Folder of the run; may hold one only to go on with it.")
 
-    method: Method = Field("lisa", description="lisa, lora (peft), or full (every parameter in every step).")
+    method: Method = Field(
+        "lisa",
+        description="lisa; fixed (the same layers always); badam (lisa, a layer at a time by sweeps, embedding and head "
+        "frozen); lora (peft); full (every parameter in every step); mezo (zeroth-order, no backward pass).",
+    )
     num_active: int = Field(
         2, ge=0, description="Decoder layers that train at a time, beside embedding and head (gamma)."
     )
     interval_steps: int = Field(20, ge=1, description="Optimizer steps between draws of the layers (K).")
+    sampler: str = Field(
+        "uniform",
+        description="How layers are drawn: uniform, bernoulli, sweep, round_robin, fixed, weighted, gradient_norm.",
+    )
+    sampler_options: dict[str, Any] = Field(
+        {}, description="Of the sampler, for example {weights: weights.json}, {layers: [0, 5]} or {temperature: 0.5}."
+    )
+    sampled_unit: Literal["layers", "halves", "modules"] = Field(
+        "layers",
+        description="What is drawn: decoder layers, their attention and MLP halves, or single matrices (MISA).",
+    )
+    inverse_chance: bool = Field(
+        False,
+        description="Divide a drawn layer's updates by its chance to be drawn, so that they are those of full on average.",
+    )
     state_policy: Literal["reset_layers", "reset_all", "keep"] = Field(
         "reset_layers",
         description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU.",
@@ -55,8 +74,19 @@ class TrainConfig(BaseModel):
         "all-linear", description="Modules that get adapters, as peft names them."
     )
 
-    optim: Literal["adamw", "adamw_16bit", "adamw_8bit"] = Field(
-        "adamw", description="AdamW with moments of 32, 16 or 8 bits; the short ones are rounded stochastically."
+    lora_use_rslora: bool = Field(False, description="Scale by 1/sqrt(lora_r) instead of 1/lora_r (rsLoRA).")
+    lora_use_dora: bool = Field(False, description="Learn magnitude and direction apart (DoRA).")
+
+    mezo_epsilon: float = Field(1e-3, gt=0, description="How far a probe of mezo moves the weights.")
+    mezo_directions: int = Field(1, ge=1, description="Directions that mezo probes in a step, two losses each.")
+
+    optim: Literal["adamw", "adamw_16bit", "adamw_8bit", "sgd", "lars", "lamb", "adafactor", "muon"] = Field(
+        "adamw",
+        description="AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically), or another.",
+    )
+    momentum: float | None = Field(None, ge=0, lt=1, description="Of sgd and lars (0.9 if not given) and muon (0.95).")
+    adapt_vectors: bool = Field(
+        False, description="lars and lamb: scale the steps of norms and biases by their norms too."
     )
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field("linear", description="Shape after the warm-up.")
@@ -135,16 +165,29 @@ class TrainConfig(BaseModel):
     logging_steps: int = Field(1, ge=1, description="A line in metrics.jsonl every so many steps.")
 
 
-ONLY_FOR: dict[str, Method] = {
-    "num_active": "lisa",
-    "interval_steps": "lisa",
-    "state_policy": "lisa",
-    "train_embedding": "lisa",
-    "train_head": "lisa",
-    "lora_r": "lora",
-    "lora_alpha": "lora",
-    "lora_dropout": "lora",
-    "lora_target_modules": "lora",
+LAYERWISE: tuple[Method, ...] = ("lisa", "fixed", "badam")  # train some layers at a time
+FIRST_ORDER: tuple[Method, ...] = (*LAYERWISE, "lora", "full")
+OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit")
+
+ONLY_FOR: dict[str, tuple[Method, ...]] = {
+    **dict.fromkeys(("num_active", "interval_steps", "state_policy", "train_embedding", "train_head"), LAYERWISE),
+    **dict.fromkeys(("sampler", "sampler_options", "sampled_unit", "inverse_chance"), LAYERWISE),
+    **dict.fromkeys([n for n in TrainConfig.model_fields if n.startswith("lora_")], ("lora",)),
+    **dict.fromkeys(("mezo_epsilon", "mezo_directions"), ("mezo",)),
+    **dict.fromkeys(
+        (
+            "optim", "momentum", "adapt_vectors", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+            "gradient_checkpointing", "activation_offloading", "vocabulary_blocks", "optimizer_in_backward",
+            "offload_optimizer", "offload_frozen",
+        ),
+        FIRST_ORDER,
+    ),
+}  # fmt: skip
+
+# what a method is, where it is LISA with other settings; the user's own win
+PRESETS: dict[str, dict[str, Any]] = {
+    "fixed": {"sampler": "fixed"},
+    "badam": {"sampler": "sweep", "num_active": 1, "train_embedding": False, "train_head": False},
 }
 
 
@@ -224,7 +267,7 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         if name not in TrainConfig.model_fields:
             raise UserError(f"unknown setting '{name}'{did_you_mean(str(name), TrainConfig.model_fields)}")
     try:
-        config = TrainConfig.model_validate(dict(settings))
+        config = TrainConfig.model_validate(PRESETS.get(str(settings.get("method")), {}) | dict(settings))
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
     _refuse_without_effect(config, settings)
@@ -240,11 +283,14 @@ def _in_words(error: ValidationError) -> str:
 
 
 def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> None:
-    for name, method in ONLY_FOR.items():
-        if name in settings and config.method != method:
-            raise UserError(f"{name} has no effect with method={config.method}: leave it out, or set method={method}")
-    if config.method == "lisa" and config.num_active == 0:
-        raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
+    for name, methods in ONLY_FOR.items():
+        if name in settings and config.method not in methods:
+            raise UserError(
+                f"{name} has no effect with method={config.method}: leave it out, or set method={methods[0]}"
+            )
+    if config.method in LAYERWISE:
+        _check_sampling(config)
+    _check_optim(config, settings)
     for name, needed in REFUSALS.items():
         if getattr(config, name) and (reason := needed(config)):
             raise UserError(f"{name} {reason}")
@@ -265,6 +311,34 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
         raise UserError(
             f"warmup_steps={config.warmup_steps} leaves nothing of max_steps={config.max_steps}: make it smaller"
         )
+
+
+def _check_sampling(config: TrainConfig) -> None:
+    if config.num_active == 0:
+        raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
+    if config.sampler == "gradient_norm" and config.optimizer_in_backward:
+        raise UserError(
+            "sampler=gradient_norm cannot go with optimizer_in_backward, after which no gradient is left to look at: "
+            "leave one of them out"
+        )
+    if config.inverse_chance and config.optimizer_in_backward:
+        raise UserError(
+            "inverse_chance cannot go with optimizer_in_backward, which updates before the step: leave one of them out"
+        )
+
+
+def _check_optim(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    users = {"momentum": ("sgd", "lars", "muon"), "adapt_vectors": ("lars", "lamb")}
+    for name, optims in users.items():
+        if name in settings and config.optim not in optims:
+            raise UserError(f"{name} has no effect with optim={config.optim}: leave it out, or set optim={optims[0]}")
+    if config.optim in OUR_OPTIMS:
+        return
+    for lever in ("offload_optimizer", "optimizer_in_backward", "vocabulary_blocks"):
+        if getattr(config, lever):
+            raise UserError(
+                f"{lever} needs an optimizer that works on blocks: set optim to one of {', '.join(OUR_OPTIMS)}"
+            )
 
 
 def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -331,8 +405,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def used_settings(config: TrainConfig) -> dict[str, Any]:
     """All settings that play a part, the defaults too."""
     settings = config.model_dump()
-    for name, method in ONLY_FOR.items():
-        if config.method != method:
+    for name, methods in ONLY_FOR.items():
+        if config.method not in methods:
             del settings[name]
     if config.max_steps:
         del settings["num_train_epochs"]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lisatune.errors import UserError
+from lisatune.importance import gradient_sq_norms
 from lisatune.layers import Layers, Trains
 from lisatune.sampling import Sampler
 
@@ -103,7 +104,28 @@ class LisaEngine:
         return self.layers.trained_parts(drawn, train_embedding=self.train_embedding, train_head=self.train_head)
 
     def _layers_of(self, drawn: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(i for i in drawn if i < len(self.layers.decoder))
+        """Of what was drawn, the whole decoder layers."""
+        numbers = [self.pool[i].removeprefix("layers.") for i in drawn]
+        return tuple(int(number) for number in numbers if number.isdecimal())
+
+    @property
+    def interval(self) -> int | None:
+        """The number of the interval; None before the first step."""
+        return self._interval
+
+    def scores(self) -> dict[int, float]:
+        """What a sampler that learns is told of the active parts' gradients; for other samplers nothing, at no cost.
+
+        To be taken between the backward pass and whatever changes gradients, and handed to ``observe`` if the step is
+        made.
+        """
+        learns = hasattr(self.sampler, "observe")
+        return gradient_sq_norms(self.layers, self.pool, mean=True) if learns else {}
+
+    def observe(self, step: int, scores: dict[int, float]) -> None:
+        """Tell the sampler, if it learns, the ``scores`` of optimizer step ``step``."""
+        if hasattr(self.sampler, "observe"):
+            self.sampler.observe(step, scores)
 
     def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
         """Make the model ready for optimizer step ``step``; call once before the step's first forward.
@@ -141,7 +163,7 @@ class LisaEngine:
         interval = (num_steps - 1) // self.interval_steps
         if sampler_state is not None:
             self.sampler.load_state_dict(sampler_state)  # type: ignore[attr-defined]
-        elif drawn != self.sampler(interval):
+        if drawn != self.sampler(interval):
             raise UserError(
                 f"the layers active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
             )

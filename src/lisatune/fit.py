@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lisatune.amounts import gib
-from lisatune.config import ONLY_FOR, TrainConfig, build_config
+from lisatune.config import LAYERWISE, ONLY_FOR, OUR_OPTIMS, TrainConfig, build_config
 from lisatune.errors import UserError
 from lisatune.plan import Plan, model_config, plan_config, plan_run
 
@@ -97,7 +97,7 @@ def _for_method(settings: dict[str, Any], method: str, *, alone: bool) -> dict[s
     chosen = settings | {"method": method}
     if alone:  # then a setting without effect is a mistake
         return chosen
-    chosen = {name: value for name, value in chosen.items() if ONLY_FOR.get(name, method) == method}
+    chosen = {name: value for name, value in chosen.items() if method in ONLY_FOR.get(name, (method,))}
     for lever in ("vocabulary_blocks", "offload_frozen"):
         if (lever, method) in (("vocabulary_blocks", "lora"), ("offload_frozen", "full")):
             chosen.pop(lever, None)
@@ -194,7 +194,7 @@ def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
                 config = _with(config, per_device_train_batch_size=rows, gradient_accumulation_steps=times)
                 yield f"per_device_train_batch_size={rows} gradient_accumulation_steps={times}", config
             continue
-        if name in config.model_fields_set:
+        if name in config.model_fields_set or (name == "optim" and config.optim not in OUR_OPTIMS):
             continue
         try:
             config = _with(config, **{name: value})
@@ -232,7 +232,7 @@ def reach(rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda") -
         "tokens of a row" + (" (all that the model's positions allow)" if longest == limit else ""): longest,
         "rows of a micro-batch": largest(lambda n: peak(rows=n), budget, plan.rows),
     }
-    if config.method == "lisa":
+    if config.method in LAYERWISE:
         found["active layers"] = largest(
             lambda n: peak(config.model_copy(update={"num_active": n})),
             budget,

@@ -6,7 +6,7 @@ Training and the memory forecast both run this file, so the forecast forecasts w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lisatune.adapters import add_adapters
-from lisatune.config import TrainConfig
+from lisatune.config import LAYERWISE, OUR_OPTIMS, TrainConfig
+from lisatune.correction import InverseChance, active_chances
 from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine, move_state
 from lisatune.errors import UserError
@@ -25,9 +26,12 @@ from lisatune.memory.backward_step import StepInBackward
 from lisatune.memory.checkpointing import checkpoint_layers
 from lisatune.memory.row_gradient import RowGradients, watch_embedding
 from lisatune.memory.streaming import HostLayers, rest_to_device
+from lisatune.modules import split_layers
 from lisatune.optim.adamw import AdamW
+from lisatune.optim.library import make_library_optimizer
 from lisatune.optim.moments import StateBits
-from lisatune.sampling import UniformSampler
+from lisatune.samplers import make_sampler
+from lisatune.zeroth_order import ZerothOrder
 
 STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8}
 
@@ -57,6 +61,8 @@ class Learner:
         host_layers: If frozen layers are kept in host memory.
         device: Where the model computes.
         bad_grad_norm: A larger gradient norm makes a step bad.
+        correction: If updates of drawn layers are divided by their chance.
+        zeroth_order: If losses alone are looked at; the norm of a step is then that of the slopes.
     Attributes:
         touched: The parts that have trained since somebody, who saves them, last emptied this set.
     """
@@ -72,12 +78,37 @@ class Learner:
     host_layers: HostLayers | None
     device: torch.device
     bad_grad_norm: float = math.inf
+    correction: InverseChance | None = None
+    zeroth_order: ZerothOrder | None = None
     touched: set[str] = field(default_factory=set)
 
     def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> Outcome:
         """Optimizer step ``number`` (from 0), at the learning rate that is set: one divisor for all its micro-batches."""
-        if self.engine and self.engine.begin_step(number, self.optimizer) and self.host_layers:
-            self.host_layers.place()
+        if self.engine and self.engine.begin_step(number, self.optimizer):
+            self.follow_engine()
+        if self.zeroth_order:
+            total, norm = self.zeroth_order.probe(number, micro_batches, num_labelled)
+        else:
+            total = self._backward(micro_batches, num_labelled)
+        scores = self.engine.scores() if self.engine else {}
+        if self.in_backward:
+            self.optimizer.step()
+            norm = self.in_backward.grad_norm()
+            bad = self._is_bad(total, norm)
+        else:
+            if not self.zeroth_order:
+                norm = clip_gradients(self.optimizer, self.max_grad_norm, self.row_gradients)
+            bad = self._is_bad(total, norm)
+            if not bad:
+                self.optimizer.step()
+        if self.engine and not bad:
+            self.engine.observe(number, scores)
+        self.optimizer.zero_grad()
+        self.touched |= self.trained_parts
+        return Outcome(total, norm, bad)
+
+    def _backward(self, micro_batches: Iterable[Batch], num_labelled: int) -> Tensor:
+        """Gradients of all micro-batches; returns the step's loss."""
         losses = []
         for micro in micro_batches:
             loss = batch_loss(
@@ -85,19 +116,15 @@ class Learner:
             )
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        total = torch.stack(losses).sum()
-        if self.in_backward:
-            self.optimizer.step()
-            norm = self.in_backward.grad_norm()
-            bad = self._is_bad(total, norm)
-        else:
-            norm = clip_gradients(self.optimizer, self.max_grad_norm, self.row_gradients)
-            bad = self._is_bad(total, norm)
-            if not bad:
-                self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.touched |= self.trained_parts
-        return Outcome(total, norm, bad)
+        return torch.stack(losses).sum()
+
+    def follow_engine(self) -> None:
+        """Let all that depends on which layers train know what the engine has set."""
+        if self.host_layers:
+            self.host_layers.place()
+        if self.correction and self.engine and self.engine.drawn is not None:
+            chances = self.engine.sampler.inclusion(self.engine.interval)  # type: ignore[attr-defined]
+            self.correction.set(active_chances(self.layers, self.engine.pool, self.engine.drawn, chances))
 
     @property
     def trained_parts(self) -> set[str]:
@@ -136,11 +163,11 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     Adapters first, since they add parameters; the optimizer before anything is frozen, since it has to hold every
     parameter that will ever train; checkpoints before streaming, which goes inside of them.
     """
-    layers = find_layers(model, config.decoder_name)
+    layers = find_parts(config, model)
     if config.method == "lora":
         model = add_adapters(
             model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
-            targets=config.lora_target_modules,
+            targets=config.lora_target_modules, use_rslora=config.lora_use_rslora, use_dora=config.lora_use_dora,
         )  # fmt: skip
         layers = find_layers(layers.model, config.decoder_name)  # a head that got an adapter is another module now
     if config.gradient_checkpointing:
@@ -154,44 +181,70 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
         model.to(device)
     linear_head = layers.head_is_linear()
     rows = _row_gradients(config, layers, linear_head=linear_head)
-    optimizer = make_optimizer(config, model, rows)
+    zeroth_order = None
+    if config.method == "mezo":
+        zeroth_order = ZerothOrder(
+            layers, _groups(config, model), lr=config.learning_rate, epsilon=config.mezo_epsilon,
+            num_directions=config.mezo_directions, seed=config.seed, linear_head=linear_head,
+        )  # fmt: skip
+        optimizer: torch.optim.Optimizer = zeroth_order.optimizer
+    else:
+        parts = layers.parts()
+        optimizer = make_optimizer(config, model, rows, [*parts["embedding"].values(), *parts["head"].values()])
     in_backward = None
     if config.optimizer_in_backward:
         assert isinstance(optimizer, AdamW)
         in_backward = StepInBackward(optimizer)
     engine = None
-    if config.method == "lisa":
+    if config.method in LAYERWISE:
         engine = make_engine(config, layers)
     elif host_layers:
         host_layers.place()  # LISA does so at its first step, when most layers are frozen
     return Learner(
         model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers, device,
-        config.bad_grad_norm or math.inf,
+        config.bad_grad_norm or math.inf, InverseChance(optimizer) if config.inverse_chance else None, zeroth_order,
     )  # fmt: skip
+
+
+def find_parts(config: TrainConfig, model: torch.nn.Module) -> Layers:
+    """``find_layers``, and in pieces if ``config`` draws pieces of decoder layers."""
+    layers = find_layers(model, config.decoder_name)
+    return layers if config.sampled_unit == "layers" else split_layers(layers, config.sampled_unit)
 
 
 def make_engine(config: TrainConfig, layers: Layers) -> LisaEngine:
     """LISA as ``config`` says."""
     pool = layers.pool(train_embedding=config.train_embedding, train_head=config.train_head)
+    options = config.sampler_options | ({"names": pool} if config.sampler == "weighted" else {})
+    sampler = make_sampler(
+        config.sampler, num_layers=len(pool), num_active=config.num_active, interval_steps=config.interval_steps,
+        seed=config.seed, **options,
+    )  # fmt: skip
     return LisaEngine(
-        layers, UniformSampler(len(pool), config.num_active, config.seed), config.interval_steps, config.state_policy,
+        layers, sampler, config.interval_steps, config.state_policy,
         train_embedding=config.train_embedding, train_head=config.train_head,
     )  # fmt: skip
 
 
 def make_optimizer(
-    config: TrainConfig, model: torch.nn.Module, row_gradients: RowGradients | None = None
+    config: TrainConfig,
+    model: torch.nn.Module,
+    row_gradients: RowGradients | None = None,
+    vocabulary: Collection[Tensor] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters that ask for a gradient now; weight decay on matrices alone.
+    """The optimizer of ``config`` over all parameters that ask for a gradient now; weight decay on matrices alone.
 
-    PyTorch's own where float32 and no lever is asked for, ours for the rest.
+    Of AdamW PyTorch's own where float32 and no lever is asked for, ours for the rest. ``vocabulary``: the parameters of
+    embedding and head, which are no hidden matrices.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(config, model)
+    if config.optim not in OUR_OPTIMS:
+        return make_library_optimizer(
+            config.optim, groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon, momentum=config.momentum, adapt_vectors=config.adapt_vectors, vocabulary=vocabulary,
+            seed=config.seed,
+        )  # fmt: skip
+    trained = groups[0]["params"]
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -204,6 +257,15 @@ def make_optimizer(
         groups, **options, seed=config.seed, state_bits=STATE_BITS[config.optim], offload_state=config.offload_optimizer,
         row_gradients=row_gradients,
     )  # fmt: skip
+
+
+def _groups(config: TrainConfig, model: torch.nn.Module) -> list[dict[str, Any]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class MetaAdamW(torch.optim.AdamW):

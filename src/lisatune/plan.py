@@ -8,6 +8,7 @@ follows each storage as autograd, checkpoints and the optimizer make it and let 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.amounts import gib
-from lisatune.config import TrainConfig, build_config
+from lisatune.config import LAYERWISE, TrainConfig, build_config
 from lisatune.data.loader import Batch
 from lisatune.errors import UserError
-from lisatune.layers import Layers, find_layers
-from lisatune.learner import STATE_BITS, Learner, make_learner
+from lisatune.layers import Layers
+from lisatune.learner import STATE_BITS, Learner, find_parts, make_learner
 from lisatune.memory.ledger import CUDA_GRANULARITY, Ledger
 from lisatune.preflight import check_model_name
+from lisatune.samplers import make_sampler
 
 ATTENTION = "lisatune_plan"
 PARTS = ("decoder", "embedding", "head")
@@ -82,7 +84,7 @@ class Plan:
         host = f"; {gib(self.host_bytes)} in host memory" if self.host_bytes else ""
         return (
             f"{self.method} on {self.device}, weights and gradients {self.settings.get('dtype')}, optimizer state "
-            f"{STATE_BITS[self.settings.get('optim', 'adamw')]} bits: trains {self.num_trained:,} of "
+            f"{STATE_BITS.get(self.settings.get('optim', 'adamw'), 32)} bits: trains {self.num_trained:,} of "
             f"{self.num_parameters:,} parameters at a time ({share:.1f}%)\n"
             f"predicted peak {gib(self.peak_bytes)} {self.peak_at}, batch {self.rows} x {self.tokens} tokens: {sizes}{host}\n"
             + (f"{self.remark}; " if self.remark else "")
@@ -156,7 +158,7 @@ def plan_run(
     dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
     config = config.model_copy(update={"dtype": dtype})
     rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
-    layers = find_layers(_meta_model(hf_config, config, device), config.decoder_name)
+    layers = find_parts(config, _meta_model(hf_config, config, device))
     plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
     return max(plans, key=lambda plan: plan.peak_bytes)
 
@@ -167,12 +169,21 @@ def _worst_draws(config: TrainConfig, layers: Layers) -> list[tuple[int, ...]]:
     With the embedding frozen the backward pass ends at the lowest active layer, so one with layer 0 can need more; and
     where parts differ in size, the largest ones.
     """
-    if config.method != "lisa":
+    if config.method not in LAYERWISE:
         return [()]
     options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
     pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
     if gamma > len(pool):
-        raise UserError(f"num_active is {gamma}, but the model has {len(layers.decoder)} decoder layers: choose fewer")
+        unit = "decoder layers" if config.sampled_unit == "layers" else config.sampled_unit
+        raise UserError(f"num_active is {gamma}, but the model has {len(pool)} {unit}: choose fewer")
+    if config.sampler == "fixed":
+        return [
+            make_sampler("fixed", num_layers=len(pool), num_active=gamma, seed=config.seed, **config.sampler_options)(0)
+        ]
+    if config.sampler == "bernoulli":  # 99 of 100 draws have no more
+        chances = config.sampler_options.get("probabilities") or [gamma / len(pool)] * len(pool)
+        mean, variance = sum(chances), sum(p * (1 - p) for p in chances)
+        gamma = min(len(pool), math.ceil(mean + 2.33 * math.sqrt(variance)))
     by_size = sorted(range(len(pool)), key=lambda i: (-counts[pool[i]], -i))
     draws = {tuple(sorted(by_size[:gamma]))}
     if gamma and config.train_embedding is not True:
@@ -189,6 +200,9 @@ class _Draw:
 
     def __call__(self, interval: int) -> tuple[int, ...]:
         return self.drawn
+
+    def inclusion(self, interval: int) -> tuple[float, ...]:
+        return (0.5,) * self.num_layers  # any below 1, for which a correction needs its memory
 
 
 def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
@@ -335,7 +349,7 @@ def _bytes_of(peak: Any) -> dict[str, int]:
 def _formula(plan: Plan, config: TrainConfig, hf_config: Any, learner: Learner, parts: dict[nn.Parameter, str]) -> Plan:
     """The plan of a model that cannot be run on meta; the levers that it can count are counted."""
     sizes = dict.fromkeys(plan.bytes_of, 0)
-    bits = STATE_BITS[config.optim]
+    bits = STATE_BITS.get(config.optim, 32)
     for p, part in parts.items():
         size = p.numel() * p.element_size()
         sizes[f"weights/{part}"] += size

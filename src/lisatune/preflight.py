@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lisatune.config import TrainConfig
+from lisatune.config import LAYERWISE, TrainConfig
 from lisatune.data.formats import Example, parse_row, read_rows
 from lisatune.errors import UserError, did_you_mean
 from lisatune.files import LOCK, checkpoint_steps, only_run
@@ -81,7 +81,7 @@ def check_model_name(name: str) -> None:
 def check_num_active(config: TrainConfig) -> None:
     """Refuse more active layers than a local model's config.json says there are; other models are checked when loaded."""
     file = Path(config.model).expanduser() / "config.json"
-    if config.method != "lisa" or not file.is_file():
+    if config.method not in LAYERWISE or config.sampled_unit != "layers" or not file.is_file():
         return
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))

@@ -159,8 +159,7 @@ class Snapshots:
                         parameter.copy_(file.get_tensor(n))
         if learner.engine is not None:
             learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
-            if learner.host_layers:
-                learner.host_layers.place()
+            learner.follow_engine()
         for part, name in states.items():
             with _open(checkpoint, name) as file:
                 held: dict[str, dict[str, Any]] = {}

@@ -261,10 +261,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
 
 
 def _sampled_parts(engine: LisaEngine | None) -> list[str] | None:
-    """Embedding and head, if they are drawn like layers and are in training now."""
+    """What was drawn beside whole decoder layers: embedding, head, pieces of layers."""
     if engine is None or engine.drawn is None or len(engine.pool) == len(engine.layers.decoder):
         return None
-    return [engine.pool[i] for i in engine.drawn if i >= len(engine.layers.decoder)]
+    return [engine.pool[i] for i in engine.drawn if not engine.pool[i].removeprefix("layers.").isdecimal()]
 
 
 def _save(run: Run, folder: Path) -> None:

@@ -1,0 +1,136 @@
+"""One long run on a real model: memory, optimizer bytes, open files and step time from start to end.
+
+python benchmarks/soak.py [--steps 5200] [--interval-steps 20]
+
+Needs stories15M and TinyStories in shared/ beside the checkout. The run is a process of its own, as a user starts it; its
+resident memory and open files are read from outside, once a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from results import write_page
+
+SHARED = Path(__file__).parents[2] / "shared"
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--interval-steps", type=int, default=20)
+    options = parser.parse_args()
+    model, stories = SHARED / "models/stories15M/hf", SHARED / "data/tinystories/tinystories_10k.txt.gz"
+    if not stories.is_file():
+        sys.exit(f"{stories} is not here: put stories15M and TinyStories beside the checkout")
+    with tempfile.TemporaryDirectory() as folder:
+        data, output = Path(folder) / "rows.jsonl", Path(folder) / "run"
+        text = gzip.decompress(stories.read_bytes()).decode("utf-8")
+        rows = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+        data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+        words = [
+            sys.executable, "-m", "lisatune", "train", "--model", str(model), "--data", str(data), "--output", str(output),
+            f"max_steps={options.steps}", f"interval_steps={options.interval_steps}", "num_active=2", "max_length=64",
+            "per_device_train_batch_size=2", "learning_rate=1e-4", "eval_rows=50", "save_steps=100", "packing=true",
+        ]  # fmt: skip
+        samples = watch(words, output)
+        read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads((output / "summary.json").read_text())
+    steps = [row for row in read if "loss" in row]
+    sets = [tuple(row["active_layers"]) for row in steps]
+    table = tell(samples, steps, options.interval_steps)
+    page = write_page("soak", table, __doc__)
+    figure = page.with_suffix(".svg")
+    draw(samples, steps, figure)
+    held = [f"Held-out loss {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after. "]
+    held += [
+        f"{len(sets):,} steps, {len(sets) // options.interval_steps} draws of layers, a checkpoint every 100 steps "
+    ]
+    held += ["(its seconds are not in the time of a step). One process, "]
+    held += [
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, on a machine that did other work.\n\n![soak]({figure.name})\n"
+    ]
+    page.write_text(page.read_text() + "\n" + "".join(held), encoding="utf-8")
+    print(page.read_text())
+
+
+def watch(words: list[str], output: Path) -> list[dict[str, float]]:
+    """Run ``words``; a sample a second: the step, resident bytes, open files."""
+    process = subprocess.Popen(words)
+    proc, samples = Path(f"/proc/{process.pid}"), []
+    while process.poll() is None:
+        time.sleep(1)
+        try:
+            lines = (output / "metrics.jsonl").read_text().splitlines()
+            step = json.loads(lines[-1])["step"]
+            resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            files = len(list((proc / "fd").iterdir()))
+        except (OSError, ValueError, IndexError):
+            continue
+        if step and not (output / "model").exists():
+            samples.append({"step": step, "resident": resident, "files": files})
+    if process.returncode:
+        sys.exit(process.returncode)
+    return samples
+
+
+def tell(samples: list[dict[str, float]], steps: list[dict], interval: int) -> str:
+    """Medians of the first tenth (without its first interval), of the middle and of the last tenth."""
+    last = steps[-1]["step"]
+    spans = {
+        "first tenth": (interval, last // 10),
+        "middle tenth": (last * 45 // 100, last * 55 // 100),
+        "last tenth": (last - last // 10, last),
+    }
+
+    def median(rows: list[dict], key: str, span: tuple[int, int]) -> float:
+        return statistics.median(row[key] for row in rows if span[0] < row["step"] <= span[1])
+
+    lines = ["| | " + " | ".join(spans) + " | smallest to largest |", "| --- " * (len(spans) + 2) + "|"]
+    for name, rows, key, unit, digits in [
+        ("resident memory, GiB", samples, "resident", GIB, 3),
+        ("optimizer state, bytes", steps, "state_bytes", 1, 0),
+        ("open files", samples, "files", 1, 0),
+        ("time of a step, ms", steps, "step_seconds", 1e-3, 1),
+    ]:
+        every = [row[key] / unit for row in rows if row["step"] > interval]
+        cells = [f"{median(rows, key, span) / unit:,.{digits}f}" for span in spans.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(every):,.{digits}f} to {max(every):,.{digits}f} |")
+    return "\n".join(lines)
+
+
+def draw(samples: list[dict[str, float]], steps: list[dict], path: Path) -> None:
+    """Four curves over the steps."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(4, 1, figsize=(8, 8), sharex=True, layout="constrained")
+    thin = steps[:: max(1, len(steps) // 1000)]
+    curves = [
+        ("resident, GiB", samples, "resident", GIB), ("optimizer state, MiB", thin, "state_bytes", 2**20),
+        ("open files", samples, "files", 1), ("step, ms", thin, "step_seconds", 1e-3),
+    ]  # fmt: skip
+    for axis, (name, rows, key, unit) in zip(axes, curves, strict=True):
+        values = [row[key] / unit for row in rows]
+        axis.plot([row["step"] for row in rows], values, linewidth=0.8)
+        axis.set_ylim(0, 1.15 * sorted(values)[int(0.99 * (len(values) - 1))])
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("optimizer step")
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
