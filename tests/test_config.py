@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from lisatune import UserError
-from lisatune.config import TrainConfig, build_config, read_settings, write_config
+from lisatune.config import build_config, read_settings, write_config
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 
@@ -36,6 +36,26 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
         ({"offload_optimizer": True, "device": "cpu"}, "offload_optimizer has no effect on a CPU"),
         ({"optim": "adam"}, "optim='adam': input should be 'adamw', 'adamw_16bit' or 'adamw_8bit'"),
         ({"train_embedding": "often"}, "train_embedding"),
+        ({"method": "mezo", "max_grad_norm": 1}, "max_grad_norm has no effect with method=mezo"),
+        ({"method": "mezo", "gradient_checkpointing": True}, "gradient_checkpointing has no effect with method=mezo"),
+        ({"method": "full", "mezo_epsilon": 1e-3}, "mezo_epsilon has no effect with method=full"),
+        ({"method": "badam", "num_active": 0}, "num_active is 0"),
+        ({"momentum": 0.9}, "momentum has no effect with optim=adamw"),
+        ({"optim": "sgd", "adapt_vectors": True}, "adapt_vectors has no effect with optim=sgd"),
+        ({"optim": "lamb", "vocabulary_blocks": True}, "vocabulary_blocks needs an optimizer that works on blocks"),
+        (
+            {"sampler": "gradient_norm", "optimizer_in_backward": True, "max_grad_norm": 0},
+            "sampler=gradient_norm cannot go with optimizer_in_backward",
+        ),
+        (
+            {"inverse_chance": True, "optimizer_in_backward": True, "max_grad_norm": 0},
+            "inverse_chance cannot go with optimizer_in_backward",
+        ),
+        (
+            {"on_bad_step": "skip", "optimizer_in_backward": True, "max_grad_norm": 0},
+            "on_bad_step=skip cannot go with optimizer_in_backward",
+        ),
+        ({"full_determinism": True, "device": "cpu"}, "full_determinism has no effect on a CPU"),
         ({"eval_steps": 5}, "eval_steps has no effect without held-out rows"),
         ({"streaming": True}, "streaming needs max_steps"),
         ({"max_steps": 5, "num_train_epochs": 2}, "num_train_epochs has no effect beside max_steps"),
@@ -94,3 +114,18 @@ def test_bad_words():
         read_settings(None, ["seed"])
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_settings("nowhere.yaml", [])
+
+
+def test_a_preset_is_lisa_with_other_settings_and_the_user_wins():
+    needed = {"model": "m", "data": "d", "output": "o", "method": "badam"}
+    badam = build_config(needed)
+    assert (badam.sampler, badam.num_active, badam.train_embedding, badam.train_head) == ("sweep", 1, False, False)
+    assert build_config(needed | {"num_active": 3, "sampler": "uniform"}).num_active == 3
+    assert build_config(needed | {"method": "fixed"}).sampler == "fixed"
+
+
+def test_a_written_config_of_every_method_can_be_read_again(tmp_path):
+    for method in ("lisa", "fixed", "badam", "lora", "full", "mezo"):
+        config = build_config({"model": "m", "data": "d", "output": "o", "method": method})
+        write_config(config, tmp_path / "config.yaml")
+        assert build_config(read_settings(str(tmp_path / "config.yaml"), [])).model_dump() == config.model_dump()

@@ -76,7 +76,7 @@ class RandomDirections(RoundedOptimizer):
                 change = weight * group["weight_decay"]
                 for share, stream in zip(shares, streams, strict=True):
                     change.addcmul_(next(stream), share)
-                self.write(p, start, torch.add(weight, change, alpha=-group["lr"]), 0)
+                self.write(p, start, torch.add(weight, change, alpha=-group["lr"]), self.number)
 
 
 def _starts(p: Tensor) -> range:
