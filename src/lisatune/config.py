@@ -184,6 +184,8 @@ ONLY_FOR: dict[str, tuple[Method, ...]] = {
     ),
 }  # fmt: skip
 
+ONLY_FOR_OPTIM = {"momentum": ("sgd", "lars", "muon"), "adapt_vectors": ("lars", "lamb")}
+
 # what a method is, where it is LISA with other settings; the user's own win
 PRESETS: dict[str, dict[str, Any]] = {
     "fixed": {"sampler": "fixed"},
@@ -328,8 +330,7 @@ def _check_sampling(config: TrainConfig) -> None:
 
 
 def _check_optim(config: TrainConfig, settings: Mapping[str, Any]) -> None:
-    users = {"momentum": ("sgd", "lars", "muon"), "adapt_vectors": ("lars", "lamb")}
-    for name, optims in users.items():
+    for name, optims in ONLY_FOR_OPTIM.items():
         if name in settings and config.optim not in optims:
             raise UserError(f"{name} has no effect with optim={config.optim}: leave it out, or set optim={optims[0]}")
     if config.optim in OUR_OPTIMS:
@@ -407,6 +408,9 @@ def used_settings(config: TrainConfig) -> dict[str, Any]:
     settings = config.model_dump()
     for name, methods in ONLY_FOR.items():
         if config.method not in methods:
+            del settings[name]
+    for name, optims in ONLY_FOR_OPTIM.items():
+        if config.optim not in optims:
             del settings[name]
     if config.max_steps:
         del settings["num_train_epochs"]

@@ -12,9 +12,12 @@ import yaml
 from lisatune.amounts import gib
 from lisatune.analysis.plots import active_layers, loss_curve
 from lisatune.errors import UserError
+from lisatune.files import write_whole
 
+# all text is escaped; the policy is a second lock, under which a browser runs no script and loads nothing
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark }}
@@ -38,11 +41,18 @@ def write_report(folder: Path) -> Path:
     Raises: UserError if ``folder`` holds no finished run.
     """
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no finished run to report on ({error})") from error
+        page = _draw(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: holds no finished run to report on ({type(error).__name__}: {error})") from error
+    path = folder / "report.html"
+    write_whole(path, page.encode(errors="replace").decode())  # JSON may hold half a character, UTF-8 may not
+    return path
+
+
+def _draw(folder: Path) -> str:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     body = [_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows)]
     if any("active_layers" in row for row in rows):
         body += ["<h2>Layers in training</h2>", active_layers(rows)]
@@ -54,10 +64,7 @@ def write_report(folder: Path) -> Path:
     body += [
         f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"
     ]
-    page = PAGE.format(title=escape(f"{config['method']}: {Path(str(config['model'])).name}"), body="\n".join(body))
-    path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return PAGE.format(title=escape(f"{config['method']}: {Path(str(config['model'])).name}"), body="\n".join(body))
 
 
 def _headline(summary: dict[str, Any]) -> list[list[str]]:
