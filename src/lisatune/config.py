@@ -411,7 +411,7 @@ def used_settings(config: TrainConfig) -> dict[str, Any]:
             del settings[name]
     for name, optims in ONLY_FOR_OPTIM.items():
         if config.optim not in optims:
-            del settings[name]
+            settings.pop(name, None)
     if config.max_steps:
         del settings["num_train_epochs"]
     return settings
