@@ -52,6 +52,11 @@ class TrainConfig(BaseModel):
         False,
         description="Divide a drawn layer's updates by its chance to be drawn, so that they are those of full on average.",
     )
+    inactive_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Let frozen layers take small plain gradient steps at this rate, from gradients of activations that are there anyway.",
+    )
     state_policy: Literal["reset_layers", "reset_all", "keep"] = Field(
         "reset_layers",
         description="Optimizer state at a switch: drop the frozen layers', drop all, or keep it on the CPU.",
@@ -171,7 +176,7 @@ OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit")
 
 ONLY_FOR: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(("num_active", "interval_steps", "state_policy", "train_embedding", "train_head"), LAYERWISE),
-    **dict.fromkeys(("sampler", "sampler_options", "sampled_unit", "inverse_chance"), LAYERWISE),
+    **dict.fromkeys(("sampler", "sampler_options", "sampled_unit", "inverse_chance", "inactive_learning_rate"), LAYERWISE),
     **dict.fromkeys([n for n in TrainConfig.model_fields if n.startswith("lora_")], ("lora",)),
     **dict.fromkeys(("mezo_epsilon", "mezo_directions"), ("mezo",)),
     **dict.fromkeys(
@@ -323,6 +328,20 @@ def _check_sampling(config: TrainConfig) -> None:
             "sampler=gradient_norm cannot go with optimizer_in_backward, after which no gradient is left to look at: "
             "leave one of them out"
         )
+    if config.inactive_learning_rate:
+        for name in ("offload_frozen", "optimizer_in_backward"):
+            if getattr(config, name):
+                raise UserError(f"inactive_learning_rate cannot go with {name}: leave one of them out")
+        if config.gradient_accumulation_steps > 1:
+            raise UserError(
+                "inactive_learning_rate moves frozen layers in each backward pass, so micro-batches would meet other "
+                "weights: set gradient_accumulation_steps=1, or leave it out"
+            )
+        if config.on_bad_step == "skip":
+            raise UserError(
+                "on_bad_step=skip cannot go with inactive_learning_rate, which has moved weights before the step is known "
+                "to be bad: leave one of them out"
+            )
     if config.inverse_chance and config.optimizer_in_backward:
         raise UserError(
             "inverse_chance cannot go with optimizer_in_backward, which updates before the step: leave one of them out"

@@ -21,6 +21,7 @@ from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine, move_state
 from lisatune.errors import UserError
 from lisatune.evaluate import batch_loss
+from lisatune.inactive import InactiveUpdates
 from lisatune.layers import Layers, find_layers
 from lisatune.memory.backward_step import StepInBackward
 from lisatune.memory.checkpointing import checkpoint_layers
@@ -62,6 +63,7 @@ class Learner:
         device: Where the model computes.
         bad_grad_norm: A larger gradient norm makes a step bad.
         correction: If updates of drawn layers are divided by their chance.
+        inactive: If frozen layers take small steps; their rate is ``inactive_ratio`` of the optimizer's.
         zeroth_order: If losses alone are looked at; the norm of a step is then that of the slopes.
     Attributes:
         touched: The parts that have trained since somebody, who saves them, last emptied this set.
@@ -80,12 +82,17 @@ class Learner:
     bad_grad_norm: float = math.inf
     correction: InverseChance | None = None
     zeroth_order: ZerothOrder | None = None
+    inactive: InactiveUpdates | None = None
+    inactive_ratio: float = 0.0
     touched: set[str] = field(default_factory=set)
 
     def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> Outcome:
         """Optimizer step ``number`` (from 0), at the learning rate that is set: one divisor for all its micro-batches."""
         if self.engine and self.engine.begin_step(number, self.optimizer):
             self.follow_engine()
+        if self.inactive:
+            self.inactive.number = number
+            self.inactive.lr = self.inactive_ratio * self.optimizer.param_groups[0]["lr"]
         if self.zeroth_order:
             total, norm = self.zeroth_order.probe(number, micro_batches, num_labelled)
         else:
@@ -128,10 +135,13 @@ class Learner:
 
     @property
     def trained_parts(self) -> set[str]:
-        """The parts that train now."""
+        """The parts that change in a step now."""
         if self.engine is None:
             return self._always_trained
-        return self.engine.trained_parts(self.engine.drawn) if self.engine.drawn is not None else set()
+        if self.engine.drawn is None:
+            return set()
+        moved = {part for part in self.layers.parts() if part.startswith("layers.")} if self.inactive else set()
+        return self.engine.trained_parts(self.engine.drawn) | moved
 
     @cached_property
     def _always_trained(self) -> set[str]:
@@ -195,6 +205,10 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     if config.optimizer_in_backward:
         assert isinstance(optimizer, AdamW)
         in_backward = StepInBackward(optimizer)
+    inactive, ratio = None, 0.0
+    if config.inactive_learning_rate:
+        inactive = InactiveUpdates(layers.decoder, config.inactive_learning_rate, config.seed)
+        ratio = config.inactive_learning_rate / config.learning_rate
     engine = None
     if config.method in LAYERWISE:
         engine = make_engine(config, layers)
@@ -203,6 +217,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     return Learner(
         model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers, device,
         config.bad_grad_norm or math.inf, InverseChance(optimizer) if config.inverse_chance else None, zeroth_order,
+        inactive, ratio,
     )  # fmt: skip
 
 

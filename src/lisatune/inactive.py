@@ -1,0 +1,101 @@
+"""Small steps of frozen layers, from the gradients of activations that the backward pass makes anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lisatune.errors import UserError
+from lisatune.optim.rounding import random_bits, round_stochastically
+
+BLOCK = 2**22  # elements of a gradient that exist at a time
+
+
+class InactiveUpdates:
+    """Plain gradient descent on the matrices of frozen decoder layers, inside the backward pass and with no state::
+
+        weight -= lr * grad_output.T @ input
+
+    LISA freezes a layer, but the gradient of its output passes through on the way to the layers and the embedding below.
+    Together with the layer's input that is all that the gradient of its matrices takes. So frozen layers move a little
+    too, instead of waiting at a point that the others have left.
+
+    It breaks LISA's rule that frozen bytes do not change, so it has to be asked for. A gradient is made a block of rows
+    at a time, and used after the gradient of the input, for which the old weight counts: a step equals that of
+    ``torch.optim.SGD`` on these matrices, to rounding. One backward pass is one step; nothing is clipped.
+
+    Args:
+        decoder: The decoder layers. The forward of each ``nn.Linear`` in them is replaced.
+        lr: Of these steps, in the gradient's unit as for SGD, not in Adam's.
+        seed: Of the rounding of bfloat16 weights.
+    Attributes:
+        lr: May be changed between steps.
+        number: Of the optimizer step, for the rounding; to be set before each one.
+    Raises: UserError if no decoder layer holds an ``nn.Linear`` with floating-point weights.
+    Cost: for frozen layers above the lowest one that trains, the third unit of matrix work, and their inputs, kept for
+        the backward pass as those of active layers are; with checkpointing of one layer at a time.
+    Reference: the idea is BREAD's (openreview.net/forum?id=DBybUx7ARy), which takes such steps on the inactive blocks of BAdam.
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(2, 1, bias=False)).requires_grad_(False)
+        >>> _ = layer[0].weight.fill_(1.0)
+        >>> updates = InactiveUpdates([layer], lr=0.5)
+        >>> layer(torch.tensor([[1.0, 3.0]], requires_grad=True)).sum().backward()
+        >>> layer[0].weight.tolist()
+        [[0.5, -0.5]]
+    """
+
+    def __init__(self, decoder: Sequence[nn.Module], lr: float, seed: int = 0) -> None:
+        self.lr = lr
+        self.seed = seed
+        self.number = 0
+        modules = [m for layer in decoder for m in layer.modules() if isinstance(m, nn.Linear)]
+        modules = [m for m in modules if m.weight.is_floating_point()]
+        if not modules:
+            raise UserError(
+                "no decoder layer holds an nn.Linear, so inactive layers cannot take small steps: leave that out"
+            )
+        for place, module in enumerate(modules):
+            module.forward = partial(self._forward, module, place)  # type: ignore[method-assign]
+
+    def _forward(self, module: nn.Linear, place: int, input: Tensor) -> Tensor:
+        if module.weight.requires_grad or not (torch.is_grad_enabled() and input.requires_grad):
+            return linear(input, module.weight, module.bias)
+        out: Tensor = _SteppingLinear.apply(input, module.weight, module.bias, self, place)  # type: ignore[no-untyped-call]
+        return out
+
+    @torch.no_grad()
+    def step(self, weight: Tensor, grad: Tensor, input: Tensor, place: int) -> None:
+        """Move ``weight``, (O, I), by the gradients of its outputs, (N, O), and its inputs, (N, I)."""
+        rows = max(1, BLOCK // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            block = weight[start : start + rows]
+            change = (grad[:, start : start + rows].T @ input).float().mul_(self.lr)
+            moved = block.float().sub_(change)
+            if weight.dtype == torch.bfloat16:
+                first = start * weight.shape[1]
+                name = f"inactive {self.seed} {self.number} {place}"
+                bits = random_bits(name, first, first + block.numel(), weight.device)
+                moved = round_stochastically(moved.view(-1), bits.bitwise_and_(0xFFFF)).view_as(block)
+            block.copy_(moved)
+
+
+class _SteppingLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, updates: InactiveUpdates, place: int
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.updates, ctx.place = updates, place
+        return linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        input, weight = ctx.saved_tensors
+        grad_input = grad @ weight
+        ctx.updates.step(weight, grad.flatten(0, -2), input.flatten(0, -2), ctx.place)
+        return grad_input, None, None, None, None
