@@ -3,7 +3,8 @@
 python benchmarks/soak.py [--steps 5200] [--interval-steps 20]
 
 Needs stories15M and TinyStories in shared/ beside the checkout. The run is a process of its own, as a user starts it; its
-resident memory and open files are read from outside, once a second.
+resident memory, open files and processor time are read from outside, once a second. On a machine that does other work the
+time of a step tells of that work too; its processor time does so less.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
         words = [
             sys.executable, "-m", "lisatune", "train", "--model", str(model), "--data", str(data), "--output", str(output),
             f"max_steps={options.steps}", f"interval_steps={options.interval_steps}", "num_active=2", "max_length=64",
-            "per_device_train_batch_size=2", "learning_rate=1e-4", "eval_rows=50", "save_steps=100", "packing=true",
+            "per_device_train_batch_size=1", "learning_rate=1e-4", "eval_rows=50", "save_steps=100", "packing=true",
         ]  # fmt: skip
         samples = watch(words, output)
         read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -75,10 +76,13 @@ def watch(words: list[str], output: Path) -> list[dict[str, float]]:
             step = json.loads(lines[-1])["step"]
             resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             files = len(list((proc / "fd").iterdir()))
+            ticks = sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:13]))
         except (OSError, ValueError, IndexError):
             continue
         if step and not (output / "model").exists():
-            samples.append({"step": step, "resident": resident, "files": files})
+            samples.append(
+                {"step": step, "resident": resident, "files": files, "cpu": ticks / os.sysconf("SC_CLK_TCK")}
+            )
     if process.returncode:
         sys.exit(process.returncode)
     return samples
@@ -106,6 +110,12 @@ def tell(samples: list[dict[str, float]], steps: list[dict], interval: int) -> s
         every = [row[key] / unit for row in rows if row["step"] > interval]
         cells = [f"{median(rows, key, span) / unit:,.{digits}f}" for span in spans.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(every):,.{digits}f} to {max(every):,.{digits}f} |")
+    cells = []
+    for low, high in spans.values():
+        inside = [row for row in samples if low < row["step"] <= high]
+        first, final = inside[0], inside[-1]
+        cells.append(f"{1e3 * (final['cpu'] - first['cpu']) / (final['step'] - first['step']):,.1f}")
+    lines.append("| processor time of a step, checkpoints included, ms | " + " | ".join(cells) + " | |")
     return "\n".join(lines)
 
 
