@@ -220,7 +220,7 @@ def read_manifest(folder: Path) -> Manifest:
     if STATE not in manifest.files:
         raise Damaged(f"{folder / MANIFEST}: names no {STATE}")
     for name, expected in manifest.files.items():
-        if not NAME.fullmatch(name) or name == MANIFEST:
+        if not NAME.fullmatch(name) or (name != STATE and not name.endswith(".safetensors")):
             raise Damaged(f"{folder / MANIFEST}: {name[:80]!r} is not the name of a checkpoint's file")
         path = folder / name
         _check_plain(path)
@@ -255,8 +255,12 @@ def _read_json(folder: Path, name: str) -> Any:
 
 
 def _check_plain(path: Path) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise Damaged(f"{path} is {'a link' if path.is_symlink() else 'missing'}")
+    try:
+        plain, link = path.is_file(), path.is_symlink()
+    except OSError as error:  # in a folder that may not be read
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+    if link or not plain:
+        raise Damaged(f"{path} is {'a link' if link else 'missing'}")
 
 
 def _digest(path: Path) -> str:

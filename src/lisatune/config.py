@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import reprlib
+import unicodedata
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +17,7 @@ from lisatune.files import write_whole
 
 Method = Literal["lisa", "fixed", "badam", "lora", "full", "mezo"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # categories: control, half of a surrogate pair, line and paragraph separator
 
 
 class TrainConfig(BaseModel):
@@ -22,11 +26,11 @@ class TrainConfig(BaseModel):
     The paper's symbols: gamma is ``num_active``, K is ``interval_steps``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
-    model: str = Field(description="Folder, .gguf file, or hub name of the model to train.")
-    data: str = Field(description="File, folder, or hub name of the rows to train on.")
-    output: str = Field(description="Folder of the run; may hold one only to go on with it.")
+    model: str = Field(min_length=1, description="Folder, .gguf file, or hub name of the model to train.")
+    data: str = Field(min_length=1, description="File, folder, or hub name of the rows to train on.")
+    output: str = Field(min_length=1, description="Folder of the run; may hold one only to go on with it.")
 
     method: Method = Field(
         "lisa",
@@ -272,11 +276,18 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     """
     for name in settings:
         if name not in TrainConfig.model_fields:
-            raise UserError(f"unknown setting '{name}'{did_you_mean(str(name), TrainConfig.model_fields)}")
+            hint = did_you_mean(name, TrainConfig.model_fields) if isinstance(name, str) else ""
+            raise UserError(f"unknown setting {_shown(name)}{hint}")
     try:
-        config = TrainConfig.model_validate(PRESETS.get(str(settings.get("method")), {}) | dict(settings))
+        method = settings.get("method")
+        preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
+        config = TrainConfig.model_validate(preset | dict(settings))
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
+    for name, value in config:
+        if isinstance(settings.get(name), bool) and type(value) in (int, float):
+            raise UserError(f"{name}={settings[name]}: input should be a number")  # pydantic takes true for 1
+        _refuse_unusable(name, value)
     _refuse_without_effect(config, settings)
     return config
 
@@ -286,7 +297,37 @@ def _in_words(error: ValidationError) -> str:
     name = str(first["loc"][0]) if first["loc"] else "the configuration"
     if first["type"] == "missing":
         return f"{name} is missing: give --{name} or '{name}:' in the config file"
-    return f"{name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{name}={_shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """``repr(value)``, cut: a YAML alias can make it endless."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlevel = 2
+    try:
+        return short.repr(value)
+    except ValueError:  # of int, which writes no more than 4,300 digits
+        return "a number of too many digits"
+
+
+def _refuse_unusable(name: str, value: Any, depth: int = 0) -> None:
+    """Refuse what has the right type, and yet no run could use or write down."""
+    if isinstance(value, dict | list) and depth < 4:
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            _refuse_unusable(name, inner, depth + 1)
+    elif isinstance(value, str):
+        if any(unicodedata.category(letter) in UNPRINTED for letter in value):
+            raise UserError(f"{name}={_shown(value)} holds a character that cannot be printed: leave it out")
+        if re.search(r"://[^/\s]*@", value):
+            raise UserError(
+                f"{name} holds a user name or password, which would be written into the run's folder: give a local path "
+                "or a hub name, and log in to the hub beforehand"
+            )
+    elif value is not None and not (isinstance(value, int | float) and -(2**63) <= value < 2**63):
+        raise UserError(
+            f"{name}={_shown(value)}: input should be finite numbers, words, true or false, nested a little"
+        )
 
 
 def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> None:
@@ -381,22 +422,54 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        loaded = _load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not there, not text, or no name that a file can have
         raise UserError(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"config file {path}{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        raise UserError(
+            f"config file {path}{place}: not valid YAML ({getattr(error, 'problem', None) or error}); mend it"
+        ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"config file {path} must hold 'name: value' lines")
     return loaded
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, for names that stand once: PyYAML would let the last one win in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        names = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag == "tag:yaml.org,2002:merge":
+                # merges of merges can fill the memory from a few lines, and a list of settings has no use for them
+                raise yaml.constructor.ConstructorError(None, None, "<< is not for settings", key.start_mark)
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """What ``yaml.safe_load`` gives; raises nothing but ``yaml.YAMLError``."""
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deep") from error
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # PyYAML's own, for a value that is not what its form or its tag says, such as the date 2024-99-99
+        raise yaml.YAMLError(f"a value is not what its form says, {error}") from error
+
+
 def _value(text: str) -> Any:
     """YAML's reading of ``text``, and numbers such as 5e-4, which YAML 1.1 takes for words."""
     try:
-        value = yaml.safe_load(text)
+        value = _load_yaml(text)
     except yaml.YAMLError:
         return text
     if isinstance(value, str):

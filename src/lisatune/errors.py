@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one sentence with the remedy; the command line prints it and exits with status 2."""
+    """A user's mistake, told in one sentence with the remedy; the command line prints it and exits with status 2.
+
+    What the message quotes (names, rows, other libraries) is made safe to print: see ``one_line``.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class Stopped(Exception):
@@ -24,6 +31,23 @@ class Stopped(Exception):
 
 class MissingPackageError(UserError, ImportError):
     """A feature was asked for whose package is not installed."""
+
+
+def one_line(text: str, most_letters: int = 1000) -> str:
+    """``text`` on one line that every terminal and log can take.
+
+    Control characters, invisible ones and halves of surrogate pairs are written as escapes, so that what a file or a name
+    holds can neither move the cursor nor fail to print; user and password of an address are starred; of a long text
+    the middle is left out.
+
+    Example:
+        >>> one_line("no\\nfile \\x1b[31m\\ud800 at https://me:secret@host/x")
+        'no file \\\\x1b[31m\\\\ud800 at https://***@host/x'
+    """
+    text = re.sub(r"://[^/\s]*@", "://***@", text)
+    if len(text) > most_letters:
+        text = f"{text[: most_letters // 2]} ... {text[-most_letters // 2 :]}"
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 def missing_package(package: str, feature: str, extra: str) -> MissingPackageError:

@@ -38,7 +38,8 @@ def write_whole(path: Path, text: str) -> None:
         ('{}', 1)
     """
     beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
+    beside.unlink(missing_ok=True)
+    with beside.open("x", encoding="utf-8") as file:  # not through a link that lies there
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

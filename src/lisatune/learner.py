@@ -152,6 +152,7 @@ class Learner:
         if isinstance(self.optimizer, AdamW):
             self.optimizer.place_state(parameter, saved)
         else:
+            _check_shapes(self.optimizer, parameter, saved)
             fused = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
             here, counter = parameter.device, parameter.device if fused else torch.device("cpu")
             self.optimizer.state[parameter] = {
@@ -165,6 +166,14 @@ class Learner:
         if loss.is_meta:
             return False  # there are no values
         return not (math.isfinite(loss.item()) and math.isfinite(norm.item()) and norm.item() <= self.bad_grad_norm)
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Any]) -> None:
+    """Refuse saved state of another parameter; of an optimizer that is not PyTorch's AdamW nothing is known."""
+    for name, value in saved.items() if isinstance(optimizer, torch.optim.AdamW) else ():
+        shape = torch.Size() if name == "step" else parameter.shape
+        if not isinstance(value, Tensor) or value.shape != shape:
+            raise UserError(f"the saved {name[:80]} is not of the shape {tuple(shape)}, so it is of another parameter")
 
 
 def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learner:
@@ -230,6 +239,8 @@ def find_parts(config: TrainConfig, model: torch.nn.Module) -> Layers:
 def make_engine(config: TrainConfig, layers: Layers) -> LisaEngine:
     """LISA as ``config`` says."""
     pool = layers.pool(train_embedding=config.train_embedding, train_head=config.train_head)
+    if taken := config.sampler_options.keys() & {"name", "num_layers", "num_active", "interval_steps", "seed"}:
+        raise UserError(f"sampler_options: {min(taken)} is none of them, give it as a setting of its own or not at all")
     options = config.sampler_options | ({"names": pool} if config.sampler == "weighted" else {})
     sampler = make_sampler(
         config.sampler, num_layers=len(pool), num_active=config.num_active, interval_steps=config.interval_steps,

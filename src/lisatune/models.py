@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from lisatune.errors import UserError, missing_package
 from lisatune.preflight import check_model_name
@@ -37,11 +37,14 @@ def load_model(
         name = str(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if "gguf_file" not in options:
+            options["use_safetensors"] = True  # never a pickle
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises many kinds, none of them ours
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name} cannot be loaded as a causal language model: {reason}") from error
     _forget_quantization(model)
+    _check_template_names(name, tokenizer.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -51,6 +54,13 @@ def load_model(
         )
     model.requires_grad_(True)
     return model, tokenizer
+
+
+def _check_template_names(model: str, templates: Any) -> None:
+    """Refuse chat templates whose names would lead out of the folder that they are saved in, before a run and not after."""
+    for name in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise UserError(f"{model}: a chat template of the tokenizer is named {str(name)!r}: give it a plain name")
 
 
 def _forget_quantization(model: Any) -> None:

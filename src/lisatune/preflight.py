@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lisatune.config import LAYERWISE, TrainConfig
-from lisatune.data.formats import Example, parse_row, read_rows
+from lisatune.data.formats import Example, find_files, parse_row, read_rows
 from lisatune.errors import UserError, did_you_mean
 from lisatune.files import LOCK, checkpoint_steps, only_run
 
@@ -19,7 +19,17 @@ def check_output(folder: Path, *, resume: bool = False, held: bool = False) -> N
 
     ``held`` says that this process holds it already (``only_run``).
     """
+    try:
+        _check_output(folder, resume, held)
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be used ({error.strerror or error}): choose another") from error
+
+
+def _check_output(folder: Path, resume: bool, held: bool) -> None:
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+        link = next((path for path in folder.iterdir() if path.is_symlink()), None)
+        if link is not None:
+            raise UserError(f"{link} is a link, which a run would write through: put the file or folder itself there")
         if not (folder / "config.yaml").is_file():
             raise UserError(
                 f"output folder {folder} is not empty, and holds no run: choose another, or remove it first"
@@ -61,7 +71,15 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a path at which no model lies; costs a look at the folder. Hub names pass."""
+    """Refuse a path at which no model lies, or one of pickled weights; costs a look at the folder. Hub names pass."""
+    try:
+        _check_model_name(name)
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, ~ of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}: cannot be looked up ({reason}); give the path of a model's folder") from error
+
+
+def _check_model_name(name: str) -> None:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return
@@ -70,6 +88,11 @@ def check_model_name(name: str) -> None:
             inner = path / "model" / "config.json"
             hint = f"; did you mean {path / 'model'}?" if inner.is_file() else ": give one saved by save_pretrained"
             raise UserError(f"{name}: the folder holds no config.json, so it is no Hugging Face model{hint}")
+        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"{name}: the weights are pickled (.bin), and unpickling can run code: save them as safetensors first, with "
+                "save_pretrained"
+            )
         return
     if path.is_file():
         raise UserError(f"{name}: a model is a Hugging Face folder, a .gguf file or a hub name, not such a file")
@@ -86,7 +109,7 @@ def check_num_active(config: TrainConfig) -> None:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         num_layers = {**settings, **settings.get("text_config", {})}.get("num_hidden_layers")
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not the config.json of a model ({error})") from error
     if isinstance(num_layers, int) and config.num_active > num_layers:
         raise UserError(
@@ -113,6 +136,7 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], list[Example]
     Raises: UserError naming the file and line of a bad row, or if there is nothing to train on.
     """
     if config.streaming:
+        find_files(config.data)  # a path that is not there is told of now
         train: Iterable[Example] = ExampleStream(config.data, config.dataset_split)
     else:
         train = [parse_row(row) for row in read_rows(config.data, split=config.dataset_split)]

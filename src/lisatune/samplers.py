@@ -54,7 +54,13 @@ def make_sampler(
         if option not in known:
             hint = did_you_mean(option, known) or f": it has {', '.join(known) or 'no options'}"
             raise UserError(f"sampler {name} has no option '{option}'{hint}")
-    return maker(num_layers, num_active, interval_steps, seed, **options)
+    try:
+        return maker(num_layers, num_active, interval_steps, seed, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
+        # an option of another kind, from a file of settings
+        raise UserError(f"sampler {name} cannot be made with these options ({error}): see what it takes") from error
 
 
 def _uniform(num_layers: int, num_active: int, interval_steps: int, seed: int) -> UniformSampler:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lisatune.checkpoint import Checkpoint, Checkpoints, Damaged
 from lisatune.data.loader import Position
+from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
+
+
+def _check_position(position: Position) -> Position:
+    if not all(0 <= count < 2**63 for count in position):
+        raise ValueError("input should be counts")
+    return position
 
 
 class Standing(BaseModel):
@@ -26,15 +35,15 @@ class Standing(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    step: int = 0
-    position: Position = Position()
-    tokens: int = 0
+    step: Count = 0
+    position: Annotated[Position, AfterValidator(_check_position)] = Position()
+    tokens: Count = 0
     train_seconds: float = 0.0
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    peak_bytes: int = 0
+    skipped_steps: Count = 0
+    skipped_in_a_row: Count = 0
+    peak_bytes: Count = 0
 
 
 class State(BaseModel):
@@ -43,9 +52,9 @@ class State(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     standing: Standing
-    drawn: tuple[int, ...] | None
+    drawn: tuple[Count, ...] | None
     sampler: dict[str, Any] | None
-    counters: list[dict[str, int]]
+    counters: list[dict[str, Count]]
     scalars: dict[str, dict[str, dict[str, float | int | bool | None]]]
     base: dict[str, str]
     config: dict[str, Any]
@@ -158,6 +167,7 @@ class Snapshots:
                     for n, parameter in trainable[part].items():
                         parameter.copy_(file.get_tensor(n))
         if learner.engine is not None:
+            _check_draw(checkpoint, state, learner.engine)
             learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
             learner.follow_engine()
         for part, name in states.items():
@@ -169,9 +179,12 @@ class Snapshots:
             for n, values in held.items():
                 if n not in trainable[part]:
                     raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
-                learner.place_state(trainable[part][n], values | state.scalars.get(part, {}).get(n, {}))
+                try:
+                    learner.place_state(trainable[part][n], values | state.scalars.get(part, {}).get(n, {}))
+                except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                    raise Damaged(f"{checkpoint.folder}: {name} is not of this optimizer ({error})") from error
         for group, counters in zip(learner.optimizer.param_groups, state.counters, strict=False):
-            group.update(counters)
+            group.update({name: count for name, count in counters.items() if name in COUNTERS})
         self._ever = set(weights)
         learner.touched = set()
         return state.standing
@@ -219,11 +232,14 @@ def read_state_of(checkpoint: Checkpoint) -> State:
     Raises: Damaged if it is not what ``Snapshots.save`` writes.
     """
     try:
-        return State.model_validate(checkpoint.state)
+        state = State.model_validate(checkpoint.state)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:80]
         raise Damaged(f"{checkpoint.folder / 'state.json'}: {place}: {first['msg'].lower()}") from error
+    if state.standing.step != checkpoint.manifest.step:
+        raise Damaged(f"{checkpoint.folder / 'state.json'} is of step {state.standing.step}")
+    return state
 
 
 def _hash(parameters: Mapping[str, Tensor]) -> str:
@@ -247,8 +263,21 @@ def _sampler_state(learner: Learner) -> dict[str, Any] | None:
     return None if state is None else state()
 
 
-def _open(checkpoint: Checkpoint, name: str) -> Any:
-    return safe_open(checkpoint.folder / f"{name}.safetensors", "pt")
+def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine) -> None:
+    """Refuse a draw that names no layer of this model, and the state of a sampler that has none."""
+    learns = hasattr(engine.sampler, "load_state_dict")
+    if state.drawn is None or any(i >= len(engine.pool) for i in state.drawn) or learns != (state.sampler is not None):
+        raise Damaged(f"{checkpoint.folder / 'state.json'}: its draw of layers is not one of this run's sampler")
+
+
+@contextmanager
+def _open(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
+    path = checkpoint.folder / f"{name}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} cannot be read ({error})") from error
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from lisatune.data.formats import find_files
 from lisatune.data.tokenize import Encoded
 
 ENDS_BYTES = 2**20
@@ -36,10 +37,10 @@ def of_stream(data: str) -> str:
     A stream is too long to be read as a whole for this; a change in the middle of a file that keeps its size is not
     seen. A hub name stands for itself.
     """
-    path = Path(data).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    if not files:
+    files = find_files(data)
+    if files is None:
         return data
+    path = Path(data).expanduser()
     digest, total = hashlib.sha256(), 0
     for file in files:
         size = file.stat().st_size

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lisatune.data.packing import pack
 from lisatune.data.tokenize import IGNORED, Encoded
+from lisatune.errors import UserError
 
 WINDOW = 1000  # documents packed, or shuffled in a stream, at a time
 
@@ -113,7 +114,7 @@ class Loader:
         packing: Fill rows with several documents.
         seed: Of the order.
         shuffle: False keeps the order given.
-    Raises: ValueError if there is no document.
+    Raises: UserError if there is no document.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Loader:
         A pure function of the documents, the seed and ``start``: going on from a position gives what would have
         followed. What lies before it is skipped; of a stream it is read again, but not tokenized.
 
-        Raises: ValueError if an epoch is empty.
+        Raises: UserError if an epoch is empty.
         """
         while True:
             empty = start == (start.epoch, 0, 0)
@@ -149,7 +150,7 @@ class Loader:
                 empty = False
                 yield batch, position
             if empty:
-                raise ValueError("the data set holds nothing to learn")
+                raise UserError("the data holds nothing to learn: is it empty, or max_length too small?")
             start = Position(start.epoch + 1)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:

@@ -199,9 +199,14 @@ class AdamW(torch.optim.Optimizer):
                 f"the saved moments are {saved['exp_avg'].dtype}, which state_bits={self.moments.bits} does not "
                 "hold: make the optimizer with the state_bits that the state was saved with"
             )
-        state = {"step": saved["step"].to("cpu", copy=True)}
-        for name, dtype in self.moments.dtypes().items():
-            state[name] = self.moments.place(saved[name].shape, dtype, p).copy_(saved[name])
+        state = {"step": torch.zeros(())} | self.moments.zeros(p)
+        for name, held in state.items():
+            if saved[name].shape != held.shape:
+                raise UserError(
+                    f"the saved {name} has the shape {tuple(saved[name].shape)} instead of {tuple(held.shape)}: it is of "
+                    "another parameter"
+                )
+            held.copy_(saved[name])
         self.state[p] = state
 
 

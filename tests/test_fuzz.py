@@ -1,0 +1,224 @@
+"""Bad input, some ten thousand cases of it: an answer or a UserError, never a traceback; no row is lost in silence."""
+
+import contextlib
+import gzip
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hostile
+from conftest import make_llama
+from lisatune import UserError, learner
+from lisatune.checkpoint import Checkpoints
+from lisatune.config import build_config, read_settings
+from lisatune.data.formats import parse_row, read_rows
+from lisatune.data.loader import Batch
+from lisatune.data.tokenize import Encoder
+from lisatune.layers import find_layers
+from lisatune.preflight import check_model_name
+from lisatune.snapshot import Snapshots, Standing
+
+CASES = {"row": 3500, "file": 2500, "settings": 2500, "checkpoint": 1500, "forged": 150}
+
+
+class Drawn(hostile.Pick):
+    """Choices of hypothesis."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def integer(self, low, high):
+        return self.data.draw(st.integers(low, high))
+
+    def raw(self, most):
+        return self.data.draw(st.binary(max_size=most))
+
+
+def cases(name):
+    return settings(max_examples=CASES[name], suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """In memory where there is such a place, because a disk is slow for thousands of files."""
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as path:
+        yield Path(path)
+
+
+def test_there_are_ten_thousand_cases():
+    assert sum(CASES.values()) >= 10_000
+
+
+@cases("row")
+@given(st.data())
+def test_any_row_is_read_or_refused(data):
+    columns = hostile.row(Drawn(data))
+    if isinstance(columns, dict):
+        hostile.try_row(columns)
+
+
+@cases("file")
+@given(data=st.data())
+def test_any_file_is_read_or_refused_and_its_rows_add_up(folder, tokenizer, data):
+    name, content = hostile.row_file(Drawn(data))
+    (folder / name).write_bytes(content)
+    hostile.try_rows(folder / name, lambda: Encoder(tokenizer, 40))
+
+
+@cases("settings")
+@given(data=st.data())
+def test_any_settings_build_a_config_or_are_refused(folder, layers, data):
+    hostile.try_settings(*hostile.settings(Drawn(data)), folder, layers)
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return find_layers(make_llama())
+
+
+def make_learner():
+    """A model as small as can be, before its first step."""
+    model = make_llama(layers=2, vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    config = build_config(hostile.NEEDED | {"num_active": 1, "interval_steps": 2, "device": "cpu", "dtype": "float32"})
+    return learner.make_learner(config, model, torch.device("cpu"))
+
+
+def take_step(some, step):
+    ids = torch.arange(6)[None] + step
+    batch = Batch(ids, ids + 1, torch.arange(6)[None], torch.ones_like(ids, dtype=torch.bool))
+    some.step(step, [batch], batch.num_labelled)
+
+
+def real_files():
+    """The files of a checkpoint that a learner wrote after three steps."""
+    some = make_learner()
+    for step in range(3):
+        take_step(some, step)
+    with tempfile.TemporaryDirectory() as path:
+        Snapshots(some, Checkpoints(Path(path)), {"seed": 0}, {"train": "x"}).save(Standing(step=3))
+        return {file.name: file.read_bytes() for file in (Path(path) / "checkpoints/checkpoint-3").iterdir()}
+
+
+def small_files():
+    """The files of a checkpoint of two tensors."""
+    with tempfile.TemporaryDirectory() as path:
+        tensors = {name: {"weight": torch.arange(4.0)} for name in ("weights-head", "state-head")}
+        Checkpoints(Path(path)).save(1, tensors, set(), {"standing": {"step": 1}})
+        return {file.name: file.read_bytes() for file in (Path(path) / "checkpoints/checkpoint-1").iterdir()}
+
+
+def try_forged(pick, files, folder):
+    """Forge a checkpoint, go on from it, and take a step."""
+    hostile.forge(pick, hostile.copy_checkpoint(files, folder / "forged" / "checkpoints", step=3))
+
+    def restore():
+        checkpoints, some = Checkpoints(folder / "forged"), make_learner()
+        standing = Snapshots(some, checkpoints, {}, {}).restore(checkpoints.latest(lambda text: None))
+        take_step(some, standing.step)
+
+    return hostile.try_forged(restore)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return small_files()
+
+
+@pytest.fixture(scope="module")
+def real():
+    return real_files()
+
+
+@cases("checkpoint")
+@given(data=st.data())
+def test_any_damage_to_a_checkpoint_is_told_and_nothing_else_is_touched(folder, small, data):
+    place = hostile.copy_checkpoint(small, folder / "run")
+    hostile.damage(Drawn(data), place)
+    hostile.try_checkpoint(place, small)
+
+
+@cases("forged")
+@given(data=st.data())
+def test_a_checkpoint_that_is_whole_but_forged_is_used_or_refused(folder, real, data):
+    try_forged(Drawn(data), real, folder)
+
+
+PART = b'{"text": "a"}'
+HOLES = {
+    "half of a character": ("rows.jsonl", b'{"text": "a\\ud800b"}', r"line 1: 'text' holds \\ud800, half of a character"),
+    "half of a character in a chat": ("rows.jsonl", b'{"messages": [{"role": "user", "content": "\\udfff"}]}', r"'content' holds \\udfff"),
+    "a number too long": ("rows.jsonl", PART + b'\n{"text": ' + b"9" * 5000 + b"}", "line 2: holds a number of too many digits"),
+    "a role that is a list": ("rows.jsonl", b'{"messages": [{"role": ["user"], "content": "a"}]}', "turn 1 has role a list"),
+    "a name that stands twice": ("rows.jsonl", b'{"text": "a", "text": "b"}', "line 1: 'text' stands twice"),
+    "a name as long as a row": ("rows.jsonl", b'{"' + b"x" * 9999 + b'": 1}', r"columns x{60}\.\.\. are not recognised"),
+    "a chat that nobody begins": ("rows.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an assistant turn"),
+    "gzip that breaks off inside": ("rows.jsonl.gz", gzip.compress(PART * 99)[:20] + b"\xff" * 20, "is it a whole gzip file"),
+    "no text in line 3": ("rows.jsonl", PART + b"\n" + PART + b"\n\xff\n", "is not UTF-8 text .* in line 3"),
+    "half of a byte order mark": ("rows.jsonl", b"\xef\xbb", "is not UTF-8 text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_holes_that_were_found_stay_closed(tmp_path, hole):
+    name, content, message = HOLES[hole]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(map(parse_row, read_rows(str(tmp_path / name))))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    for name, content in [("rows.jsonl", PART), ("rows.json", b"[" + PART + b"]")]:
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        assert [row.columns for row in read_rows(str(tmp_path / name))] == [{"text": "a"}]
+
+
+def test_no_file_of_a_folder_is_passed_by_in_silence(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(PART)
+    (tmp_path / "more").mkdir()
+
+    def link(name, target):
+        (tmp_path / "data" / name).symlink_to(target)
+
+    for make, message in [
+        (lambda: link("b", tmp_path / "more"), "a link to another folder is not followed"),
+        (lambda: link("b.jsonl", "nowhere"), "b.jsonl: cannot be read"),
+        (lambda: os.mkfifo(tmp_path / "data" / "b.jsonl"), "b.jsonl: is not a regular file"),
+    ]:
+        make()
+        with pytest.raises(UserError, match=message):
+            list(read_rows(str(tmp_path / "data")))
+        next((tmp_path / "data").glob("b*")).unlink()
+    assert len(list(read_rows(str(tmp_path / "data")))) == 1
+
+
+def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    scan = os.scandir
+
+    def forbid(path):
+        if Path(path).name == "inner":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)  # root may read everything, so its bits would not do
+    with pytest.raises(UserError, match="Permission denied"):
+        list(read_rows(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "x" * 5000, "/" + "x" * 300 + "/y", "~nobody-of-this-name/x", "a\0b", "\ud800", "."]
+)
+def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)  # which is empty
+    for read in (lambda: list(read_rows(name)), lambda: read_settings(name, []), lambda: check_model_name(name)):
+        with contextlib.suppress(UserError):
+            read()
+    with pytest.raises(UserError):
+        list(read_rows(name))
