@@ -125,6 +125,51 @@ def plan(
         out.print(show_rungs(result.rungs, result.budget, result.reach))
 
 
+@app.command(epilog="All settings with their defaults: lisatune settings")
+def compare(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE,...]...",
+            help="Settings, each with a value or several: method=lisa,lora seed=0,1 learning_rate=1e-4,1e-3 "
+            "lora.learning_rate=1e-3,3e-3",
+        ),
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of settings; a list holds several values.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the comparison; one that is there goes on.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="MEMORY", help="Peak within which the best is looked for, for example 24GiB.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run again what has failed.")] = False,
+    drop_models: Annotated[
+        bool, typer.Option("--drop-models", help="Keep the numbers of finished runs, not their weights.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run methods and settings side by side, each at its own best learning rate, over seeds."""
+    from lisatune.amounts import parse_bytes
+    from lisatune.analysis.comparison_table import show
+    from lisatune.compare import compare as compare_all
+    from lisatune.grid import read_grid
+
+    given = read_grid(config, overrides or [])
+    given |= {name: value for name, value in {"model": model, "data": data}.items() if value is not None}
+    folder = output or given.pop("output", None)
+    if not isinstance(folder, str):
+        raise UserError("output is missing: give --output, the folder of the comparison")
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    result = compare_all(
+        given, Path(folder), console=console, memory_bytes=memory_bytes, retry=retry, drop_models=drop_models
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        Console().print(show(result))
+        console.print(f"the page: {Path(folder) / 'report.html'}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def chat(
     run: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.")],
@@ -146,18 +191,22 @@ def chat(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Write report.html of a finished run."""
-    if not (run / "summary.json").is_file():
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run or of a comparison.")]) -> None:
+    """Write report.html of a finished run or of a comparison."""
+    compared = (run / "comparison.json").is_file()
+    if not compared and not (run / "summary.json").is_file():
         raise UserError(f"{run}: holds no finished run (no summary.json)")
     quiet_libraries()
     try:
-        from lisatune.analysis.report import write_report
+        if compared:
+            from lisatune.analysis.comparison import write_comparison as write
+        else:
+            from lisatune.analysis.report import write_report as write
     except ImportError as error:
         from lisatune.errors import missing_package
 
         raise missing_package("matplotlib", "the report", "report") from error
-    print(write_report(run))
+    print(write(run))
 
 
 @app.command()

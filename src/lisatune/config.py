@@ -472,7 +472,7 @@ def _value(text: str) -> Any:
         value = _load_yaml(text)
     except yaml.YAMLError:
         return text
-    if isinstance(value, str):
+    if isinstance(value, str) and value == text:  # quotes say that it is no number
         try:
             return float(value)
         except ValueError:

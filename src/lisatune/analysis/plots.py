@@ -47,7 +47,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
         axes.legend()
-        return _svg(figure)
+        return svg(figure)
 
 
 def active_layers(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -61,10 +61,11 @@ def active_layers(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("decoder layer in training")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure)
+        return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """``figure`` as SVG text, its ink in the colour of the text around it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue().replace(INK, "currentColor")
