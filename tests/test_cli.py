@@ -269,3 +269,21 @@ def test_periods(model_folder, data_file, tmp_path, text, setting):
 def test_what_is_no_period(refused):
     assert "--save-every '10' is not a period: write for example '100 steps'" in refused("--save-every", "10")
     assert "--allow-changes has no effect without --resume" in refused("--allow-changes")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "m", "--data", "d", "eval_rows=1"], "output is missing: give --output"),
+        (["--output", "cmp", "model=m", "data=d", "eval_rows=1", "learning_rat=1,2"], "did you mean 'learning_rate'?"),
+        (["--output", "cmp", "model=m", "data=d"], "a comparison needs held-out rows"),
+        (["--output", "cmp", "model=m", "data=d", "eval_rows=1", "data=a,b"], "a,b: no such file or folder"),
+    ],
+)
+def test_comparisons_that_cannot_be(words, message, tmp_path, model_folder):
+    words = [word.replace("model=m", f"model={model_folder}") for word in words]
+    done = lisatune("compare", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "cmp").exists()
