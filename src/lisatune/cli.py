@@ -210,6 +210,29 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run or of a com
 
 
 @app.command()
+def norms(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]...", help="Folders of runs with norm_steps.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Page to write; norms.html in the first run's folder by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far each layer moved, of several runs side by side, and norms.html."""
+    from lisatune.analysis.norms import read_norms, show, study, write_page
+
+    found = [read_norms(run) for run in runs]
+    told = study(found)
+    if as_json:
+        print(json.dumps(told))
+        return
+    Console().print(show(told))
+    try:
+        print(write_page(found, output or runs[0] / "norms.html"))
+    except ImportError:
+        console.print("no norms.html, which needs matplotlib: pip install 'lisatune[report]'", markup=False)
+
+
+@app.command()
 def settings(as_json: AsJson = False) -> None:
     """List all settings of a run with their defaults."""
     from lisatune.config import TrainConfig

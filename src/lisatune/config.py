@@ -171,6 +171,9 @@ class TrainConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="Run code that the model's folder brings along.")
     seed: int = Field(0, ge=0, description="Of the layers drawn, the data's order, and the dropout.")
     log_to: Tracker = Field("none", description="Hand the metrics to tensorboard, wandb or trackio as well.")
+    norm_steps: int | None = Field(
+        None, ge=1, description="A line of each layer's norms in norms.jsonl every so many steps, for lisatune norms."
+    )
     logging_steps: int = Field(1, ge=1, description="A line in metrics.jsonl every so many steps.")
 
 

@@ -44,6 +44,7 @@ class Standing(BaseModel):
     skipped_steps: Count = 0
     skipped_in_a_row: Count = 0
     peak_bytes: Count = 0
+    trained_steps: dict[str, Count] = {}  # part to updates, of a run with norm_steps
 
 
 class State(BaseModel):

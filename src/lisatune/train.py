@@ -7,6 +7,7 @@ import json
 import math
 import random
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lisatune.fit import explain_out_of_memory
 from lisatune.learner import Outcome
 from lisatune.memory.measure import state_bytes
 from lisatune.models import save_model
+from lisatune.norms import NormRecorder
 from lisatune.preflight import check_output, finished, preflight
 from lisatune.progress import training_progress
 from lisatune.run import Run, build
@@ -65,11 +67,15 @@ def fit(run: Run, *, console: Console, resume: bool = False, allow_changes: bool
             check_output(folder, resume=resume, held=True)
             checkpoints = Checkpoints(folder, keep=config.save_total_limit, background=run.device.type == "cuda")
             snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
+            recorder = None
+            if config.norm_steps:  # before a checkpoint is put back: weights are those of step 0
+                recorder = NormRecorder(run.learner.layers, folder, source=config.model)
+                console.print(recorder.describe(), highlight=False)
             standing = _go_on(run, snapshots, console, allow_changes) if resume else Standing()
             write_config(config, folder / "config.yaml")
             model_config = run.learner.layers.model.config
             with explain_out_of_memory(config, model_config, run.device.type, run.data.longest):
-                return _loop(run, standing, snapshots, stop, console)
+                return _loop(run, standing, snapshots, stop, console, recorder)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be written ({error.strerror or error}), so the run was stopped; "
@@ -77,12 +83,25 @@ def fit(run: Run, *, console: Console, resume: bool = False, allow_changes: bool
         ) from error
 
 
-def _loop(run: Run, standing: Standing, snapshots: Snapshots, stop: StopSignal, console: Console) -> dict[str, Any]:
+def _loop(
+    run: Run,
+    standing: Standing,
+    snapshots: Snapshots,
+    stop: StopSignal,
+    console: Console,
+    recorder: NormRecorder | None,
+) -> dict[str, Any]:
     """One optimizer step: one draw at most, one divisor for all its micro-batches, one update."""
     config, learner, num_steps = run.config, run.learner, run.data.num_steps
     folder, saves = Path(config.output), _Saves(config)
     started = time.perf_counter() - standing.train_seconds
-    with Metrics(config, folder, standing.step) as metrics, training_progress(num_steps, console) as progress:
+    with (
+        Metrics(config, folder, standing.step) as metrics,
+        training_progress(num_steps, console) as progress,
+        ExitStack() as stack,
+    ):
+        if recorder:
+            stack.enter_context(recorder).begin(standing.step, standing.trained_steps or None)
         if standing.step == 0:
             standing.eval_loss_before = standing.eval_loss_after = run.held_out_loss()
             metrics.write(
@@ -117,11 +136,18 @@ def _loop(run: Run, standing: Standing, snapshots: Snapshots, stop: StopSignal, 
                     labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=run.meter.bytes(),
                     state_bytes=state_bytes(learner.optimizer),
                 )  # fmt: skip
+            if recorder:
+                recorder.count(() if outcome.bad else learner.trained_parts)
+                if last or (step + 1) % (config.norm_steps or 1) == 0:
+                    recorder.record(step + 1, ranks=last)
             progress(step + 1, loss, batch.num_tokens / seconds, active)
             if not last and (stop.received or saves.due(step + 1)):
                 standing.train_seconds = time.perf_counter() - started
                 standing.peak_bytes = max(standing.peak_bytes, run.meter.bytes())
                 metrics.sync()
+                if recorder:
+                    recorder.sync()
+                    standing.trained_steps = dict(recorder.updates)
                 snapshots.save(standing)
             if not last and stop.received:
                 snapshots.checkpoints.wait()
