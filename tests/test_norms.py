@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_llama, make_tokenizer
-from lisatune import UserError, find_layers, norms
+from lisatune import UserError, find_layers, start_weights
 from lisatune.adapters import add_adapters
 from lisatune.checkpoint import Checkpoints
 from lisatune.config import build_config, used_settings, write_config
