@@ -396,6 +396,11 @@ def forge(pick: Pick, folder: Path) -> None:
         path.rename(
             path.with_name(pick.one_of(["weights-head", "state-head", "weights-x.safetensors", tensors[0].name]))
         )
+    sign(folder)
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest say what is true of the files that are there."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"] = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}

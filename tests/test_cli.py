@@ -163,7 +163,7 @@ def test_plan_puts_methods_side_by_side_and_finds_what_fits(model_folder):
     [
         (["--gpu-memory", "1KiB"], "nothing fits into 0.0 MiB"),
         (["--gpu-memory", "much"], "'much' is no amount of memory: write it as 24GiB or 24GB"),
-        (["--method", "lsia"], "method='lsia': input should be 'lisa', 'lora' or 'full'"),
+        (["--method", "lsia"], "method='lsia': input should be 'lisa', 'fixed', 'badam', 'lora', 'full' or 'mezo'"),
         (["--device", "tpu"], "device=tpu: a plan is made for cuda or for cpu"),
         (["--method", "lora", "vocabulary_blocks=true"], "vocabulary_blocks has no effect with method=lora"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 import hostile
 from conftest import make_llama
 from lisatune import UserError, learner
-from lisatune.checkpoint import Checkpoints
+from lisatune.checkpoint import Checkpoints, Damaged, read_manifest, read_state
 from lisatune.config import build_config, read_settings
 from lisatune.data.formats import parse_row, read_rows
 from lisatune.data.loader import Batch
 from lisatune.data.tokenize import Encoder
 from lisatune.layers import find_layers
-from lisatune.preflight import check_model_name
+from lisatune.preflight import check_model_name, check_output
 from lisatune.snapshot import Snapshots, Standing
 
 CASES = {"row": 3500, "file": 2500, "settings": 2500, "checkpoint": 1500, "forged": 150}
@@ -213,12 +214,87 @@ def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", "x" * 5000, "/" + "x" * 300 + "/y", "~nobody-of-this-name/x", "a\0b", "\ud800", "."]
+    "name", ["", " ", "x" * 5000, "/" + "x" * 300 + "/y", "~nobody-of-this-name/x", "a\0b", "\ud800"]
 )
 def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)  # which is empty
-    for read in (lambda: list(read_rows(name)), lambda: read_settings(name, []), lambda: check_model_name(name)):
-        with contextlib.suppress(UserError):
-            read()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_bytes(PART)  # what an empty name must not stand for
     with pytest.raises(UserError):
         list(read_rows(name))
+    for look in (lambda: read_settings(name, []), lambda: check_model_name(name), lambda: check_output(Path(name))):
+        with contextlib.suppress(UserError):
+            look()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: " + "[" * 2000, "nested too deep"),
+        ("seed: 2001-99-99", "a value is not what its form says, month must be"),
+        ("seed: !!int ''", "not what its form says"),
+        ("seed: !!bool x", "not what its form says"),
+        ("seed: " + "9" * 5000, "not what its form says"),
+        ("seed: 0x" + "f" * 5000, "seed=a number of too many digits: "),
+        ("? 0x" + "f" * 5000 + "\n: 1", "unknown setting a number of too many digits"),
+        ("seed: 9223372036854775808", "seed=9223372036854775808: input should be"),
+        ("seed: true", "seed=True: input should be a number"),
+        ("seed: 1\nseed: 2", "line 2: not valid YAML .'seed' is given twice"),
+        ("<<: {seed: 1}", "<< is not for settings"),
+        ("learning_rate: .inf", "finite number"),
+        ("model: &a [*a]", r"model=\[\[\[\.\.\.\]\]\]: input should be"),
+        ('model: "\\e[31m"', "holds a character that cannot be printed"),
+        ("model: ''", "model=''"),
+        ('"a\\e[31mb": 1', r"unknown setting 'a\\x1b\[31mb'"),
+        ("sampler: fixed\nsampler_options: {layers: 5}", "sampler fixed cannot be made with these options"),
+        ("sampler: gradient_norm\nsampler_options: {temperature: x}", "sampler gradient_norm cannot be made"),
+        ("sampler_options: {seed: 1}", "sampler_options: seed"),
+        ("sampler: fixed\nsampler_options: &a {layers: [*a]}", "nested"),
+    ],
+)
+def test_settings_that_were_holes_are_refused_in_words(folder, layers, text, message):
+    (folder / "holes.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        learner.make_engine(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), [])), layers)
+    hostile.refusal(caught.value)
+
+
+NO_OBJECTS = ["", "[]", "5", "{", "[" * 99_999, '{"a": ' + "9" * 5000 + "}", "\0", "\ud800"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+@pytest.mark.parametrize("content", NO_OBJECTS)
+def test_what_is_no_manifest_or_state_is_damage(folder, small, name, content):
+    place = hostile.copy_checkpoint(small, folder / "run")
+    (place / name).write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(Damaged):
+        read_manifest(place)
+    if name == "state.json":
+        with pytest.raises(Damaged):
+            read_state(place)
+
+
+@pytest.mark.parametrize(
+    ("path", "new"),
+    [
+        (["standing", "position"], [0, -1, 0]),
+        (["standing", "position"], [0, 2**70, 0]),
+        (["standing", "step"], 2),
+        (["standing", "tokens"], 10**4000),
+        (["drawn"], [99]),
+        (["drawn"], None),
+        (["sampler"], {"scores": []}),
+        (["counters"], [{"num_steps": "x"}]),
+    ],
+)
+def test_a_state_that_no_run_can_be_in_is_damage(folder, real, path, new):
+    place = hostile.copy_checkpoint(real, folder / "forged" / "checkpoints", step=3)
+    state = json.loads((place / "state.json").read_text())
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = new
+    (place / "state.json").write_text(json.dumps(state))
+    hostile.sign(place)
+    checkpoints = Checkpoints(folder / "forged")
+    with pytest.raises(Damaged):
+        Snapshots(make_learner(), checkpoints, {}, {}).restore(checkpoints.latest(print))

@@ -135,12 +135,16 @@ class Trap:
         return os.mkdir, (str(self.mark),)
 
 
-def test_pickled_weights_are_refused_unread(model, mark):
+def test_pickled_weights_are_refused_unread(model, mark, monkeypatch):
     (model / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Trap(mark)}, model / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled.*safetensors"):
+    with pytest.raises(UserError, match="the weights are pickled"):
         load_model(str(model))
     assert not mark.exists()
+    torch.save({"lm_head.weight": torch.zeros(1)}, model / "pytorch_model.bin")
+    monkeypatch.setattr("lisatune.models.check_model_name", lambda name: None)  # the second lock, of its own
+    with pytest.raises(UserError, match="no file named model.safetensors"):
+        load_model(str(model))
 
 
 def test_yaml_is_loaded_as_data(tmp_path, mark):
@@ -177,14 +181,25 @@ def test_a_chat_templates_name_cannot_lead_out_of_the_models_folder(model):
         load_model(str(model))
 
 
-@pytest.mark.parametrize(
-    "name", ["../outside", "/etc/hostname", "a/b", "..", "", ".hidden", "x\0y", "state.json/.", "manifest.json"]
-)
-def test_a_checkpoint_names_no_file_outside_itself(tmp_path, outside, name):
+OUTSIDE = [
+    "../../../outside",
+    "../outside.safetensors",
+    "{}/outside.safetensors",
+    "a/b.safetensors",
+    "..",
+    "",
+    ".hidden.safetensors",
+]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "x\0.safetensors", "./state.json", "manifest.json", "weights-head"])
+def test_a_checkpoint_names_no_file_outside_itself(tmp_path, name):
     Checkpoints(tmp_path).save(1, {}, set(), {})
     folder = tmp_path / "checkpoints" / "checkpoint-1"
+    for place in (tmp_path / "outside", folder.parent / "outside.safetensors", folder / "weights-head"):
+        shutil.copy(folder / "state.json", place)  # all that the manifest says of it is true, but for its place
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = manifest["files"]["state.json"]
+    manifest["files"][name.format(folder.parent)] = manifest["files"]["state.json"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Damaged, match="is not the name of a checkpoint's file"):
         read_manifest(folder)

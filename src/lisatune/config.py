@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 import unicodedata
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lisatune.errors import UserError, did_you_mean
 from lisatune.files import write_whole
@@ -31,6 +32,11 @@ class TrainConfig(BaseModel):
     model: str = Field(min_length=1, description="Folder, .gguf file, or hub name of the model to train.")
     data: str = Field(min_length=1, description="File, folder, or hub name of the rows to train on.")
     output: str = Field(min_length=1, description="Folder of the run; may hold one only to go on with it.")
+
+    @field_validator("output")
+    @classmethod
+    def _expand_home(cls, output: str) -> str:
+        return os.path.expanduser(output)
 
     method: Method = Field(
         "lisa",

@@ -169,8 +169,12 @@ class Learner:
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Any]) -> None:
-    """Refuse saved state of another parameter; of an optimizer that is not PyTorch's AdamW nothing is known."""
-    for name, value in saved.items() if isinstance(optimizer, torch.optim.AdamW) else ():
+    """Refuse saved state of another parameter, or half of one; of an optimizer but PyTorch's AdamW nothing is known."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    if saved.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        raise UserError(f"the saved state of a parameter holds {', '.join(sorted(saved))[:200]}, which is not AdamW's")
+    for name, value in saved.items():
         shape = torch.Size() if name == "step" else parameter.shape
         if not isinstance(value, Tensor) or value.shape != shape:
             raise UserError(f"the saved {name[:80]} is not of the shape {tuple(shape)}, so it is of another parameter")

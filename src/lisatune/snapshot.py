@@ -142,7 +142,7 @@ class Snapshots:
         learner.touched = set()
 
     def restore(self, checkpoint: Checkpoint) -> Standing:
-        """Put the learner where it was when ``checkpoint`` was saved; nothing of it is changed if that fails.
+        """Put the learner where it was when ``checkpoint`` was saved; if that fails, it is not to be used.
 
         Raises: UserError if the base model is another one; Damaged if the checkpoint does not fit the model.
         """

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -296,6 +297,7 @@ def _sampled_parts(engine: LisaEngine | None) -> list[str] | None:
 def _save(run: Run, folder: Path) -> None:
     model = run.learner.model
     if run.config.method == "lora":
+        shutil.rmtree(folder / ".adapter.new", ignore_errors=True)  # of a run that was killed here
         model.save_pretrained(folder / ".adapter.new")
         replace_folder(folder / ".adapter.new", folder / "adapter")
         if run.learner.host_layers:
@@ -303,6 +305,7 @@ def _save(run: Run, folder: Path) -> None:
             run.learner.host_layers.remove(torch.device("cpu"))
         model = model.merge_and_unload()
     model.requires_grad_(True)
+    shutil.rmtree(folder / ".model.new", ignore_errors=True)
     save_model(model, run.tokenizer, folder / ".model.new")
     replace_folder(folder / ".model.new", folder / "model")
 
