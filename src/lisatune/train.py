@@ -44,8 +44,8 @@ def train(
     Args:
         config: The settings.
         console: Where to tell how it goes; stderr by default.
-        resume: Go on with the run in ``config.output``, if there is one, from its newest whole checkpoint: on a CPU, and on a
-            GPU with ``full_determinism``, the weights and metrics become those of a run never stopped, to the bit.
+        resume: Go on with the run in ``config.output``, if there is one, from its newest whole checkpoint: on a CPU
+            the weights and metrics become those of a run never stopped, to the bit; on a GPU ``full_determinism`` is for that.
         allow_changes: Go on although settings or data are not those that the run began with.
     Returns: The summary, also in ``summary.json``: losses before and after, seconds, tokens, peak and state bytes.
     Raises: UserError for whatever the user can mend; Stopped if SIGINT or SIGTERM came, after a checkpoint.

@@ -94,7 +94,7 @@ class ZerothOrder:
     The weights are not touched by a probe. Each module is called on copies of its parameters, moved as it is called and
     dropped as it returns: a decoder layer at a time, the embedding, the head. MeZO as published moves the weights in
     place, + - +, which gives them back with rounding errors: after 1,000 steps with epsilon = 1e-3, weights of standard
-    deviation 0.02 are off by 12% in bfloat16, 1.6% in float16, 0.0002% in float32, while they learn perhaps as much.
+    deviation 0.02 are off by 12% in bfloat16, 1.6% in float16, 0.0002% in float32 (benchmarks/probe_drift.py).
 
     Args:
         layers: The model.
@@ -103,8 +103,7 @@ class ZerothOrder:
         lr: Learning rate, see ``RandomDirections``.
         weight_decay: See ``RandomDirections``.
         epsilon: How far a probe goes. In bfloat16 a weight that would move by less than half of its last digit stays:
-            with 1e-3 most of those above 0.25, which are in norms and not in matrices. On a small model slopes were 9%
-            off then, and 4% in float32.
+            with 1e-3 most of those above 0.25, which are in norms and not in matrices.
         num_directions: Averaged over in a step; the noise falls with the root, the cost grows in proportion.
         seed: Of the directions.
         linear_head: ``layers.head_is_linear()``, if it is known.

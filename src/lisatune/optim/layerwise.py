@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -52,21 +53,21 @@ class Layerwise(RoundedOptimizer):
         for block in _blocks(p, state, group):
             self.write(p, block.start, block.weight - self.change(block, ratio * group["lr"]), group["num_steps"])
 
+    @abstractmethod
     def moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """What is kept of a parameter between steps, each in its shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def accumulate(self, block: Block) -> Tensor:
         """Bring the moments up to date, if norms need it; returns that whose norm is compared with the weight's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trust_ratio(self, weight_norm: Tensor, other_norm: Tensor, group: dict[str, Any]) -> Tensor:
         """The factor of the learning rate, for two norms above 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def change(self, block: Block, rate: Tensor) -> Tensor:
         """What is taken off the weight, at the learning rate of this parameter."""
-        raise NotImplementedError
 
 
 def _blocks(p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Iterator[Block]:
@@ -158,9 +159,9 @@ class Lamb(Layerwise):
     theirs is a step of AdamW. t is counted for each parameter, so a layer that begins late, or begins again, is
     corrected for its own few steps. What has no gradient is left alone: no moments, no weight decay, no state.
 
-    Why ours: ``pytorch_optimizer`` 4.1 counts t for a whole group, so a layer first trained in step 51 begins with a tenth
-    of its step; it also corrects m alone, and takes no norm of a weight above 10. timm 1.0 counts so too, where it shows
-    in vectors alone (0.7 of the step), and needs torchvision. LAMB of bitsandbytes 0.50 is an Adam that steps no further
+    Why ours: ``pytorch_optimizer`` 4.1 counts t for a whole group, so a layer that is first trained late begins with a
+    fraction of its step; it also corrects m alone, and takes no norm of a weight above 10. timm 1.0 counts so too, where it shows
+    in vectors alone, and needs torchvision. LAMB of bitsandbytes 0.50 is an Adam that steps no further
     than the norm. All round bfloat16 weights to nearest.
 
     Args:

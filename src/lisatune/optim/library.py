@@ -16,7 +16,7 @@ from lisatune.optim.rounded import RoundedOptimizer
 LibraryName = Literal["sgd", "lars", "lamb", "adafactor", "muon"]
 
 # Adafactor's epsilon_1, whose square bounds the second moment from below; the paper bounds that by 1e-30. torch's default,
-# the epsilon of float32, makes the update 14% wrong where gradients are about 1e-6; and 1e-30 has a square that float32
+# the epsilon of float32, is as large as gradients often are, and shortens their update; and 1e-30 has a square that float32
 # rounds to 0, whose root makes NaN of a row without a gradient, as unseen tokens have.
 ADAFACTOR_EPS = (1e-18, 1e-3)
 

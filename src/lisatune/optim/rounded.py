@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from lisatune.errors import UserError
 from lisatune.optim.rounding import random_bits, round_stochastically
 
 
-class RoundedOptimizer(torch.optim.Optimizer):
+class RoundedOptimizer(torch.optim.Optimizer, ABC):
     """Calls ``update_group`` for each group of parameters, and writes weights so that small updates arrive.
 
     A bfloat16 weight takes a new value by stochastic rounding: an update below 1/512 of it would be lost otherwise. The
@@ -52,9 +53,9 @@ class RoundedOptimizer(torch.optim.Optimizer):
             group["num_steps"] += 1
         return loss
 
+    @abstractmethod
     def update_group(self, group: dict[str, Any]) -> None:
         """Update the parameters of ``group``."""
-        raise NotImplementedError
 
     def write(self, p: Tensor, start: int, values: Tensor, num_steps: int) -> None:
         """Put ``values``, float32, shape (n,), into the elements of ``p`` from ``start`` on, in step ``num_steps``."""
