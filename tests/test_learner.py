@@ -166,3 +166,16 @@ def test_adapter_on_the_head_takes_part_in_the_loss():
     learner.step(0, [whole], whole.num_labelled)
     after = [p for p in learner.model.parameters() if p.requires_grad]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_half_of_a_saved_state_is_refused_when_it_is_put_back(optim):
+    """And not by the step after, which would find a moment missing."""
+    learner = make_learner(config(method="full", optim=optim), make_llama(), CPU)
+    whole = batch(0)
+    learner.step(0, [whole], whole.num_labelled)
+    parameter, saved = next(iter(learner.optimizer.state.items()))
+    half = {name: value for name, value in saved.items() if name != "exp_avg_sq"}
+    with pytest.raises((UserError, KeyError)):  # a checkpoint's reader makes one of the other
+        learner.place_state(parameter, half)
+    learner.place_state(parameter, saved)
