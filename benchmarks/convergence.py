@@ -635,9 +635,6 @@ with K and with the rows of a minibatch, but neither with eta nor with T. Kept m
 and where they lead still nears the minimum as T grows. With all rows there is no noise to be biased by: the iterate
 swings by eta about the minimum, a gap that goes as eta squared."""
 
-MODEL_REASONS = "TODO"
-
-
 # The model's page
 
 
@@ -735,7 +732,7 @@ def model(options: argparse.Namespace) -> None:
     header = ["K", "state", "1/p", "eta_0", *(f"T = {t}" for t in decades), "slope, last decade"]
     header += [f"{name} at w_{t}" for name in ("f", "sq. gradient") for t in decades]
     text = MODEL_ABOUT.format(seeds=options.seeds, first=first, lowest=lowest, long=3 * steps, tries=steps // 5)
-    text += f"\n\n{MODEL_REASONS}\n\n![Mean of f over T iterates](FIGURE)\n\n{table(header, rows)}\n\n"
+    text += f"\n\n![Mean of f over T iterates](FIGURE)\n\n{table(header, rows)}\n\n"
     text += f"Took {(time.perf_counter() - begin) / 60:.0f} minutes on one core that other work shared."
     panels = []
     for policy, name in list(POLICIES.items())[:2]:
