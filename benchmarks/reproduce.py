@@ -19,7 +19,9 @@ from typing import Any
 
 from results import write_page
 
+from lisatune.analysis.comparison_table import notes_of, table_of
 from lisatune.files import replace_folder
+from lisatune.grid import short_text
 
 SHARED = Path(__file__).parents[2] / "shared"
 GSM8K = SHARED / "data/gsm8k/train.jsonl.gz"
@@ -65,14 +67,15 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     ),
     "optimizers-batch4": (
         "stories260K",
-        "AdamW, LAMB and LARS under LISA, batches of 4",
-        f"{SMALL} method=lisa num_active=2 interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1",
+        "AdamW, LAMB and LARS under LISA, batches of 4, 400 steps",
+        f"{SMALL.replace('max_steps=100', 'max_steps=400')} method=lisa num_active=2 interval_steps=3 "
+        "optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
     ),
     "optimizers-batch64": (
         "stories260K",
-        "AdamW, LAMB and LARS under LISA, batches of 64 and as many tokens as with 4 in 400 steps",
+        "AdamW, LAMB and LARS under LISA, batches of 64, 25 steps: as many tokens as 400 steps of 4",
         f"{SMALL.replace('batch_size=4 max_steps=100', 'batch_size=64 max_steps=25')} method=lisa num_active=2 "
-        "interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2,1e-1",
+        "interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
     ),
     "corrections-stories260K": (
         "stories260K",
@@ -102,7 +105,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=list(EXPERIMENTS))
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--write-only", action="store_true", help="of what is there, without running what is missing")
+    parser.add_argument("--write-only", action="store_true", help="the pages of what is there, running nothing")
     options = parser.parse_args()
     models = MODELS | {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
     for name in options.names:
@@ -112,6 +115,47 @@ def main() -> None:
             command = [sys.executable, "-m", "lisatune", "compare", "--model", str(unpacked(models[model], options.runs)), "--data", str(GSM8K),
                        "--output", str(folder), "--drop-models", *words.split()]  # fmt: skip
             subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        result = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+        print(write_page(f"reproduce-{name}", page(about, result), __doc__ or ""))
+
+
+def page(about: str, result: dict[str, Any]) -> str:
+    """The comparison's table and notes, and gamma by K as a table of its own where both vary."""
+    made = ", ".join(f"{name} {value}" for name, value in result["made_with"].items())
+    parts = [f"{about}. {result['data']}. Made with {made}; the machine did other work too, so times say little."]
+    done = [e for e in result["contenders"] if e["status"] == "finished"]
+    if all({"num_active", "interval_steps"} == e["varied"].keys() for e in done):
+        parts.append(grid_table(done))
+    head, rows = table_of(result)
+    parts.append(markdown(head, rows))
+    parts.append("\n".join(f"- {note}" for note in notes_of(result)))
+    if done and len(done[0]["by_search"]) > 1:
+        parts.append("Mean held-out loss at each value that was tried:")
+        parts.append("\n".join(f"- {e['name']}: {', '.join(map(tried, e['by_search']))}" for e in done))
+    return "\n\n".join(parts)
+
+
+def tried(point: dict[str, Any]) -> str:
+    """A searched value and its mean loss."""
+    return f"{' '.join(short_text(v) for v in point['searched'].values())} gives {point['eval_loss']['mean']:.4f}"
+
+
+def grid_table(entries: list[dict[str, Any]]) -> str:
+    """Held-out loss, gamma down and K across."""
+    cells = {(e["varied"]["num_active"], e["varied"]["interval_steps"]): e["eval_loss"] for e in entries}
+    gammas, intervals = (sorted({key[i] for key in cells}) for i in (0, 1))
+
+    def cell(gamma: int, interval: int) -> str:
+        loss = cells.get((gamma, interval))
+        half = "" if loss is None or loss["high"] is None else f" ± {loss['high'] - loss['mean']:.3f}"
+        return "" if loss is None else f"{loss['mean']:.3f}{half}"
+
+    rows = [[f"gamma = {gamma}", *(cell(gamma, interval) for interval in intervals)] for gamma in gammas]
+    return markdown(["", *(f"K = {interval}" for interval in intervals)], rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report as people see it: in a real browser, on a phone and on a desk, light and dark."""
+"""The pages as people see them: in a real browser, on a phone and on a desk, light and dark."""
 
 import json
 import re
@@ -29,9 +29,18 @@ function behind(element) {
   }
   return matchMedia('(prefers-color-scheme: dark)').matches ? [18, 18, 18] : [255, 255, 255]
 }
+function shapeBehind(text) { // a figure's text stands on what was drawn before it, which is no parent of it
+  const box = text.getBoundingClientRect(), x = box.x + box.width / 2, y = box.y + box.height / 2
+  const shapes = [...text.closest('svg').querySelectorAll('path, use')].filter(shape => {
+    const b = shape.getBoundingClientRect(), fill = getComputedStyle(shape).fill
+    const before = shape.compareDocumentPosition(text) & Node.DOCUMENT_POSITION_FOLLOWING
+    return before && fill != 'none' && b.left <= x && x <= b.right && b.top <= y && y <= b.bottom
+  })
+  return shapes.length ? parts(getComputedStyle(shapes.at(-1)).fill) : behind(text)
+}
 function contrast(element) {
   const style = getComputedStyle(element), svg = element instanceof SVGElement
-  const [a, b] = [parts(svg ? style.fill : style.color), behind(element)].map(brightness)
+  const [a, b] = [parts(svg ? style.fill : style.color), svg ? shapeBehind(element) : behind(element)].map(brightness)
   return (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
 }
 const texts = [...document.querySelectorAll('h1, h2, p, td, th, pre, svg text')]
@@ -95,10 +104,23 @@ def report(tmp_path_factory):
     return write_report(folder)
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """A comparison's page, with curves, bars, a heat map and names that are too long."""
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+    from test_comparison import page
+
+    folder = tmp_path_factory.mktemp("comparison")
+    grid = {"num_active": [1, 2, 4], "interval_steps": [1, 5], "learning_rate": [1e-4, 1e-3], "seed": [0, 1]}
+    page(folder, grid, failed=[0])
+    return folder / "report.html"
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_report_can_be_read(report, width, dark):
-    seen = look(report, width, dark)
+@pytest.mark.parametrize("of", ["report", "comparison"])
+def test_it_can_be_read(request, of, width, dark):
+    seen = look(request.getfixturevalue(of), width, dark)
     assert seen["dark"] is dark
     assert seen["width"] == width
     assert seen["texts"] > 20

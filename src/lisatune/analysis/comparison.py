@@ -33,6 +33,7 @@ LONGEST = 34  # letters of a contender's name in a figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff }}
@@ -252,15 +253,19 @@ def _heat_map(axes: Axes, entries: Sequence[Mapping[str, Any]], names: tuple[str
     columns, rows = (sorted({entry["varied"][name] for entry in entries}) for name in names)
     losses = {(e["varied"][names[0]], e["varied"][names[1]]): e["eval_loss"]["mean"] for e in entries}
     cells = [[losses.get((column, row), float("nan")) for column in columns] for row in rows]
-    image = axes.imshow(cells, cmap="viridis_r", aspect="auto", interpolation="nearest")
-    middle = (min(losses.values()) + max(losses.values())) / 2
+    mesh = axes.pcolormesh(cells, cmap="viridis_r")
     for (column, row), loss in losses.items():
+        red, green, blue, _ = mesh.to_rgba(loss)
+        dark = (
+            0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.18
+        )  # where white and black are as legible
         axes.text(
-            columns.index(column), rows.index(row), f"{loss:.4f}", ha="center", va="center", fontsize=9,
-            color="#ffffff" if loss > middle else "#0b0b0b" if loss < middle else "#ffffff",
+            columns.index(column) + 0.5, rows.index(row) + 0.5, f"{loss:.4f}", ha="center", va="center", fontsize=9,
+            color="#ffffff" if dark else "#000000",
         )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [f"{column:g}" for column in columns])
-    axes.set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xticks([i + 0.5 for i in range(len(columns))], [f"{column:g}" for column in columns])
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], [f"{row:g}" for row in rows])
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
-    axes.figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(mesh, ax=axes)
