@@ -66,7 +66,7 @@ def record(folder: Path, settings: dict[str, Any], options: argparse.Namespace) 
     learner, new = run.learner, folder.with_name(f".{folder.name}.new")
     new.mkdir(parents=True, exist_ok=True)
     write_config(config, new / "config.yaml")
-    losses: dict[str, Any] = {"before": run.held_out_loss()}
+    losses: dict[str, Any] = {"before": run.held_out_losses()[""]}
     started, recording = time.perf_counter(), 0.0
     with NormRecorder(learner.layers, new, source=config.model) as recorder:
         recorder.begin()
@@ -83,7 +83,7 @@ def record(folder: Path, settings: dict[str, Any], options: argparse.Namespace) 
             if (step + 1) % 20 == 0:
                 print(f"{folder.name}: step {step + 1}, loss {outcome.loss.item():.3f}", flush=True)
     seconds = time.perf_counter() - started
-    losses |= {"after": run.held_out_loss(), "seconds": seconds, "recording": recording / seconds}
+    losses |= {"after": run.held_out_losses()[""], "seconds": seconds, "recording": recording / seconds}
     (new / "losses.json").write_text(json.dumps(losses))
     replace_folder(new, folder)
 

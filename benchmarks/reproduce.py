@@ -31,7 +31,7 @@ MODELS = {
     "smollm2": Path("models/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 COMMON = "eval_rows=64 warmup_steps=5 seed=0,1,2 device=cpu"
-SMALL = f"{COMMON} max_length=256 per_device_train_batch_size=4 max_steps=100"  # stories260K: 512 tokens, so long rows
+SMALL = f"{COMMON} max_length=256 per_device_train_batch_size=4 max_steps=100 eval_steps=50"  # rows of 512 kinds of token are long
 MIDDLE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=100"
 LARGE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=60 eval_steps=30 dtype=bfloat16"
 
@@ -59,22 +59,22 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
         "gamma by K at one learning rate; K = 60 is one draw for the whole run",
         f"{LARGE} method=lisa num_active=1,2,4,8 interval_steps=1,3,5,10,25,60 learning_rate=3e-4",
     ),
-    "samplers-stories15M": (
-        "stories15M",
-        "What is drawn and how, one layer at a time, each at its own best learning rate",
-        f"{MIDDLE} method=lisa num_active=1 interval_steps=3 sampler=uniform,bernoulli,sweep,round_robin,gradient_norm "
-        "learning_rate=3e-4,1e-3,3e-3",
+    "samplers-stories260K": (
+        "stories260K",
+        "How layers are drawn, one at a time, each at its own best learning rate",
+        f"{SMALL} method=lisa num_active=1 interval_steps=3 sampler=uniform,bernoulli,sweep,round_robin,gradient_norm "
+        "learning_rate=1e-3,3e-3,1e-2",
     ),
     "optimizers-batch4": (
         "stories260K",
         "AdamW, LAMB and LARS under LISA, batches of 4, 400 steps",
-        f"{SMALL.replace('max_steps=100', 'max_steps=400')} method=lisa num_active=2 interval_steps=3 "
+        f"{SMALL.replace('max_steps=100 eval_steps=50', 'max_steps=400 eval_steps=200')} method=lisa num_active=2 interval_steps=3 "
         "optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
     ),
     "optimizers-batch64": (
         "stories260K",
         "AdamW, LAMB and LARS under LISA, batches of 64, 25 steps: as many tokens as 400 steps of 4",
-        f"{SMALL.replace('batch_size=4 max_steps=100', 'batch_size=64 max_steps=25')} method=lisa num_active=2 "
+        f"{SMALL.replace('batch_size=4 max_steps=100 eval_steps=50', 'batch_size=64 max_steps=25 eval_steps=10')} method=lisa num_active=2 "
         "interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
     ),
     "corrections-stories260K": (

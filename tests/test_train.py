@@ -14,6 +14,7 @@ from conftest import make_llama, make_tokenizer
 from lisatune import UserError
 from lisatune.config import build_config
 from lisatune.learner import clip_gradients
+from lisatune.losses import told
 from lisatune.models import load_model
 from lisatune.train import learning_rate_at, train
 
@@ -173,6 +174,31 @@ def test_text_rows_continue_pre_training(model_folder, tmp_path):
         model_folder, tmp_path / "text.jsonl", tmp_path / "run", packing=True, eval_rows=1, max_length=32
     )
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
+def test_held_out_sets_with_names_are_told_apart(model_folder, data_file, tmp_path):
+    """Continual pre-training: what is learnt, and what may be forgotten."""
+    files = {}
+    for name, words in {"near": "abcdefgh ", "far": "zyxwvuts "}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text(json.dumps({"text": words * 30}) + "\n")
+    named = {name: str(file) for name, file in files.items()}
+    summary, said = run(model_folder, files["near"], tmp_path / "run", eval_data=named, eval_rows=0, max_length=32)
+    assert summary["eval_loss_after"] == summary["eval_near_loss_after"] < summary["eval_near_loss_before"] - 0.5
+    assert summary["eval_far_loss_after"] > summary["eval_near_loss_after"] + 0.5
+    assert "held out, far" in said
+    alone, _ = run(model_folder, files["near"], tmp_path / "far", eval_data=named["far"], eval_rows=0, max_length=32)
+    assert alone["eval_loss_after"] == summary["eval_far_loss_after"]  # the same loss as if it were the only set
+    first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    assert first["eval_far_loss"] == summary["eval_far_loss_before"]
+    assert last["eval_loss"] == last["eval_near_loss"] == summary["eval_loss_after"]
+    lines = dict(told(summary))
+    assert list(lines) == ["held-out loss, near", "held-out loss, far"]
+    assert lines["held-out loss, far"].startswith(f"{summary['eval_far_loss_before']:.4f} -> ")
+    with pytest.raises(UserError, match="no.rows.jsonl"):
+        run(model_folder, files["near"], tmp_path / "no", eval_data={"near": "no.rows.jsonl"}, eval_rows=0)
+    with pytest.raises(UserError, match="a set .*a b.*: give it a word"):
+        run(model_folder, files["near"], tmp_path / "no", eval_data={"a b": named["far"]}, eval_rows=0)
 
 
 def test_tied_heads_are_saved_once_and_load_equal(data_file, tmp_path):

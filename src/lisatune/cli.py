@@ -285,10 +285,11 @@ def offer_to_go_on(folder: Path) -> bool:
 def print_summary(summary: dict[str, Any], output: str) -> None:
     """The end of a run, for people."""
     from lisatune.amounts import gib
+    from lisatune.losses import told
 
     table = Table(show_header=False)
-    if summary["eval_loss_before"] is not None:
-        table.add_row("held-out loss", f"{summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}")
+    for label, text in told(summary):
+        table.add_row(label, text)
     if summary.get("skipped_steps"):
         table.add_row("steps left out", f"{summary['skipped_steps']:,}, whose loss or gradient was bad")
     table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps, {summary['train_seconds']:.0f} s")

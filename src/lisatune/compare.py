@@ -184,9 +184,10 @@ def _check_inputs(grid: Grid, before: Mapping[str, Any]) -> str:
         check_num_active(trial.config)
     train, held_out = read_examples(first)
     rows = [] if first.streaming else list(train)
-    digest = hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()[:16]
+    own = held_out.get("", held_out)  # as of one, where there is one
+    digest = hashlib.sha256(repr((rows, own)).encode()).hexdigest()[:16]
     count = f"{len(rows):,} rows to train on, " if rows else ""
-    data = f"{count}{len(held_out):,} held out ({digest})"
+    data = f"{count}{sum(map(len, held_out.values())):,} held out ({digest})"
     if before.get("data", data) != data:
         raise UserError(
             f"the data are no longer those that the comparison began with: {data} (was {before['data']}). Put them back, or "

@@ -139,7 +139,10 @@ class TrainConfig(BaseModel):
     streaming: bool = Field(False, description="Read rows as they are needed, instead of all at the start.")
     dataset_split: str = Field("train", description="Split of a hub data set.")
 
-    eval_data: str | None = Field(None, description="Held-out rows of their own.")
+    eval_data: str | dict[str, str] | None = Field(
+        None,
+        description="Held-out rows of their own; or several, {math: FILE, general: FILE}, of which the first counts.",
+    )
     eval_rows: int = Field(
         0, ge=0, description="Rows held out of the data; with eval_data, how many of it are used (0: all)."
     )
@@ -356,6 +359,12 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
             "on_bad_step=skip cannot go with optimizer_in_backward, which has updated weights before the step is known "
             "to be bad: leave one of them out"
         )
+    if isinstance(config.eval_data, dict):
+        bad = next((n for n in config.eval_data or [""] if not re.fullmatch(r"[A-Za-z][\w-]*", n)), None)
+        if bad is not None:
+            raise UserError(
+                f"eval_data names a set {_shown(bad)}: give it a word, as in {{math: FILE, general: FILE}}"
+            )
     if config.eval_steps and not (config.eval_data or config.eval_rows):
         raise UserError("eval_steps has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>")
     if config.streaming and not config.max_steps:

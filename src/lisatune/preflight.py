@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from lisatune.config import LAYERWISE, TrainConfig
 from lisatune.data.formats import Example, find_files, parse_row, read_rows
 from lisatune.errors import UserError, did_you_mean
 from lisatune.files import LOCK, checkpoint_steps, only_run
+
+HeldOut = dict[str, list[Example]]
 
 
 def check_output(folder: Path, *, resume: bool = False, held: bool = False) -> None:
@@ -128,10 +130,11 @@ class ExampleStream:
         return (parse_row(row) for row in read_rows(self.data, split=self.split, streaming=True))
 
 
-def read_examples(config: TrainConfig) -> tuple[Iterable[Example], list[Example]]:
+def read_examples(config: TrainConfig) -> tuple[Iterable[Example], HeldOut]:
     """The examples to train on and those held out; all read and checked, unless streamed.
 
-    Held out of the data are rows spread evenly over it, so that a file sorted in some way is held out fairly.
+    Held out of the data are rows spread evenly over it, so that a file sorted in some way is held out fairly. What is held
+    out has the names that eval_data gives; an empty one, if it gives none.
 
     Raises: UserError naming the file and line of a bad row, or if there is nothing to train on.
     """
@@ -143,10 +146,7 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], list[Example]
         if not train:
             raise UserError(f"{config.data}: holds no rows, so there is nothing to train on")
     if config.eval_data:
-        held_out = [parse_row(row) for row in read_rows(config.eval_data, split="test")]
-        if not held_out:
-            raise UserError(f"{config.eval_data}: holds no rows to evaluate on")
-        return train, _spread(held_out, config.eval_rows or len(held_out))[0]
+        return train, {name: _read_held_out(data, config.eval_rows) for name, data in eval_sets(config).items()}
     if config.eval_rows:
         assert isinstance(train, list)
         if config.eval_rows >= len(train):
@@ -154,8 +154,21 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], list[Example]
                 f"eval_rows={config.eval_rows} leaves nothing of the {len(train)} rows of {config.data} to train on"
             )
         held_out, train = _spread(train, config.eval_rows)
-        return train, held_out
-    return train, []
+        return train, {"": held_out}
+    return train, {}
+
+
+def eval_sets(config: TrainConfig) -> Mapping[str, str]:
+    """Name to file of ``eval_data``; the name is empty if there is only one."""
+    data = config.eval_data or {}
+    return {"": data} if isinstance(data, str) else data
+
+
+def _read_held_out(data: str, most: int) -> list[Example]:
+    rows = [parse_row(row) for row in read_rows(data, split="test")]
+    if not rows:
+        raise UserError(f"{data}: holds no rows to evaluate on")
+    return _spread(rows, most or len(rows))[0]
 
 
 def _spread(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:
@@ -164,7 +177,7 @@ def _spread(examples: list[Example], count: int) -> tuple[list[Example], list[Ex
     return [e for i, e in enumerate(examples) if i in chosen], [e for i, e in enumerate(examples) if i not in chosen]
 
 
-def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Example], list[Example]]:
+def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Example], HeldOut]:
     """Every check that needs no torch, then the examples to train on and those held out."""
     check_output(Path(config.output), resume=resume)
     check_model_name(config.model)

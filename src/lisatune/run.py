@@ -26,6 +26,7 @@ from lisatune.learner import Learner, make_learner
 from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models import load_model, pick_device
 from lisatune.plan import Plan, plan_run
+from lisatune.preflight import HeldOut
 from lisatune.tracking import check_tracker
 
 
@@ -35,7 +36,7 @@ class Data:
 
     Args:
         loader: Batches to train on.
-        held_out: Batches to evaluate on.
+        held_out: Name to batches to evaluate on, as ``preflight`` gives the rows.
         num_steps: Optimizer steps of the whole run.
         longest: Tokens of the longest row.
         identity: ``train`` and ``held-out`` to what they are recognised by.
@@ -43,7 +44,7 @@ class Data:
     """
 
     loader: Loader
-    held_out: list[Batch]
+    held_out: dict[str, list[Batch]]
     num_steps: int
     longest: int
     identity: dict[str, str]
@@ -62,18 +63,19 @@ class Run:
     meter: PeakMeter
     device: torch.device
 
-    def held_out_loss(self) -> float | None:
-        """Loss on the held-out rows, if there are any."""
-        if not self.data.held_out:
-            return None
-        learner = self.learner
-        return held_out_loss(learner.layers, self.data.held_out, linear_head=learner.linear_head, device=self.device)
+    def held_out_losses(self) -> dict[str, float]:
+        """Loss on the held-out rows, by the name that ``eval_data`` gives them; empty if there are none."""
+        layers, linear = self.learner.layers, self.learner.linear_head
+        return {
+            name: held_out_loss(layers, batches, linear_head=linear, device=self.device)
+            for name, batches in self.data.held_out.items()
+        }
 
 
 def build(
     config: TrainConfig,
     examples: Iterable[Example],
-    held_out: list[Example],
+    held_out: HeldOut,
     *,
     console: Console,
     loaded: tuple[Any, Any] | None = None,
@@ -127,7 +129,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
 
 
 def _prepare_data(
-    config: TrainConfig, tokenizer: Any, examples: Iterable[Example], held_out: list[Example], console: Console
+    config: TrainConfig, tokenizer: Any, examples: Iterable[Example], held_out: HeldOut, console: Console
 ) -> Data:
     def encoder() -> Encoder:
         return Encoder(tokenizer, config.max_length, completion_only_loss=config.completion_only_loss)
@@ -162,11 +164,12 @@ def _prepare_data(
             longest = max(len(document) for document in documents)
     loader = load(documents, config.per_device_train_batch_size * config.gradient_accumulation_steps)
     num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
-    batches = []
-    if held_out:
-        rows = encode(held_out, "held out")
-        batches = list(load(rows, config.per_device_train_batch_size, shuffle=False).epoch(0))
-        identity["held-out"] = fingerprint.of_documents(rows)
+    batches = {}
+    for name, some in held_out.items():
+        label = f"held out, {name}" if name else "held out"
+        rows = encode(some, label)
+        batches[name] = list(load(rows, config.per_device_train_batch_size, shuffle=False).epoch(0))
+        identity[label.replace(" ", "-", 1)] = fingerprint.of_documents(rows)
     return Data(
         loader,
         batches,

@@ -39,8 +39,8 @@ class Standing(BaseModel):
     position: Annotated[Position, AfterValidator(_check_position)] = Position()
     tokens: Count = 0
     train_seconds: float = 0.0
-    eval_loss_before: float | None = None
-    eval_loss_after: float | None = None
+    eval_before: dict[str, float] = {}  # held-out losses
+    eval_after: dict[str, float] = {}
     skipped_steps: Count = 0
     skipped_in_a_row: Count = 0
     peak_bytes: Count = 0

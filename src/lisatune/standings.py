@@ -12,6 +12,7 @@ from typing import Any
 
 from lisatune.errors import UserError
 from lisatune.grid import Grid, Trial, command
+from lisatune.losses import other_losses
 from lisatune.preflight import finished
 
 TOLERANCE = 1.01  # of peaks that count as equal: two runs of one setting differ by less than this
@@ -302,10 +303,12 @@ def _mean_at(runs: Mapping[int, Measured], place: str, values: Mapping[int, floa
 
 
 def _mean_scores(runs: Iterable[Measured]) -> dict[str, Any]:
-    """Task scores, where the runs have some (``scores`` in their summaries)."""
+    """Task scores, where the runs have some (``scores`` in their summaries), and losses of further held-out sets."""
     scores: dict[str, list[float]] = {}
     for run in runs:
-        for task, score in (run.summary.get("scores") or {}).items():
+        others = list(other_losses(run.summary, "_after").items())[1:]
+        named = {f"{name} loss": loss for name, loss in others}
+        for task, score in (named | (run.summary.get("scores") or {})).items():
             scores.setdefault(task, []).append(float(score))
     return {task: interval(values) for task, values in scores.items()}
 

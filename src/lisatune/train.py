@@ -23,6 +23,7 @@ from lisatune.errors import Stopped, UserError
 from lisatune.files import only_run, replace_folder, write_whole
 from lisatune.fit import explain_out_of_memory
 from lisatune.learner import Outcome
+from lisatune.losses import named_losses
 from lisatune.memory.measure import state_bytes
 from lisatune.models import save_model
 from lisatune.norms import NormRecorder
@@ -104,9 +105,9 @@ def _loop(
         if recorder:
             stack.enter_context(recorder).begin(standing.step, standing.trained_steps or None)
         if standing.step == 0:
-            standing.eval_loss_before = standing.eval_loss_after = run.held_out_loss()
+            standing.eval_before = standing.eval_after = run.held_out_losses()
             metrics.write(
-                step=0, eval_loss=standing.eval_loss_before, layers=learner.layers.describe(), plan=run.plan.as_dict()
+                step=0, **named_losses(standing.eval_before), layers=learner.layers.describe(), plan=run.plan.as_dict()
             )
         learner.model.train()
         batches = run.data.loader.batches(standing.position)
@@ -128,10 +129,10 @@ def _loop(
             last = step + 1 == num_steps
             evaluated = last or bool(config.eval_steps and (step + 1) % config.eval_steps == 0)
             if evaluated:
-                standing.eval_loss_after = run.held_out_loss()
+                standing.eval_after = run.held_out_losses()
             if evaluated or outcome.bad or (step + 1) % config.logging_steps == 0:
                 metrics.write(
-                    step=step + 1, loss=loss, eval_loss=standing.eval_loss_after if evaluated else None,
+                    step=step + 1, loss=loss, **named_losses(standing.eval_after if evaluated else {}),
                     learning_rate=learning_rate, grad_norm=grad_norm, skipped=outcome.bad or None, active_layers=active,
                     sampled_parts=_sampled_parts(learner.engine), tokens=batch.num_tokens,
                     labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=run.meter.bytes(),
@@ -158,7 +159,8 @@ def _loop(
     snapshots.checkpoints.wait()
     summary = {
         "method": config.method, "steps": num_steps, "tokens": standing.tokens,
-        "eval_loss_before": standing.eval_loss_before, "eval_loss_after": standing.eval_loss_after,
+        **{f"{name}_before": loss for name, loss in named_losses(standing.eval_before).items()},
+        **{f"{name}_after": loss for name, loss in named_losses(standing.eval_after).items()},
         "train_seconds": time.perf_counter() - started, "planned_peak_bytes": run.plan.peak_bytes,
         "peak_bytes": max(standing.peak_bytes, run.meter.bytes()), "base_bytes": run.meter.base_bytes,
         "state_bytes": state_bytes(learner.optimizer), "skipped_steps": standing.skipped_steps,

@@ -34,7 +34,7 @@ def test_report_is_one_file_and_escapes_what_the_data_holds(run):
     assert "<script" not in page
     assert page.count("&lt;script&gt;") == 3
     assert "<b>model" not in page
-    assert "2.0000 before, 1.0000 after" in page
+    assert "2.0000 -&gt; 1.0000 (perplexity 7.389 -&gt; 2.718)" in page
     assert page.count("<svg") == 2
     for outside in ("src=", 'href="http', "@import"):
         assert outside not in page

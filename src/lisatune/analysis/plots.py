@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lisatune.losses import other_losses
+
 INK = "#010203"  # a colour nobody uses, replaced by the page's own
-BLUE, ORANGE, GREEN = "#3b82f6", "#f97316", "#10b981"
+BLUE, ORANGE, GREEN, PURPLE = "#3b82f6", "#f97316", "#10b981", "#a855f7"
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lisatune",
@@ -41,9 +44,13 @@ def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
         axes = figure.add_subplot()
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
         axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training, running mean")
-        held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color=ORANGE, markersize=4, label="held out")
+        names = list(other_losses(rows[0])) if rows else []
+        for name, colour in zip(names or [""], itertools.cycle((ORANGE, GREEN, PURPLE)), strict=False):
+            key = f"eval_{name}_loss" if name else "eval_loss"
+            held_out = [(r["step"], r[key]) for r in rows if key in r]
+            if held_out:
+                label = f"held out, {name}" if name else "held out"
+                axes.plot(*zip(*held_out, strict=True), "o-", color=colour, markersize=4, label=label)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss, nats per token")
         axes.legend()

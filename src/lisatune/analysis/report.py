@@ -13,6 +13,7 @@ from lisatune.amounts import gib
 from lisatune.analysis.plots import active_layers, loss_curve
 from lisatune.errors import UserError
 from lisatune.files import write_whole
+from lisatune.losses import told
 
 # all text is escaped; the policy is a second lock, under which a browser runs no script and loads nothing
 PAGE = """<!doctype html>
@@ -73,10 +74,7 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
         ["optimizer steps", f"{summary['steps']:,}"],
         ["tokens", f"{summary['tokens']:,}"],
     ]
-    if summary["eval_loss_before"] is not None:
-        rows.append(
-            ["held-out loss", f"{summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after"]
-        )
+    rows += [[label, text] for label, text in told(summary)]
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
     base = summary.get("base_bytes", 0)  # runs of earlier versions have no forecast
     forecast = f"; predicted were {gib(summary['planned_peak_bytes'])}" if "planned_peak_bytes" in summary else ""

@@ -1,0 +1,45 @@
+"""Held-out losses by name, as metrics and summaries hold them and people read them. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def named_losses(losses: Mapping[str, float]) -> dict[str, float | None]:
+    """Held-out losses as metrics are named: ``eval_loss``, the first, and each with a name as ``eval_<name>_loss``.
+
+    Example:
+        >>> named_losses({"math": 2.0, "general": 3.0})
+        {'eval_loss': 2.0, 'eval_math_loss': 2.0, 'eval_general_loss': 3.0}
+    """
+    first = next(iter(losses.values()), None)
+    return {"eval_loss": first} | {f"eval_{name}_loss": loss for name, loss in losses.items() if name}
+
+
+def other_losses(numbers: Mapping[str, Any], ending: str = "") -> dict[str, float]:
+    """Name to loss of the held-out sets that have names, the first of them too.
+
+    Example:
+        >>> other_losses({"eval_loss_after": 2.0, "eval_math_loss_after": 2.0, "eval_general_loss_after": 3.0}, "_after")
+        {'math': 2.0, 'general': 3.0}
+    """
+    found = ((re.fullmatch(rf"eval_(.+)_loss{ending}", name), value) for name, value in numbers.items())
+    return {match[1]: value for match, value in found if match}
+
+
+def told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A line for each held-out set: its name, and loss and perplexity before and after."""
+    before, after = (other_losses(summary, ending) for ending in ("_before", "_after"))
+    if not before and summary.get("eval_loss_before") is not None:
+        before, after = {"": summary["eval_loss_before"]}, {"": summary["eval_loss_after"]}
+    for name in before:
+        a, b = before[name], after[name]
+        label = f"held-out loss, {name}" if name else "held-out loss"
+        yield label, f"{a:.4f} -> {b:.4f} (perplexity {_perplexity(a)} -> {_perplexity(b)})"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.4g}" if loss < 700 else "infinite"
