@@ -362,9 +362,7 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
     if isinstance(config.eval_data, dict):
         bad = next((n for n in config.eval_data or [""] if not re.fullmatch(r"[A-Za-z][\w-]*", n)), None)
         if bad is not None:
-            raise UserError(
-                f"eval_data names a set {_shown(bad)}: give it a word, as in {{math: FILE, general: FILE}}"
-            )
+            raise UserError(f"eval_data names a set {_shown(bad)}: give it a word, as in {{math: FILE, general: FILE}}")
     if config.eval_steps and not (config.eval_data or config.eval_rows):
         raise UserError("eval_steps has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>")
     if config.streaming and not config.max_steps:
