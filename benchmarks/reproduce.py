@@ -32,22 +32,26 @@ MODELS = {
 }
 COMMON = "eval_rows=64 warmup_steps=5 seed=0,1,2 device=cpu"
 SMALL = f"{COMMON} max_length=256 per_device_train_batch_size=4 max_steps=100 eval_steps=50"  # rows of 512 kinds of token are long
-MIDDLE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=100"
-LARGE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=60 eval_steps=30 dtype=bfloat16"
+MIDDLE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=100 eval_steps=50"
+LARGE = f"{COMMON} max_length=192 per_device_train_batch_size=2 max_steps=40 eval_steps=20 dtype=bfloat16"
+LISA = "num_active=2 interval_steps=3"  # as the paper has it for most of its models
 
 EXPERIMENTS: dict[str, tuple[str, str, str]] = {
+    "methods-stories260K": (
+        "stories260K",
+        "Every method, each at its own best learning rate",
+        f"{SMALL} methods=lisa,lora,full,fixed,badam,mezo {LISA} learning_rate=1e-3,3e-3,1e-2 "
+        "lora.learning_rate=3e-3,1e-2,3e-2 mezo.learning_rate=1e-6,1e-5,1e-4",
+    ),
     "methods-stories15M": (
         "stories15M",
-        "Held-out loss of every method, each at its own best learning rate",
-        f"{MIDDLE} methods=lisa,lora,full,fixed,badam,mezo num_active=2 interval_steps=3 "
-        "lisa.learning_rate=3e-4,1e-3,3e-3 lora.learning_rate=1e-3,3e-3,1e-2 full.learning_rate=3e-4,1e-3,3e-3 "
-        "fixed.learning_rate=3e-4,1e-3,3e-3 badam.learning_rate=1e-3,3e-3,1e-2 mezo.learning_rate=1e-5,1e-4,1e-3",
+        "LISA, LoRA and full fine-tuning, each at its own best learning rate",
+        f"{MIDDLE} methods=lisa,lora,full {LISA} learning_rate=3e-5,1e-4,3e-4 lora.learning_rate=1e-4,3e-4,1e-3",
     ),
     "methods-smollm2": (
         "smollm2",
-        "LISA, LoRA of two ranks and full fine-tuning, each at its own best learning rate",
-        f"{LARGE} methods=lisa,lora,full num_active=2 interval_steps=3 lora.lora_r=16,128 "
-        "lisa.learning_rate=1e-4,3e-4,1e-3 lora.learning_rate=3e-4,1e-3,3e-3 full.learning_rate=3e-5,1e-4,3e-4",
+        "LISA, LoRA and full fine-tuning, each at its own best learning rate",
+        f"{LARGE} methods=lisa,lora,full {LISA} learning_rate=3e-4,1e-3,3e-3 full.learning_rate=1e-4,3e-4,1e-3",
     ),
     "gamma-K-stories260K": (
         "stories260K",
@@ -56,8 +60,8 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     ),
     "gamma-K-smollm2": (
         "smollm2",
-        "gamma by K at one learning rate; K = 60 is one draw for the whole run",
-        f"{LARGE} method=lisa num_active=1,2,4,8 interval_steps=1,3,5,10,25,60 learning_rate=3e-4",
+        "gamma by K at one learning rate; K = 40 is one draw for the whole run",
+        f"{LARGE} method=lisa num_active=1,2,4,8 interval_steps=1,3,5,10,25,40 learning_rate=3e-4",
     ),
     "samplers-stories260K": (
         "stories260K",
@@ -67,14 +71,14 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     ),
     "optimizers-batch4": (
         "stories260K",
-        "AdamW, LAMB and LARS under LISA, batches of 4, 400 steps",
-        f"{SMALL.replace('max_steps=100 eval_steps=50', 'max_steps=400 eval_steps=200')} method=lisa num_active=2 interval_steps=3 "
+        "AdamW, LAMB and LARS under LISA, batches of 4, 200 steps",
+        f"{SMALL.replace('max_steps=100 eval_steps=50', 'max_steps=200 eval_steps=100')} method=lisa num_active=2 interval_steps=3 "
         "optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
     ),
-    "optimizers-batch64": (
+    "optimizers-batch32": (
         "stories260K",
-        "AdamW, LAMB and LARS under LISA, batches of 64, 25 steps: as many tokens as 400 steps of 4",
-        f"{SMALL.replace('batch_size=4 max_steps=100 eval_steps=50', 'batch_size=64 max_steps=25 eval_steps=10')} method=lisa num_active=2 "
+        "AdamW, LAMB and LARS under LISA, batches of 32, 25 steps: as many tokens as 200 steps of 4",
+        f"{SMALL.replace('batch_size=4 max_steps=100 eval_steps=50', 'batch_size=32 max_steps=25 eval_steps=10')} method=lisa num_active=2 "
         "interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
     ),
     "corrections-stories260K": (
