@@ -1,9 +1,13 @@
 """Every example runs, is short, and its model learns."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from lisatune.config import build_config, read_settings
+from lisatune.train import train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -35,3 +39,32 @@ def test_trl(model_folder, data_file):
     losses = __import__("trl_sft").main(str(model_folder), str(data_file), num_steps=12)
     assert len(losses) == 12
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_train_as_they_are(path, model_folder, data_file, tmp_path):
+    """All of a recipe's settings, with a model and rows that are on this machine."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "%s"}\n' % ("abcdefgh " * 20) * 80)
+    recipe = read_settings(str(path), [])
+    is_text = "packing" in recipe
+    own = {"model": str(model_folder), "data": str(text if is_text else data_file), "output": str(tmp_path / "run")}
+    own |= {"dataset_config": None, "max_steps": 12, "warmup_steps": 2, "max_length": 64, "eval_rows": 16}
+    own |= {"eval_data": dict.fromkeys(recipe["eval_data"], str(text))} if is_text else {}
+    own["num_active"] = min(recipe["num_active"], 2)
+    summary = train(build_config(recipe | own))
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+
+
+def test_pubmedqa_rows_leave_the_test_questions_out(tmp_path):
+    item = {
+        "QUESTION": "Is it so?",
+        "CONTEXTS": ["We looked.", "It was."],
+        "final_decision": "yes",
+        "LONG_ANSWER": "Yes.",
+    }
+    (tmp_path / "all.json").write_text(json.dumps({"1": item, "2": item | {"final_decision": "no"}}))
+    (tmp_path / "test.json").write_text(json.dumps({"1": "yes"}))
+    __import__("pubmedqa_rows").main(*(str(tmp_path / name) for name in ("all.json", "test.json", "rows.jsonl")))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": "Abstract: We looked.\nIt was.\nQuestion: Is it so?\nAnswer:", "completion": "no"}]

@@ -137,6 +137,7 @@ class TrainConfig(BaseModel):
         True, description="Learn answers alone; False learns prompts too. Text is learnt whole."
     )
     streaming: bool = Field(False, description="Read rows as they are needed, instead of all at the start.")
+    dataset_config: str | None = Field(None, description="Configuration of a hub data set that has several.")
     dataset_split: str = Field("train", description="Split of a hub data set.")
 
     eval_data: str | dict[str, str] | None = Field(

@@ -138,12 +138,13 @@ def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, 
 class ExampleStream:
     """Examples read anew from the disk or the hub each time they are iterated."""
 
-    def __init__(self, data: str, split: str) -> None:
+    def __init__(self, data: str, split: str, config: str | None) -> None:
         self.data = data
         self.split = split
+        self.config = config
 
     def __iter__(self) -> Iterator[Example]:
-        return (parse_row(row) for row in read_rows(self.data, split=self.split, streaming=True))
+        return (parse_row(row) for row in read_rows(self.data, split=self.split, config=self.config, streaming=True))
 
 
 def read_examples(config: TrainConfig) -> tuple[Iterable[Example], HeldOut]:
@@ -155,10 +156,11 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], HeldOut]:
     Raises: UserError naming the file and line of a bad row, or if there is nothing to train on.
     """
     if config.streaming:
-        find_files(config.data)  # a path that is not there is told of now
-        train: Iterable[Example] = ExampleStream(config.data, config.dataset_split)
+        find_files(config.data, config=config.dataset_config)  # what cannot be is told of now
+        train: Iterable[Example] = ExampleStream(config.data, config.dataset_split, config.dataset_config)
     else:
-        train = [parse_row(row) for row in read_rows(config.data, split=config.dataset_split)]
+        rows = read_rows(config.data, split=config.dataset_split, config=config.dataset_config)
+        train = [parse_row(row) for row in rows]
         if not train:
             raise UserError(f"{config.data}: holds no rows, so there is nothing to train on")
     if config.eval_data:

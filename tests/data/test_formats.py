@@ -22,11 +22,19 @@ CHAT = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
         {"instruction": "Hi", "input": "", "output": "Hello"},
         {"instruction": "Hi", "input": None, "output": "Hello"},
         {"instruction": "Hi", "output": "Hello"},
+        {"instruction": "Hi", "context": "", "response": "Hello", "category": "chat"},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     ],
 )
 def test_every_row_format_becomes_the_same_chat(columns):
     assert parse_row(Row("here", columns)).messages == CHAT
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_is_of_the_hub_alone(tmp_path, streaming):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="dataset_config=main is of a hub data set.*leave it out"):
+        list(read_rows(str(tmp_path / "rows.jsonl"), config="main", streaming=streaming))
 
 
 def test_instruction_with_input_and_text():

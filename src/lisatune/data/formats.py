@@ -17,6 +17,7 @@ from lisatune.errors import UserError, did_you_mean, missing_package
 LOCAL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 LIBRARY_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".csv.gz": "csv"}
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"))
+INSTRUCTIONS = (("input", "output"), ("context", "response"))  # Alpaca's names, and Dolly's
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -28,7 +29,8 @@ ROLES = {
 MARK = "\ufeff"  # that some editors begin a file with; Python's utf-8-sig also takes the first half of it for an empty file
 MAX_SHOWN, MAX_SHOWN_LETTERS = 12, 60  # column names in a message, and letters of each
 KNOWN_COLUMNS = (
-    "messages; prompt and completion; instruction, input and output; conversations; question and answer; text"
+    "messages; prompt and completion; instruction, input and output (or context and response); conversations; "
+    "question and answer; text"
 )
 
 
@@ -67,6 +69,7 @@ def parse_row(row: Row) -> Example:
     prompt, completion                a question and an answer; strings, or lists of messages
     question, answer                  the same; so do problem, solution
     instruction, input, output        the same; the input, if any, follows after an empty line
+    instruction, context, response    the same
     text                              text, all of it learnt
     ================================  =================================================================
 
@@ -88,10 +91,11 @@ def parse_row(row: Row) -> Example:
                 turns = [*_as_messages(row, question, "user"), *_as_messages(row, answer, "assistant")]
                 return _chat(row, turns, "role", "content")
             return _pair(row, _string(row, question), _string(row, answer))
-    if "instruction" in columns and "output" in columns:
-        extra = _string(row, "input", default="")
-        instruction = _string(row, "instruction")
-        return _pair(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _string(row, "output"))
+    for extra_name, answer in INSTRUCTIONS:
+        if "instruction" in columns and answer in columns:
+            extra = _string(row, extra_name, default="")
+            instruction = _string(row, "instruction")
+            return _pair(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _string(row, answer))
     if "text" in columns:
         return Example(row.where, text=_string(row, "text"))
     names = [_shown(name) for name in list(columns)[:MAX_SHOWN]] + ["..."] * (len(columns) > MAX_SHOWN)
@@ -162,7 +166,7 @@ def _shown(name: Any) -> str:
     return text if len(str(name)) <= MAX_SHOWN_LETTERS else f"{text}..."
 
 
-def read_rows(data: str, *, split: str = "train", streaming: bool = False) -> Iterator[Row]:
+def read_rows(data: str, *, split: str = "train", config: str | None = None, streaming: bool = False) -> Iterator[Row]:
     """Rows of a file, a folder of such files, or a data set of the Hugging Face hub.
 
     JSON and JSON lines, gzip or not, are read here and need no package; Parquet, CSV and hub names go through
@@ -171,20 +175,30 @@ def read_rows(data: str, *, split: str = "train", streaming: bool = False) -> It
     Args:
         data: A path, or a hub name such as ``databricks/databricks-dolly-15k``.
         split: Of a hub data set.
+        config: Of a hub data set that has several, as ``main`` of ``openai/gsm8k``.
         streaming: Read a hub data set as it downloads, instead of downloading it first.
     Yields: ``Row``, in the order of the file; files of a folder in the order of their names.
     Raises: UserError naming file and line for what is malformed.
     """
-    files = find_files(data)
+    files = find_files(data, config=config)
     if files is None:
-        yield from _read_with_library(data, split, streaming)
+        yield from _read_with_library(data, split, streaming, config=config)
     else:
         for file in files:
             yield from _read_file(file)
 
 
-def find_files(data: str) -> list[Path] | None:
-    """The files that ``data`` names, or None for a name of the hub."""
+def find_files(data: str, *, config: str | None = None) -> list[Path] | None:
+    """The files that ``data`` names, or None for a name of the hub; only there is a ``config``."""
+    files = _find_files(data)
+    if files is not None and config is not None:
+        raise UserError(
+            f"dataset_config={_shown(config)} is of a hub data set, but {data} is on this machine: leave it out"
+        )
+    return files
+
+
+def _find_files(data: str) -> list[Path] | None:
     if not data.strip():
         raise UserError("the data's name is empty: give a file, a folder or a hub name")  # Path("") is where we stand
     try:
@@ -317,7 +331,9 @@ def _row(where: str, columns: Any) -> Row:
     return Row(where, columns)
 
 
-def _read_with_library(data: str, split: str, streaming: bool, builder: str | None = None) -> Iterator[Row]:
+def _read_with_library(
+    data: str, split: str, streaming: bool, *, builder: str | None = None, config: str | None = None
+) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -326,7 +342,7 @@ def _read_with_library(data: str, split: str, streaming: bool, builder: str | No
         if builder:
             rows = datasets.load_dataset(builder, data_files=data, split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(data, split=split, streaming=streaming)
+            rows = datasets.load_dataset(data, config, split=split, streaming=streaming)
         for number, columns in enumerate(rows, start=1):
             yield Row(f"{data}, row {number}", columns)
     except UserError:
