@@ -56,7 +56,7 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     "gamma-K-stories260K": (
         "stories260K",
         "gamma by K, each at its own best learning rate; K = 100 is one draw for the whole run",
-        f"{SMALL} method=lisa num_active=1,2,4 interval_steps=1,3,5,10,25,100 learning_rate=1e-3,3e-3,1e-2",
+        f"{SMALL} method=lisa num_active=1,2,4 interval_steps=1,3,5,10,25,100 learning_rate=2e-3,5e-3",
     ),
     "gamma-K-smollm2": (
         "smollm2",
@@ -67,25 +67,25 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
         "stories260K",
         "How layers are drawn, one at a time, each at its own best learning rate",
         f"{SMALL} method=lisa num_active=1 interval_steps=3 sampler=uniform,bernoulli,sweep,round_robin,gradient_norm "
-        "learning_rate=1e-3,3e-3,1e-2",
+        "learning_rate=2e-3,5e-3",
     ),
     "optimizers-batch4": (
         "stories260K",
         "AdamW, LAMB and LARS under LISA, batches of 4, 200 steps",
         f"{SMALL.replace('max_steps=100 eval_steps=50', 'max_steps=200 eval_steps=100')} method=lisa num_active=2 interval_steps=3 "
-        "optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
+        "optim=adamw,lamb,lars learning_rate=3e-3,1e-2,3e-2",
     ),
     "optimizers-batch32": (
         "stories260K",
         "AdamW, LAMB and LARS under LISA, batches of 32, 25 steps: as many tokens as 200 steps of 4",
         f"{SMALL.replace('batch_size=4 max_steps=100 eval_steps=50', 'batch_size=32 max_steps=25 eval_steps=10')} method=lisa num_active=2 "
-        "interval_steps=3 optim=adamw,lamb,lars learning_rate=1e-3,3e-3,1e-2,3e-2",
+        "interval_steps=3 optim=adamw,lamb,lars learning_rate=3e-3,1e-2,3e-2",
     ),
     "corrections-stories260K": (
         "stories260K",
         "1/p, and steps of the inactive layers, at gamma = 1, each at its own best learning rate",
         f"{SMALL} method=lisa num_active=1 interval_steps=3 inverse_chance=false,true inactive_learning_rate=null,1e-2 "
-        "learning_rate=1e-3,3e-3,1e-2",
+        "learning_rate=2e-3,5e-3",
     ),
 }
 
