@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,10 @@ def find_tasks(names: Sequence[str], data_dir: Path | None = None) -> Any:
         raise missing_package("lm-eval", "scoring tasks", "eval")
     if data_dir is not None:
         check_data_dir(data_dir)
-    import lm_eval.tasks
-
-    with quiet_harness():
-        root = Path(lm_eval.tasks.__file__).parent
-        manager = lm_eval.tasks.TaskManager(include_path=[root / f for f in USUAL_FOLDERS], include_defaults=False)
-        if all(name in manager.task_index for name in names):
-            return manager
-        manager = lm_eval.tasks.TaskManager()
+    manager = _manager(usual=True)
+    if all(name in manager.task_index for name in names):
+        return manager
+    manager = _manager(usual=False)
     for name in names:
         if name not in manager.task_index:
             raise UserError(f"task '{name}': lm-evaluation-harness has no such task{_nearest(name, manager)}")
@@ -73,21 +70,34 @@ def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> Any:
     with quiet_harness():
         for name in names:
             leaves = [leaf for leaf in _leaves(name, manager.task_index) if has_local_form(_data_set(leaf))]
-            if data_dir is not None:
-                for leaf in leaves:
-                    manager.task_index[leaf.name] = _from_folder(leaf, data_dir)
             try:
+                if data_dir is not None:
+                    manager.task_index.update({leaf.name: _from_folder(leaf, data_dir) for leaf in leaves})
                 loaded = manager.load([name])
             except UserError:
                 raise
             except Exception as error:  # of the hub, of the network, of datasets: many kinds, none of them ours
                 raise UserError(_out_of_reach(name, bool(leaves), data_dir, error)) from error
+            finally:
+                manager.task_index.update({leaf.name: leaf for leaf in leaves})
             for child in [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values():
                 asked.add(child)
     for task in asked.get_all_tasks():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"task '{task.task_name}' runs code that the model writes, so it is refused: leave it out")
     return asked
+
+
+@lru_cache(maxsize=2)
+def _manager(*, usual: bool) -> Any:
+    """The harness' index of the usual tasks, or of all."""
+    import lm_eval.tasks
+
+    with quiet_harness():
+        if not usual:
+            return lm_eval.tasks.TaskManager()
+        root = Path(lm_eval.tasks.__file__).parent
+        return lm_eval.tasks.TaskManager(include_path=[root / f for f in USUAL_FOLDERS], include_defaults=False)
 
 
 @contextmanager
@@ -126,9 +136,6 @@ def _from_folder(entry: Any, folder: Path) -> Any:
     from datasets import Dataset, DatasetDict
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks.manager import load_yaml
-
-    if entry.yaml_path is None:
-        return entry  # is from the folder already
 
     class LocalTask(ConfigurableTask):  # type: ignore[misc]
         def __init__(self, config: dict[str, Any]) -> None:
