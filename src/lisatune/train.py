@@ -106,9 +106,11 @@ def _loop(
         if standing.step == 0:
             standing.eval_loss_before = standing.eval_loss_after = run.held_out_loss()
             metrics.write(
-                step=0, eval_loss=standing.eval_loss_before, layers=learner.layers.describe(), plan=run.plan.as_dict()
-            )
+                step=0, eval_loss=standing.eval_loss_before, layers=learner.layers.describe(), plan=run.plan.as_dict(),
+                scores=run.task_scores(),
+            )  # fmt: skip
         learner.model.train()
+        scores = None
         batches = run.data.loader.batches(standing.position)
         for step, (batch, position) in zip(range(standing.step, num_steps), batches, strict=False):
             tick = time.perf_counter()
@@ -129,13 +131,15 @@ def _loop(
             evaluated = last or bool(config.eval_steps and (step + 1) % config.eval_steps == 0)
             if evaluated:
                 standing.eval_loss_after = run.held_out_loss()
-            if evaluated or outcome.bad or (step + 1) % config.logging_steps == 0:
+            scored = last or bool(config.eval_every and (step + 1) % config.eval_every == 0)
+            scores = run.task_scores() if scored else None
+            if evaluated or scores or outcome.bad or (step + 1) % config.logging_steps == 0:
                 metrics.write(
                     step=step + 1, loss=loss, eval_loss=standing.eval_loss_after if evaluated else None,
                     learning_rate=learning_rate, grad_norm=grad_norm, skipped=outcome.bad or None, active_layers=active,
                     sampled_parts=_sampled_parts(learner.engine), tokens=batch.num_tokens,
                     labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=run.meter.bytes(),
-                    state_bytes=state_bytes(learner.optimizer),
+                    state_bytes=state_bytes(learner.optimizer), scores=scores,
                 )  # fmt: skip
             if recorder:
                 recorder.count(() if outcome.bad else learner.trained_parts)
@@ -156,13 +160,14 @@ def _loop(
                     f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_go_on(config)}", stop.received
                 )
     snapshots.checkpoints.wait()
-    summary = {
+    summary: dict[str, Any] = {
         "method": config.method, "steps": num_steps, "tokens": standing.tokens,
         "eval_loss_before": standing.eval_loss_before, "eval_loss_after": standing.eval_loss_after,
         "train_seconds": time.perf_counter() - started, "planned_peak_bytes": run.plan.peak_bytes,
         "peak_bytes": max(standing.peak_bytes, run.meter.bytes()), "base_bytes": run.meter.base_bytes,
         "state_bytes": state_bytes(learner.optimizer), "skipped_steps": standing.skipped_steps,
     }  # fmt: skip
+    summary |= {"scores": scores} if scores else {}
     if run.data.streamed:
         console.print(f"train: {run.data.streamed.describe()}", highlight=False)
     _save(run, folder)
