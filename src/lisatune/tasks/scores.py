@@ -76,8 +76,9 @@ class Scorer:
         self.limit = limit
         self.chat_template = chat_template
         self.num_cut = 0
-        self._group = load_tasks(tasks, data_dir)
-        self._tasks = {task.task_name: task for task in self._group.get_all_tasks()}
+        with _as_they_were():  # the harness draws where one would not think so, as in a task's name
+            self._group = load_tasks(tasks, data_dir)
+            self._tasks = {task.task_name: task for task in self._group.get_all_tasks()}
         for task in self._tasks.values():
             # as the harness does it: a task that says 0 keeps it, and one that says nothing has 0
             own = task.get_config("num_fewshot")
@@ -102,7 +103,7 @@ class Scorer:
             raise UserError("the tokenizer has no chat template: leave --apply-chat-template out")
         from lm_eval.evaluator import evaluate
 
-        with _as_it_was(model), quiet_harness():
+        with _as_they_were(), _mode_of(model), quiet_harness():
             lm = _language_model(model, tokenizer, batch_size, progress)
             self._check_context(lm)
             groups = [self._group, *self._group.get_all_groups()]
@@ -121,8 +122,8 @@ class Scorer:
                 raise UserError(
                     f"scoring ran out of memory at {batch_size} prompts at a time: lower --batch-size, or --num-fewshot"
                 ) from error
-        self.num_cut = lm.num_cut
-        return {name: score for child in self._group for name, score in _scores_of(child, found)}
+            self.num_cut = lm.num_cut
+            return {name: score for child in self._group for name, score in _scores_of(child, found)}
 
     def _check_context(self, lm: Any) -> None:
         for name, task in self._tasks.items():
@@ -142,11 +143,10 @@ def numbers(scores: Mapping[str, Score]) -> dict[str, float]:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """Put the random generators and the model's mode back, whatever was done with them."""
+def _as_they_were() -> Iterator[None]:
+    """Put the random generators back, whatever was drawn."""
     import numpy
 
-    training = model.training
     states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -157,6 +157,15 @@ def _as_it_was(model: Any) -> Iterator[None]:
         torch.set_rng_state(states[2])
         if devices is not None:
             torch.cuda.set_rng_state_all(devices)
+
+
+@contextmanager
+def _mode_of(model: Any) -> Iterator[None]:
+    """Put the model back into training or evaluation mode."""
+    training = model.training
+    try:
+        yield
+    finally:
         model.train(training)
 
 
