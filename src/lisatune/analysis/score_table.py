@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def show(found: Sequence[Scored]) -> RenderableType:
     """A table for each run or model, a row for each task, ± one standard error; and what the numbers are."""
-    notes = ["±: one standard error, of a difference over its documents; n: documents"]
+    runs = any(scored.before is not None for scored in found)
+    notes = ["n: documents; ±: one standard error" + (", of a difference document by document" if runs else "")]
     for task, score in {task: score for scored in found for task, score in scored.after.items()}.items():
         notes.append(f"{task}: {score.metric}, {score.num_fewshot} examples before each question")
     return Group(*map(_table, found), *(Text(note, style="dim") for note in notes))
