@@ -150,6 +150,16 @@ class TrainConfig(BaseModel):
     eval_steps: int | None = Field(
         None, ge=1, description="Held-out loss every so many steps, not only at start and end."
     )
+    eval_tasks: str | list[str] | None = Field(
+        None, description="Tasks of lm-evaluation-harness that the model is scored on, for example gsm8k,mmlu."
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="Scores on eval_tasks every so many steps, not only at start and end."
+    )
+    eval_limit: int = Field(32, ge=1, description="Documents of each of eval_tasks, the first.")
+    eval_data_dir: str | None = Field(
+        None, min_length=1, description="Folder with the data of eval_tasks (gsm8k/, mmlu/, ...), instead of the hub."
+    )
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -205,6 +215,8 @@ ONLY_FOR: dict[str, tuple[Method, ...]] = {
         FIRST_ORDER,
     ),
 }  # fmt: skip
+
+TASK_SETTINGS = ("eval_every", "eval_limit", "eval_data_dir")  # that play a part with eval_tasks alone
 
 ONLY_FOR_OPTIM = {"momentum": ("sgd", "lars", "muon"), "adapt_vectors": ("lars", "lamb")}
 
@@ -366,6 +378,14 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
             raise UserError(f"eval_data names a set {_shown(bad)}: give it a word, as in {{math: FILE, general: FILE}}")
     if config.eval_steps and not (config.eval_data or config.eval_rows):
         raise UserError("eval_steps has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>")
+    for name in TASK_SETTINGS:
+        if name in settings and not config.eval_tasks:
+            raise UserError(f"{name} has no effect without eval_tasks: give eval_tasks=<tasks>, or leave it out")
+    if config.eval_tasks and config.offload_frozen:
+        raise UserError(
+            "eval_tasks cannot go with offload_frozen, whose layers are not on the device when an answer is made: leave one "
+            "of them out, and score the trained model with lisatune eval"
+        )
     if config.streaming and not config.max_steps:
         raise UserError("streaming needs max_steps: the length of a stream is not known beforehand")
     if config.streaming and config.eval_rows and not config.eval_data:
@@ -523,6 +543,8 @@ def used_settings(config: TrainConfig) -> dict[str, Any]:
             settings.pop(name, None)
     if config.max_steps:
         del settings["num_train_epochs"]
+    if not config.eval_tasks:
+        settings = {name: value for name, value in settings.items() if name not in TASK_SETTINGS}
     return settings
 
 

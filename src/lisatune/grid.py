@@ -28,8 +28,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 PLURALS = {"methods": "method", "seeds": "seed"}
 # what held-out losses and times can only be compared within
 ONE_VALUE = (
-    "model", "data", "output", "dataset_config", "dataset_split", "eval_data", "eval_rows", "eval_steps", "max_length",
-    "completion_only_loss", "logging_steps", "device", "trust_remote_code",
+    "model", "data", "output", "dataset_config", "dataset_split", "eval_data", "eval_rows", "eval_steps", "eval_tasks",
+    "eval_every", "eval_limit", "eval_data_dir", "max_length", "completion_only_loss", "logging_steps", "device", "trust_remote_code",
 )  # fmt: skip
 EVALUATIONS = 10  # points of a curve, where eval_steps is not given
 

@@ -135,6 +135,19 @@ def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, 
         raise UserError("--push-to uploads a folder: leave out --gguf")
 
 
+def check_eval_tasks(config: TrainConfig) -> None:
+    """Refuse tasks that there are not, or whose package is not installed."""
+    if config.eval_tasks:
+        from lisatune.tasks.harness import find_tasks, task_names
+
+        find_tasks(task_names(config.eval_tasks), data_folder(config))
+
+
+def data_folder(config: TrainConfig) -> Path | None:
+    """Where the data of ``eval_tasks`` are, if not on the hub."""
+    return Path(config.eval_data_dir).expanduser() if config.eval_data_dir else None
+
+
 class ExampleStream:
     """Examples read anew from the disk or the hub each time they are iterated."""
 
@@ -200,4 +213,5 @@ def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Ex
     check_output(Path(config.output), resume=resume)
     check_model_name(config.model)
     check_num_active(config)
+    check_eval_tasks(config)
     return read_examples(config)

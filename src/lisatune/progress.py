@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[int, float, float, Sequence[int] | None], None]
@@ -29,5 +30,21 @@ def training_progress(num_steps: int, console: Console) -> Iterator[Advance]:
                 else "layers " + (",".join(map(str, layers)) if len(layers) <= 8 else f"{len(layers)}")
             )
             bar.update(task, completed=step, loss=loss, speed=speed, layers=text)
+
+        yield advance
+
+
+@contextmanager
+def scoring_progress(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the prompts scored and the time left; call it with (done, total). It goes when it is done."""
+    columns = (
+        TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=24),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(escape(title), total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         yield advance

@@ -26,7 +26,9 @@ from lisatune.learner import Learner, make_learner
 from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models import load_model, pick_device
 from lisatune.plan import Plan, plan_run
-from lisatune.preflight import HeldOut
+from lisatune.preflight import HeldOut, data_folder
+from lisatune.tasks.harness import task_names
+from lisatune.tasks.scores import Scorer, numbers
 from lisatune.tracking import check_tracker
 
 
@@ -62,6 +64,13 @@ class Run:
     plan: Plan
     meter: PeakMeter
     device: torch.device
+    scorer: Scorer | None
+
+    def task_scores(self) -> dict[str, float] | None:
+        """Scores on ``eval_tasks``, if there are any; the run goes on as if it had not been asked."""
+        if self.scorer is None:
+            return None
+        return numbers(self.scorer(self.learner.model, self.tokenizer))
 
     def held_out_losses(self) -> dict[str, float]:
         """Loss on the held-out rows, by the name that ``eval_data`` gives them; empty if there are none."""
@@ -87,6 +96,7 @@ def build(
     """
     check_tracker(config)
     config, device = settle(config)
+    scorer = _scorer(config)
     model, tokenizer = loaded or load_model(
         config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
     )
@@ -113,7 +123,13 @@ def build(
         learner = make_learner(config, model, device)
     if config.packing:
         _check_packing(learner.layers, device)
-    return Run(config, tokenizer, learner, data, plan, meter, device)
+    return Run(config, tokenizer, learner, data, plan, meter, device, scorer)
+
+
+def _scorer(config: TrainConfig) -> Scorer | None:
+    if not config.eval_tasks:
+        return None
+    return Scorer(task_names(config.eval_tasks), data_dir=data_folder(config), limit=config.eval_limit)
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:

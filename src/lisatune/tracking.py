@@ -43,6 +43,7 @@ class Metrics:
             numbers = {
                 name: value for name, value in values.items() if isinstance(value, int | float) and name != "step"
             }
+            numbers |= {f"scores/{task}": value for task, value in values.get("scores", {}).items()}
             self._tracker(numbers, values["step"])
 
     def sync(self) -> None:

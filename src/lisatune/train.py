@@ -107,9 +107,11 @@ def _loop(
         if standing.step == 0:
             standing.eval_before = standing.eval_after = run.held_out_losses()
             metrics.write(
-                step=0, **named_losses(standing.eval_before), layers=learner.layers.describe(), plan=run.plan.as_dict()
-            )
+                step=0, **named_losses(standing.eval_before), layers=learner.layers.describe(), plan=run.plan.as_dict(),
+                scores=run.task_scores(),
+            )  # fmt: skip
         learner.model.train()
+        scores = None
         batches = run.data.loader.batches(standing.position)
         for step, (batch, position) in zip(range(standing.step, num_steps), batches, strict=False):
             tick = time.perf_counter()
@@ -130,13 +132,15 @@ def _loop(
             evaluated = last or bool(config.eval_steps and (step + 1) % config.eval_steps == 0)
             if evaluated:
                 standing.eval_after = run.held_out_losses()
-            if evaluated or outcome.bad or (step + 1) % config.logging_steps == 0:
+            scored = last or bool(config.eval_every and (step + 1) % config.eval_every == 0)
+            scores = run.task_scores() if scored else None
+            if evaluated or scores or outcome.bad or (step + 1) % config.logging_steps == 0:
                 metrics.write(
                     step=step + 1, loss=loss, **named_losses(standing.eval_after if evaluated else {}),
                     learning_rate=learning_rate, grad_norm=grad_norm, skipped=outcome.bad or None, active_layers=active,
                     sampled_parts=_sampled_parts(learner.engine), tokens=batch.num_tokens,
                     labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=run.meter.bytes(),
-                    state_bytes=state_bytes(learner.optimizer),
+                    state_bytes=state_bytes(learner.optimizer), scores=scores,
                 )  # fmt: skip
             if recorder:
                 recorder.count(() if outcome.bad else learner.trained_parts)
@@ -157,7 +161,7 @@ def _loop(
                     f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_go_on(config)}", stop.received
                 )
     snapshots.checkpoints.wait()
-    summary = {
+    summary: dict[str, Any] = {
         "method": config.method, "steps": num_steps, "tokens": standing.tokens,
         **{f"{name}_before": loss for name, loss in named_losses(standing.eval_before).items()},
         **{f"{name}_after": loss for name, loss in named_losses(standing.eval_after).items()},
@@ -165,6 +169,7 @@ def _loop(
         "peak_bytes": max(standing.peak_bytes, run.meter.bytes()), "base_bytes": run.meter.base_bytes,
         "state_bytes": state_bytes(learner.optimizer), "skipped_steps": standing.skipped_steps,
     }  # fmt: skip
+    summary |= {"scores": scores} if scores else {}
     if run.data.streamed:
         console.print(f"train: {run.data.streamed.describe()}", highlight=False)
     _save(run, folder)
