@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.projections.polar import PolarAxes
 
 from lisatune.analysis.comparison import COLOURS, LINES
 from lisatune.analysis.plots import STYLE, svg
@@ -31,6 +33,7 @@ def radar(categories: Sequence[str], scores: Mapping[str, Sequence[float | None]
     with mpl.rc_context(STYLE | {"text.parse_math": False}):
         figure = Figure(figsize=(6, 5.4), layout="constrained")
         axes = figure.add_subplot(projection="polar")
+        assert isinstance(axes, PolarAxes)
         axes.set_theta_offset(math.pi / 2)
         axes.set_theta_direction(-1)
         for number, (name, values) in enumerate(scores.items()):
@@ -53,8 +56,6 @@ def radar(categories: Sequence[str], scores: Mapping[str, Sequence[float | None]
 
 def _named(drawn: str, label: str) -> str:
     """With its ink, and a name for those who cannot see it."""
-    from html import escape
-
     start = drawn.index(">") + 1
     opening = drawn[:start].replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1)
     return f"{opening}{INK_OF_PAGE}{drawn[start:]}"

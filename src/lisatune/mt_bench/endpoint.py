@@ -115,12 +115,14 @@ class Endpoint:
         Returns: ``reply``, the text (empty if the model said nothing); ``finish_reason``; ``usage``, as the server says.
         Raises: RequestRefused if the server will not have this request; BudgetSpent; UserError if it is no use going on.
         """
+        num_timed_out = 0
         for number in range(TRIES):
             self._count()
             try:
                 return self._try(body)
             except _Again as failed:
-                if number + 1 >= (TRIES_TIMED_OUT if failed.timed_out else TRIES):
+                num_timed_out += failed.timed_out
+                if number + 1 == TRIES or num_timed_out == TRIES_TIMED_OUT:
                     raise UserError(
                         f"the judge at {self.url} gave no answer in {number + 1} tries ({failed}): what is done is kept, and the "
                         "same command goes on once it is well again"

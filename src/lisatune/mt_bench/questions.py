@@ -37,7 +37,8 @@ def read_questions(questions: str, references: str | None = None, *, limit: int 
 
     Args:
         questions: A path, or a hub name.
-        references: A file of answers in FastChat's form (``question_id``, ``choices``), which win over the rows' own.
+        references: A file of answers in FastChat's form (``question_id``, ``choices``), which take the place of all that
+            the rows have: in FastChat's files those are short notes, and the judge is shown the answers instead.
         limit: As many questions at most, from the categories by turns, so that each has its share.
     Raises: UserError naming file and line of a bad row, or if there is no question.
     """
@@ -50,6 +51,7 @@ def read_questions(questions: str, references: str | None = None, *, limit: int 
     if not found:
         raise UserError(f"{questions}: holds no questions")
     if references is not None:
+        found = {name: replace(question, references=()) for name, question in found.items()}
         for row in read_rows(references):
             name = _id(row)
             if name in found:  # a file of references may be that of a larger set

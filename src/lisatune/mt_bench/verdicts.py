@@ -50,7 +50,7 @@ def judge_prompt(question: Question, answers: Sequence[str]) -> str:
     """
     turn = len(answers)
     references = (
-        question.references[:turn] if len(question.references) >= turn and question.references[turn - 1] else ()
+        question.references[:turn] if len(question.references) >= turn and question.references[turn - 1].strip() else ()
     )
     parts = [
         TASK.format(
@@ -63,7 +63,7 @@ def judge_prompt(question: Question, answers: Sequence[str]) -> str:
     ]
     for number, answer in enumerate(answers):
         parts.append(_marked(f"USER {number + 1}", question.turns[number]))
-        if references:
+        if references and references[number].strip():
             parts.append(_marked(f"REFERENCE ANSWER {number + 1}", references[number]))
         parts.append(_marked(f"ASSISTANT {number + 1}", answer))
     return "\n".join(parts)
