@@ -63,8 +63,10 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def only_run(folder: Path, *, doing: str = "trains") -> Iterator[None]:
     """Hold ``folder`` for this process; the system lets go of it when the process ends, however it ends.
+
+    ``doing`` says what such a process does in it.
 
     Raises: UserError if another process holds it.
     """
@@ -73,7 +75,7 @@ def only_run(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another process trains in {folder}: wait until it has ended, or choose another output"
+            f"another process {doing} in {folder}: wait until it has ended, or choose another output"
         ) from None
     try:
         yield

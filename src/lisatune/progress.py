@@ -1,13 +1,22 @@
-"""The progress bar of a run."""
+"""The progress bars of a run and of an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Advance = Callable[[int, float, float, Sequence[int] | None], None]
 
@@ -48,3 +57,30 @@ def scoring_progress(title: str, console: Console) -> Iterator[Callable[[int, in
             bar.update(task, completed=done, total=total)
 
         yield advance
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A bar that counts, and may say why it does not."""
+
+    bar: Progress
+    task: TaskID
+
+    def advance(self, num: int = 1) -> None:
+        """``num`` more are done."""
+        self.bar.update(self.task, advance=num, note="")
+
+    def note(self, text: str) -> None:
+        """Say ``text`` beside the bar until the next advance."""
+        self.bar.update(self.task, note=text)
+
+
+@contextmanager
+def counting_progress(title: str, total: int, console: Console) -> Iterator[Counter]:
+    """A bar over ``total`` things of a kind, with the time left."""
+    columns = (
+        TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        yield Counter(bar, bar.add_task(title, total=total, note=""))

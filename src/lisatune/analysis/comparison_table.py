@@ -18,11 +18,11 @@ from lisatune.grid import short_text
 
 def show(result: Mapping[str, Any]) -> RenderableType:
     """The comparison as one table (or several, if a terminal is narrow), and what has to be known beside it."""
-    return Group(_Tables(*table_of(result)), *(Text(note) for note in notes_of(result)))
+    return Group(Tables(*table_of(result)), *(Text(note) for note in notes_of(result)))
 
 
 @dataclass
-class _Tables:
+class Tables:
     """As many columns beside each other as there is room for, the first one each time; no number is cut off."""
 
     head: list[str]

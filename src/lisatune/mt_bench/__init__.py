@@ -1,0 +1,1 @@
+"""MT-Bench: questions, records, answers, endpoint, verdicts, judge, scores, evaluation, in that order."""
