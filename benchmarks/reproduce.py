@@ -48,10 +48,15 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
         "LISA, LoRA and full fine-tuning, each at its own best learning rate",
         f"{MIDDLE} methods=lisa,lora,full {LISA} learning_rate=3e-5,1e-4,3e-4 lora.learning_rate=1e-4,3e-4,1e-3",
     ),
+    "tune-smollm2": (
+        "smollm2",
+        "LISA, LoRA and full fine-tuning at three learning rates each, with a seed of its own",
+        f"{LARGE} methods=lisa,lora,full {LISA} learning_rate=3e-4,1e-3,3e-3 full.learning_rate=1e-4,3e-4,1e-3 seed=0",
+    ),
     "methods-smollm2": (
         "smollm2",
-        "LISA, LoRA and full fine-tuning, each at its own best learning rate",
-        f"{LARGE} methods=lisa,lora,full {LISA} learning_rate=3e-4,1e-3,3e-3 full.learning_rate=1e-4,3e-4,1e-3",
+        "LISA, LoRA and full fine-tuning at the learning rate that tune-smollm2 chose for each",
+        f"{LARGE} methods=lisa,lora,full {LISA} lisa.learning_rate=1e-3 lora.learning_rate=1e-3 full.learning_rate=1e-4 seed=1,2,3",
     ),
     "gamma-K-stories260K": (
         "stories260K",
@@ -118,7 +123,8 @@ def main() -> None:
         if not options.write_only:
             command = [sys.executable, "-m", "lisatune", "compare", "--model", str(unpacked(models[model], options.runs)), "--data", str(GSM8K),
                        "--output", str(folder), "--drop-models", *words.split()]  # fmt: skip
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if status := subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+                sys.exit(status)
         result = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
         print(write_page(f"reproduce-{name}", page(about, result), __doc__ or ""))
 

@@ -137,3 +137,15 @@ def test_a_written_config_of_every_method_can_be_read_again(tmp_path):
         config = build_config({"model": "m", "data": "d", "output": "o", "method": method})
         write_config(config, tmp_path / "config.yaml")
         assert build_config(read_settings(str(tmp_path / "config.yaml"), [])) == config
+
+
+def test_null_takes_a_setting_of_the_file_back(tmp_path):
+    """A recipe's method can be changed: its LISA settings are taken back, and not refused."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\ndata: d\noutput: o\nnum_active: 3\ninterval_steps: 5\n")
+    with pytest.raises(UserError, match="num_active has no effect with method=full"):
+        build_config(read_settings(str(path), ["method=full"]))
+    config = build_config(read_settings(str(path), ["method=full", "num_active=null", "interval_steps=null"]))
+    assert config == build_config({"model": "m", "data": "d", "output": "o", "method": "full"})
+    with pytest.raises(UserError, match="model is missing"):
+        build_config(read_settings(str(path), ["model=null"]))

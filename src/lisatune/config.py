@@ -289,7 +289,7 @@ REFUSALS: dict[str, Callable[[TrainConfig], str]] = {
 
 
 def build_config(settings: Mapping[str, Any]) -> TrainConfig:
-    """Check ``settings`` and fill in what they leave out.
+    """Check ``settings`` and fill in what they leave out; null is as if a setting were left out, so it takes one back.
 
     Raises: UserError for a misspelt or missing name, a value out of range, or a setting that would have no effect.
     Example:
@@ -303,6 +303,7 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         if name not in TrainConfig.model_fields:
             hint = did_you_mean(name, TrainConfig.model_fields) if isinstance(name, str) else ""
             raise UserError(f"unknown setting {_shown(name)}{hint}")
+    settings = {name: value for name, value in settings.items() if value is not None}
     try:
         method = settings.get("method")
         preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
