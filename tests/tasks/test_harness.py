@@ -45,6 +45,14 @@ def test_data_out_of_reach_say_what_would_help(folder):
         find_tasks(["gsm8k"], folder / "gsm8k")
 
 
+def test_a_task_that_runs_what_a_model_writes_is_refused(folder, monkeypatch):
+    from lm_eval.api.task import ConfigurableTask
+
+    monkeypatch.setattr(ConfigurableTask, "UNSAFE_CODE", True, raising=False)
+    with pytest.raises(UserError, match="task 'winogrande' runs code that the model writes, so it is refused"):
+        load_tasks(["winogrande"], folder)
+
+
 def test_the_harness_index_is_as_it_was(folder):
     load_tasks(["winogrande"], folder)
     with pytest.raises(UserError, match="give --data-dir"):

@@ -64,6 +64,8 @@ def test_mmlu_keeps_subjects_and_weighs_them_by_their_questions(model, tokenizer
 
 def test_the_mean_of_a_group_is_over_all_its_documents(shared):
     model, tokenizer = load_model(str(shared / "models/stories260K/hf"))
+    alone = Scorer(["mmlu_stem"], data_dir=shared / "data", limit=1)(model, tokenizer, batch_size=4)["mmlu_stem"]
+    assert alone.stderr == pytest.approx((alone.value * (1 - alone.value) / 18) ** 0.5)
     scorer = Scorer(["mmlu_stem"], data_dir=shared / "data", limit=2)
     score = scorer(model, tokenizer, batch_size=4)["mmlu_stem"]
     assert len(score.parts) == 19
@@ -74,7 +76,7 @@ def test_the_mean_of_a_group_is_over_all_its_documents(shared):
 ANSWERS = ["so #### 42", "It is 42 + 1 = 43.\n#### 43.", "The answer is 44"]  # to 2, 3 and 4 plus 40
 
 
-def test_gsm8k_takes_the_number_after_the_marks(model, tokenizer, folder, monkeypatch):
+def test_gsm8k_takes_the_number_after_the_marks(tokenizer, folder, monkeypatch):
     from lm_eval.models.huggingface import HFLM
 
     asked = []
@@ -84,13 +86,18 @@ def test_gsm8k_takes_the_number_after_the_marks(model, tokenizer, folder, monkey
         return ANSWERS
 
     monkeypatch.setattr(HFLM, "generate_until", generate)
-    score = Scorer(["gsm8k"], data_dir=folder)(model, tokenizer)["gsm8k"]
+    model = make_llama(vocab_size=len(tokenizer), max_position_embeddings=300)
+    scorer = Scorer(["gsm8k"], data_dir=folder)
+    score = scorer(model, tokenizer)["gsm8k"]
+    assert scorer.num_cut == 3  # 256 of the 300 tokens are for the answer
     assert score.metric == "exact_match, strict-match"
     assert score.values == (1.0, 1.0, 0.0)
     assert score.others == {"exact_match, flexible-extract": 1.0}
     assert score.num_fewshot == 5
     assert asked[0].count("Question:") == 6
     assert asked[0].endswith("Question: What is 2 plus 40?\nAnswer:")
+    scorer(model, tokenizer)
+    assert asked[:3] == asked[3:]  # the same examples each time
 
 
 def test_the_five_on_real_files_and_a_real_model(shared):
@@ -102,7 +109,7 @@ def test_the_five_on_real_files_and_a_real_model(shared):
     assert [score.num_documents for score in found.values()] == [2] * 5
     assert [score.metric for score in found.values()] == ["exact_match, strict-match", *["acc"] * 4]
     assert told[-1] == (2 * (1 + 3 + 4 + 4 + 2), 2 * (1 + 3 + 4 + 4 + 2))
-    assert scorer.num_cut > 0  # five worked examples exceed 512 tokens
+    assert scorer.num_cut > 0  # abstracts exceed 512 tokens
     assert set(numbers(found)) == set(tasks)
 
 

@@ -19,13 +19,14 @@ def show(found: Sequence[Scored]) -> RenderableType:
     notes = ["n: documents; ±: one standard error" + (", of a difference document by document" if runs else "")]
     for task, score in {task: score for scored in found for task, score in scored.after.items()}.items():
         notes.append(f"{task}: {score.metric}, {score.num_fewshot} examples before each question")
-    return Group(*map(_table, found), *(Text(note, style="dim") for note in notes))
+    shown = [part for scored in found for part in (Text(scored.target.name), _table(scored))]
+    return Group(*shown, *(Text(note, style="dim") for note in notes))
 
 
 def _table(scored: Scored) -> Table:
     from lisatune.tasks.before_after import difference
 
-    table = Table(title=Text(scored.target.name), title_justify="left")
+    table = Table()
     table.add_column("task", overflow="fold")
     for name in ["n", "score"] if scored.before is None else ["n", "before", "after", "difference"]:
         table.add_column(name, justify="right", no_wrap=True)

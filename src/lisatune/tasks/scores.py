@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -238,10 +239,13 @@ def _score(name: str, found: Mapping[str, Any], parts: dict[str, Score], wanted:
         rows = [row for row in found["samples"][name] if row["filter"] == filtered]
         plain = all(isinstance(row.get(metric), int | float) for row in rows)
         values = tuple(float(row[metric]) for row in sorted(rows, key=lambda row: row["doc_id"])) if plain else ()
+    if not isinstance(stderr, int | float) or not math.isfinite(stderr):
+        # the harness pools the errors of a group's tasks; where each has one document there are none to pool
+        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Score(
         metric if filtered == "none" else f"{metric}, {filtered}",
         metrics[first],
-        float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
+        stderr,
         int(results["sample_len"]),
         int(found["n-shot"].get(name) or 0),
         {key.replace(",none", "").replace(",", ", "): value for key, value in metrics.items() if key != first},
