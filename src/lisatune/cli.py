@@ -337,6 +337,9 @@ def mt_bench(
         "runs/mt-bench"
     ),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 1024,
+    judge_max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a verdict at most; a judge that thinks first needs more.")
+    ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 8,
     budget: Annotated[int | None, typer.Option(min=0, help="Requests to the judge at most, in this call.")] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="To the judge, at most.")] = None,
@@ -358,7 +361,7 @@ def mt_bench(
     quiet_libraries()
     result = evaluate(
         models, questions, endpoint, output, references=references, limit=limit, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, device=device, console=console,
+        judge_max_tokens=judge_max_tokens, batch_size=batch_size, device=device, console=console,
     )  # fmt: skip
     try:
         radar = draw(result, output) or "not drawn, which takes three categories or more"

@@ -1,5 +1,6 @@
 """Against real servers that misbehave over a real socket."""
 
+import json
 import socket
 import threading
 import time
@@ -128,6 +129,44 @@ def test_a_request_that_is_refused(ask, status):
     with pytest.raises(RequestRefused, match="the prompt is too long") as caught:
         ask(after((status, {}, b"the prompt is too long")))
     assert len(caught.value.server.posts) == 1
+
+
+def test_fields_that_a_model_does_not_take_are_replaced_once_and_for_all():
+    """As the models of OpenAI that think before they answer refuse them."""
+
+    def behave(number, body):
+        for name, advice in (
+            ("max_tokens", "Use 'max_completion_tokens' instead."),
+            ("temperature", "Only 1 is supported."),
+        ):
+            if name in body:
+                error = {"message": f"Unsupported: '{name}'. {advice}", "param": name, "code": "unsupported_parameter"}
+                return 400, {}, json.dumps({"error": error}).encode()
+        return completion("x")
+
+    body = {"messages": [], "temperature": 0, "max_tokens": 9}
+    with Server(behave) as server:
+        endpoint = Endpoint(server.url, "judge")
+        assert endpoint.ask(body)["left_out"] == ["max_tokens", "temperature"]
+        endpoint.ask(body)
+        endpoint.close()
+    assert len(server.posts) == 4
+    assert server.posts[2] == server.posts[3] == {"model": "judge", "messages": [], "max_completion_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    "error", ["[]", '{"error": "no"}', '{"error": {"param": {}}}', '{"error": {"param": "messages"}}']
+)
+def test_a_refusal_for_another_reason_stays_one(ask, error):
+    with pytest.raises(RequestRefused) as caught:
+        ask(after((400, {}, error.encode())))
+    assert len(caught.value.server.posts) == 1
+
+
+def test_a_server_that_refuses_for_ever_is_not_asked_for_ever(ask):
+    with pytest.raises(RequestRefused) as caught:
+        ask(after((400, {}, b'{"error": {"param": "temperature"}}')))
+    assert len(caught.value.server.posts) == TRIES
 
 
 def test_a_server_that_hangs_is_asked_twice(ask):

@@ -131,3 +131,16 @@ def test_a_few_at_a_time(judge):
     with Server(behave) as server:
         judge(server).verdicts(PROMPTS)
     assert 1 < most[0] <= NUM_THREADS
+
+
+def test_after_a_failure_nobody_waits_to_send_more(judge):
+    def behave(number, body):
+        if number > 1:
+            return 429, {"Retry-After": "60"}, b"slow down"
+        time.sleep(0.3)  # until the others have been told to wait
+        return 401, {}, b"expired"
+
+    began = time.monotonic()
+    with Server(behave) as server, pytest.raises(UserError, match="does not accept the key"):
+        judge(server).verdicts(PROMPTS)
+    assert time.monotonic() - began < 30

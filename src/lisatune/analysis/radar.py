@@ -45,9 +45,12 @@ def radar(categories: Sequence[str], scores: Mapping[str, Sequence[float | None]
             if not any(map(math.isnan, found)):
                 axes.fill(angles, found, color=colour, alpha=0.08)
         axes.set_xticks(angles, list(categories))
+        for text, angle in zip(axes.get_xticklabels(), angles, strict=True):
+            side = math.sin(angle)  # a name stands outside of the rim, on its side
+            text.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
         axes.set_ylim(0, highest)
         axes.grid(color="#7d828a", alpha=0.4)
-        axes.tick_params(axis="x", pad=12)
+        axes.tick_params(axis="x", pad=6)
         figure.legend(loc="outside lower center", ncols=min(3, max(1, len(scores))))
         drawn = svg(figure)
     label = f"scores of {', '.join(scores)} by category"

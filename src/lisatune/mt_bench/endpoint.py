@@ -17,7 +17,8 @@ from lisatune.errors import UserError, missing_package, one_line
 
 TRIES, TRIES_TIMED_OUT = 6, 2  # of one request; each timeout has cost minutes, and maybe money, already
 LONGEST_WAIT_SECONDS = 600.0  # that a server may ask for; beyond it a person should know
-TIMEOUT_SECONDS = 300.0  # a small judge on a CPU takes minutes for one verdict
+REPLACED = {"max_tokens": "max_completion_tokens", "temperature": None}
+TIMEOUT_SECONDS = 600.0  # a small judge on a CPU takes minutes for one verdict
 
 
 class BudgetSpent(Exception):
@@ -25,7 +26,15 @@ class BudgetSpent(Exception):
 
 
 class RequestRefused(UserError):
-    """The server will not answer this one request, whatever it thinks of others."""
+    """The server will not answer this one request, whatever it thinks of others.
+
+    Attributes:
+        field: Of the request, that the server names as the reason; or None.
+    """
+
+    def __init__(self, message: str, field: Any = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class _Again(Exception):
@@ -42,7 +51,8 @@ class Endpoint:
 
     Tried again, after 1, 2, 4, ... seconds or as long as ``Retry-After`` says: statuses 408, 409, 429 and 5xx, broken connections,
     timeouts (once), and answers that are no chat completion. While one request waits, no other is sent. Not tried again:
-    a wrong key, address or model, and a server that has never been reached.
+    a wrong key, address or model, and a server that has never been reached. Models that think before they answer do not
+    take ``max_tokens`` and ``temperature``: where the server says so, ``max_completion_tokens`` is sent instead, and no temperature.
 
     Args:
         url: Base address, which usually ends in ``/v1``.
@@ -78,6 +88,7 @@ class Endpoint:
         self._pace = _Pace(60 / requests_per_minute if requests_per_minute else 0.0)
         self._lock = threading.Lock()
         self._reached = False
+        self._foreign: set[str] = set()  # fields that the server does not take
         self._http = httpx2
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {check_key(key)}"} if key else {},
@@ -112,7 +123,8 @@ class Endpoint:
 
         Args:
             body: Of the request, without the model's name.
-        Returns: ``reply``, the text (empty if the model said nothing); ``finish_reason``; ``usage``, as the server says.
+        Returns: ``reply``, the text (empty if the model said nothing); ``finish_reason``; ``usage``, as the server says;
+            ``left_out``, the fields that were not sent as they are in ``body``.
         Raises: RequestRefused if the server will not have this request; BudgetSpent; UserError if it is no use going on.
         """
         num_timed_out = 0
@@ -128,6 +140,10 @@ class Endpoint:
                         "same command goes on once it is well again"
                     ) from failed
                 self._wait(failed, number)
+            except RequestRefused as refused:
+                if refused.field not in REPLACED or number + 1 == TRIES:
+                    raise
+                self._foreign.add(refused.field)
         raise AssertionError("the last try returns or raises")
 
     def _count(self) -> None:
@@ -152,8 +168,11 @@ class Endpoint:
         self._pace.pause(seconds)
 
     def _try(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        foreign = self._foreign & body.keys()
+        kept = {name: value for name, value in body.items() if name not in foreign}
+        new = {other: body[name] for name, other in REPLACED.items() if other and name in foreign}
         try:
-            answer = self._client.post(f"{self.url}/chat/completions", json={"model": self.model, **body})
+            answer = self._client.post(f"{self.url}/chat/completions", json={"model": self.model, **kept, **new})
         except self._http.TimeoutException as error:
             raise _Again(f"no answer in time, {type(error).__name__}", timed_out=True) from error
         except (self._http.TransportError, self._http.DecodingError) as error:
@@ -165,9 +184,8 @@ class Endpoint:
         if status in (401, 403):
             raise self._wrong_key(answer)
         if status in (400, 413, 422):
-            raise RequestRefused(
-                f"the judge at {self.url} refuses the request ({_told(answer)}): change it or the judge"
-            )
+            told = f"the judge at {self.url} refuses the request ({_told(answer)}): change the judge or its options"
+            raise RequestRefused(told, _field(answer.text))
         if status in (408, 409, 429) or status >= 500:
             raise _Again(_told(answer), _retry_after(answer.headers.get("Retry-After")))
         if status != 200:
@@ -175,7 +193,7 @@ class Endpoint:
                 f"{self.url}/chat/completions does not exist or has no model {self.model} ({_told(answer)}): mend --judge-url, "
                 "which usually ends in /v1, or --judge-model"
             )
-        return _completion(answer.text)
+        return _completion(answer.text) | {"left_out": sorted(foreign)}
 
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(
@@ -260,6 +278,15 @@ def _completion(text: str) -> dict[str, Any]:
 def _told(answer: Any) -> str:
     """Status and what the server says about it, in a few words."""
     return f"status {answer.status_code}: {one_line(' '.join(answer.text.split()), 200)}"
+
+
+def _field(text: str) -> Any:
+    """The field of the request that the server's error is about, where it says so."""
+    try:
+        field = json.loads(text)["error"]["param"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return field if isinstance(field, str) else None
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -39,6 +39,7 @@ def evaluate(
     references: str | None = None,
     limit: int | None = None,
     max_new_tokens: int = 1024,
+    judge_max_tokens: int = 1024,
     batch_size: int = 8,
     device: str = "auto",
     console: Console,
@@ -54,6 +55,7 @@ def evaluate(
         endpoint: The judge; it is not asked before every answer is there, but looked up before the first is made.
         output: Folder; made if need be.
         max_new_tokens: See ``Answerer``; so are ``batch_size`` and ``device``.
+        judge_max_tokens: See ``Judge``.
     Returns: What ``mt_bench.json`` holds.
     Raises: UserError; Stopped at Ctrl-C. What was made until then is kept.
     """
@@ -67,7 +69,7 @@ def evaluate(
     except OSError as error:
         raise UserError(f"output {output} cannot be made ({error.strerror}): choose another folder") from error
     with only_run(output, doing="works"):
-        judge = Judge(endpoint, Records(output / REPLIES))
+        judge = Judge(endpoint, Records(output / REPLIES), max_tokens=judge_max_tokens)
         try:
             answers = _answer(
                 models, names, asked, endpoint, Records(output / ANSWERS), console,

@@ -26,11 +26,13 @@ class Judge:
     Args:
         endpoint: The judge.
         replies: Where its replies are kept, under the hash of address, model, prompt and parameters.
+        max_tokens: Of a reply: a few sentences and the grade; a model that thinks first needs more.
     """
 
-    def __init__(self, endpoint: Endpoint, replies: Records) -> None:
+    def __init__(self, endpoint: Endpoint, replies: Records, *, max_tokens: int = 1024) -> None:
         self.endpoint = endpoint
         self.replies = replies
+        self.max_tokens = max_tokens
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """Those of ``prompts``, each once, to which there is no reply yet."""
@@ -96,7 +98,7 @@ class Judge:
         return {
             "messages": [{"role": "user", "content": prompt}],  # no system message, which some templates refuse
             "temperature": 0,
-            "max_tokens": MOST_REPLY_TOKENS,
+            "max_tokens": self.max_tokens,
         }
 
     def _key(self, prompt: str) -> str:
