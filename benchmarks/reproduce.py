@@ -40,8 +40,8 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     "methods-stories260K": (
         "stories260K",
         "Every method, each at its own best learning rate",
-        f"{SMALL} methods=lisa,lora,full,fixed,badam,mezo {LISA} learning_rate=1e-3,3e-3,1e-2 "
-        "lora.learning_rate=3e-3,1e-2,3e-2 mezo.learning_rate=1e-6,1e-5,1e-4",
+        f"{SMALL} methods=lisa,lora,full,fixed,badam,mezo {LISA} learning_rate=3e-4,1e-3,3e-3,1e-2 "
+        "lora.learning_rate=1e-3,3e-3,1e-2,3e-2 mezo.learning_rate=1e-6,1e-5,1e-4,1e-3",
     ),
     "methods-stories15M": (
         "stories15M",
