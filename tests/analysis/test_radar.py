@@ -19,6 +19,7 @@ def test_several_models_are_told_apart_and_named():
     drawn = radar(CATEGORIES, {"LISA": [7.0] * 8, "LoRA <r16> & $x_1$": [5.0] * 8})
     texts = {t.text for t in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")}
     assert {*CATEGORIES, "LISA", "LoRA <r16> & $x_1$"} <= texts
+    assert "10" in texts  # the rim, whatever the scores
     assert "stroke-dasharray" in drawn  # not by colour alone
     assert 'aria-label="scores of LISA, LoRA &lt;r16&gt; &amp; $x_1$ by category"' in drawn
 

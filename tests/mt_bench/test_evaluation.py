@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -273,3 +274,39 @@ def test_names():
     assert names_of(["./base", "runs/a/model/"]) == ["base", "a"]
     with pytest.raises(UserError, match="x is named twice"):
         names_of(["x", "y", "x"])
+
+
+@pytest.mark.slow
+def test_the_server_of_transformers(models, questions, tmp_path):
+    """As a user starts it; it takes half a minute to be there."""
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="pip install 'transformers[serving]' is needed to serve a model")
+    judge = tmp_path / "judge"
+    make_llama(layers=1, vocab_size=len(make_tokenizer()), max_position_embeddings=8192).save_pretrained(judge)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save_pretrained(judge)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--port", str(port)]
+    log = (tmp_path / "log").open("w+")
+    server = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
+    endpoint = Endpoint(f"http://localhost:{port}/v1", str(judge))
+    try:
+        while server.poll() is None and "Uvicorn running" not in (tmp_path / "log").read_text():
+            time.sleep(0.5)
+        result = evaluate(
+            [str(models / "first")], questions, endpoint, tmp_path / "out", max_new_tokens=6, judge_max_tokens=20,
+            device="cpu", console=Console(quiet=True),
+        )  # fmt: skip
+    finally:
+        endpoint.close()
+        server.terminate()
+        server.wait()
+        log.close()
+    [entry] = result["models"]
+    assert (entry["num_verdicts"], result["num_requests"]) == (12, 12)
+    assert (entry["num_unparsable"], entry["mean"]) == (12, None)  # a random model
+    replies = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
+    assert all(reply["usage"]["completion_tokens"] <= 20 for reply in replies)
