@@ -56,7 +56,7 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     "methods-smollm2": (
         "smollm2",
         "LISA, LoRA and full fine-tuning at the learning rate that tune-smollm2 chose for each",
-        f"{LARGE} methods=lisa,lora,full {LISA} lisa.learning_rate=1e-3 lora.learning_rate=1e-3 full.learning_rate=1e-4 seed=1,2,3",
+        f"{LARGE} methods=lisa,lora,full {LISA} lisa.learning_rate=1e-3 lora.learning_rate=3e-3 full.learning_rate=1e-4 seed=1,2,3",
     ),
     "gamma-K-stories260K": (
         "stories260K",
