@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 import lisatune
+from conftest import make_tokenizer
 from lisatune import UserError
 from lisatune.checkpoint import Checkpoints, Damaged, read_manifest
 from lisatune.config import TrainConfig, build_config, read_settings
@@ -156,7 +157,8 @@ def test_yaml_is_loaded_as_data(tmp_path, mark):
     assert not mark.exists()
 
 
-def test_a_chat_template_cannot_leave_its_sandbox(tokenizer, mark):
+def test_a_chat_template_cannot_leave_its_sandbox(mark):
+    tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ cycler.__init__.__globals__.os.mkdir('%s') }}" % mark  # noqa: UP031 - braces
     with pytest.raises(UserError, match="the chat template refuses this chat"):
         list(Encoder(tokenizer, 50)([Example("here", ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}))]))  # fmt: skip
