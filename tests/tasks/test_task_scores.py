@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
-from conftest import make_llama
+from conftest import make_llama, make_tokenizer
 from lisatune import UserError
 from lisatune.models import load_model
 from lisatune.tasks.scores import Scorer, numbers
@@ -145,7 +145,8 @@ def test_examples_before_a_question(model, tokenizer, folder):
     assert score.num_fewshot == 2
 
 
-def test_what_cannot_be_scored_is_refused(tokenizer, folder):
+def test_what_cannot_be_scored_is_refused(folder):
+    tokenizer = make_tokenizer()
     short = make_llama(vocab_size=len(tokenizer), max_position_embeddings=128)
     with pytest.raises(UserError, match="task 'gsm8k' takes answers of up to 256 tokens"):
         Scorer(["gsm8k"], data_dir=folder)(short, tokenizer)
