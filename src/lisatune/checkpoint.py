@@ -10,15 +10,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lisatune.distributed import barrier, gathered, num_ranks, rank, together
 from lisatune.errors import UserError
 from lisatune.files import CHECKPOINTS, checkpoint_steps, sync
+from lisatune.shards import without_rank, write_shards
 
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # of a file in a checkpoint: no path, nothing hidden
@@ -69,6 +71,9 @@ class Checkpoints:
         folder: Of the run.
         keep: How many are kept, at least 1; with 2 or more there is one to go back to if the newest is damaged.
         background: Write in a thread while training goes on; tensors given to ``save`` must not change then.
+
+    Of several processes each writes the shards that it holds, into a folder that all have to see, and rank 0 the rest: a file
+    is then one for each process, ``<name>-rank<number>``.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, background: bool = False) -> None:
@@ -108,13 +113,20 @@ class Checkpoints:
             writing.result()
 
     def latest(self, tell: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint, or None if there is none at all.
+        """The newest whole checkpoint, or None if there is none at all; rank 0 looks, and tells the others.
 
         Args:
             tell: Is told of each one that is damaged and passed over.
         Raises: Damaged if there are some, but none is whole.
         Cost: all its bytes are read and hashed.
         """
+        with together():
+            found = self._latest(tell) if rank() == 0 else None
+        found = cast("Checkpoint | None", gathered(found)[0])
+        self._last = None if found is None else (found.folder, found.manifest)
+        return found
+
+    def _latest(self, tell: Callable[[str], None]) -> Checkpoint | None:
         steps, damage = checkpoint_steps(self._run), None
         for step in steps:
             folder = self.folder / f"checkpoint-{step}"
@@ -126,7 +138,6 @@ class Checkpoints:
                 damage = error
                 tell(f"{error}; passed over")
                 continue
-            self._last = folder, manifest
             return found
         if damage is not None:
             raise Damaged(
@@ -137,22 +148,28 @@ class Checkpoints:
 
     def known(self) -> set[str]:
         """Names of the files that ``unchanged`` may name."""
-        return set() if self._last is None else {n.removesuffix(".safetensors") for n in self._last[1].files}
+        files = {} if self._last is None else self._last[1].files
+        return {without_rank(name.removesuffix(".safetensors")) for name in files}
 
     def _save(
         self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any]
     ) -> None:
-        self.folder.mkdir(exist_ok=True)
-        self._sweep()
         beside = self.folder / f".writing-{step}"
-        beside.mkdir()
+        if rank() == 0:
+            self.folder.mkdir(exist_ok=True)
+            self._sweep()
+            beside.mkdir()
+        barrier()
+        if not beside.is_dir():
+            raise UserError(
+                f"{self.folder} is not seen by all processes: choose an output in a folder that hosts share"
+            )
         try:
-            files = {f"{name}.safetensors": self._link(f"{name}.safetensors", beside) for name in sorted(unchanged)}
-            for name, held in tensors.items():
-                path = beside / f"{name}.safetensors"
-                save_file(held, path)
-                path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
-                files[path.name] = _record(path)
+            files = self._write(beside, tensors, unchanged)
+            if rank() > 0:
+                barrier()
+                self._last = self.folder / f"checkpoint-{step}", Manifest(format=1, step=step, files=files)
+                return
             (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
             files[STATE] = _record(beside / STATE)
             manifest = Manifest(format=1, step=step, files=files)
@@ -163,6 +180,7 @@ class Checkpoints:
             self._discard(target)  # a damaged one, which was passed over
             beside.rename(target)
             sync(self.folder)
+            barrier()
         except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
             if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
@@ -174,6 +192,24 @@ class Checkpoints:
         for other in steps:
             if other not in kept:  # older ones, and later ones that were passed over as damaged
                 self._discard(self.folder / f"checkpoint-{other}")
+
+    def _write(
+        self, beside: Path, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str]
+    ) -> dict[str, FileRecord]:
+        """The files of tensors, of all processes."""
+        files: dict[str, FileRecord] = {}
+        if rank() == 0 and self._last is not None:
+            names = [n for n in self._last[1].files if without_rank(n.removesuffix(".safetensors")) in unchanged]
+            files = {name: self._link(name, beside) for name in sorted(names)}
+        if num_ranks() == 1:
+            for name, held in tensors.items():
+                path = beside / f"{name}.safetensors"
+                save_file(held, path)
+                path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
+                files[path.name] = _record(path)
+            return files
+        files |= {path.name: _record(path) for path in write_shards(beside, tensors)}
+        return {name: record for own in gathered(files) for name, record in own.items()}
 
     def _link(self, name: str, beside: Path) -> FileRecord:
         assert self._last is not None

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lisatune.errors import Stopped, UserError
+from lisatune.launch import command, num_started, number_started, without_nproc
 
 app = typer.Typer(
     help="Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919).",
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=number_started() > 0)  # of several processes one speaks
 
 DEFAULT_KEY_NAME = "OPENAI_API_KEY"
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -51,12 +52,16 @@ def train(
     fit: Annotated[
         str | None, typer.Option(metavar="MEMORY", help="Pull the levers that make the run fit, for example 24GiB.")
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes (GPUs) of this host; for several hosts use torchrun."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model with LISA, LoRA or all parameters."""
     from lisatune.amounts import parse_bytes
     from lisatune.config import build_config, read_settings
-    from lisatune.preflight import finished, preflight
+    from lisatune.preflight import preflight
 
     settings = read_settings(config, overrides or [])
     named: dict[str, Any] = {"model": model, "data": data, "output": output, "log_to": log_to}
@@ -64,20 +69,29 @@ def train(
     named |= {} if save_every is None else parse_period(save_every)
     checked = build_config(settings | {name: value for name, value in named.items() if value is not None})
     memory_bytes = None if fit is None else parse_bytes(fit)
+    if memory_bytes is not None and (nproc or num_started()) > 1:
+        raise UserError("--fit works on one process alone: leave it out, or start one")
     if allow_changes and not resume:
         raise UserError("--allow-changes has no effect without --resume: add it, or leave this out")
     resume = resume or offer_to_go_on(Path(checked.output))
-    summary = finished(Path(checked.output)) if resume and not allow_changes else None
-    if summary is None:
-        examples = preflight(checked, resume=resume)
-        quiet_libraries()
-        from lisatune.run import build
-        from lisatune.train import fit as train_run
+    if nproc is not None and num_started() == 1:
+        words = command(nproc, without_nproc(sys.argv[1:]))
+        os.execv(words[0], words)
+    # several processes have to meet before one of them may give up
+    examples = preflight(checked, resume=resume) if num_started() == 1 else None
+    quiet_libraries()
+    from lisatune.train import train as train_run
 
-        run = build(checked, *examples, console=console, memory_bytes=memory_bytes)
-        summary = train_run(run, console=console, resume=resume, allow_changes=allow_changes)
-    else:
-        console.print(f"{checked.output}: the run is finished, nothing is left to do", highlight=False)
+    summary = train_run(
+        checked,
+        console=console,
+        resume=resume,
+        allow_changes=allow_changes,
+        memory_bytes=memory_bytes,
+        examples=examples,
+    )
+    if number_started() > 0:
+        return
     if as_json:
         print(json.dumps(summary))
     else:
@@ -419,7 +433,9 @@ def offer_to_go_on(folder: Path) -> bool:
     """Ask whether to go on with a run that was stopped; only a person can be asked."""
     from lisatune.preflight import describe_run
 
-    if not (folder / "config.yaml").is_file() or (folder / "summary.json").is_file() or not sys.stdin.isatty():
+    if num_started() > 1 or not sys.stdin.isatty():
+        return False
+    if not (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
         return False
     return typer.confirm(
         f"{folder} holds {describe_run(folder).partition(':')[0]}. Go on with it?", default=True, err=True
@@ -458,13 +474,18 @@ def quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit status 2."""
+    console = Console(stderr=True)
+    name = "lisatune" if number_started() == 0 else f"lisatune (rank {number_started()})"
     try:
+        if num_started() > 1 and sys.argv[1:2] != ["train"]:
+            raise UserError("several processes can only train: start this command once, without torchrun")
         app()
     except UserError as error:
-        console.print(f"lisatune: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except Stopped as stopped:
-        console.print(f"lisatune: {stopped}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if number_started() == 0:
+            console.print(f"lisatune: {stopped}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(128 + stopped.signal)
 
 

@@ -161,6 +161,12 @@ class TrainConfig(BaseModel):
         None, min_length=1, description="Folder with the data of eval_tasks (gsm8k/, mmlu/, ...), instead of the hub."
     )
 
+    dp_shard_size: int = Field(
+        1,
+        ge=1,
+        description="Processes that share one copy of the weights: 1 gives each its own (data parallel), all of them split it "
+        "(FSDP), a number between makes copies of split ones (hybrid).",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="Type of the weights; auto is bfloat16 on a GPU, float32 on a CPU. In bfloat16 updates are rounded stochastically.",
@@ -399,6 +405,42 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
         )
 
 
+# what works on one process alone, until it is made to work on several
+ON_ONE_PROCESS: dict[str, tuple[Any, ...]] = {
+    "method": ("mezo",),
+    "sampler": ("gradient_norm",),
+    "state_policy": ("keep",),
+    "optim": ("adamw_8bit", "sgd", "lars", "lamb", "adafactor", "muon"),
+    **dict.fromkeys(
+        (
+            "inverse_chance", "activation_offloading", "vocabulary_blocks", "optimizer_in_backward", "offload_optimizer",
+            "offload_frozen", "lora_use_dora",
+        ),
+        (True,),
+    ),
+}  # fmt: skip
+
+
+def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
+    """Refuse what does not work on so many processes.
+
+    Raises: UserError naming the setting.
+    """
+    if num_ranks % config.dp_shard_size:
+        raise UserError(
+            f"dp_shard_size={config.dp_shard_size} does not divide the {num_ranks} processes that were started: choose 1, "
+            f"{num_ranks} or a divisor"
+        )
+    if num_ranks == 1:
+        return
+    used = used_settings(config)
+    refused = [name for name, values in ON_ONE_PROCESS.items() if used.get(name) in values]
+    refused += [name for name in ("inactive_learning_rate", "norm_steps", "eval_tasks") if used.get(name) is not None]
+    if refused:
+        name = refused[0]
+        raise UserError(f"{name}={used[name]} works on one process alone: leave it out, or start one")
+
+
 def _check_sampling(config: TrainConfig) -> None:
     if config.num_active == 0:
         raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
@@ -518,8 +560,8 @@ def _value(text: str) -> Any:
     return value
 
 
-# may differ between stop and resume, because they change no weight
-FREE = ("output", "log_to", "save_steps", "save_minutes", "save_total_limit", "trust_remote_code")
+# may differ between stop and resume, because they change no weight (but for rounding)
+FREE = ("dp_shard_size", "output", "log_to", "save_steps", "save_minutes", "save_total_limit", "trust_remote_code")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.data.loader import Batch
+from lisatune.distributed import num_ranks, rank, total
 from lisatune.layers import Layers
 from lisatune.memory.cross_entropy import linear_cross_entropy
 from lisatune.memory.row_gradient import RowGradients
@@ -40,19 +41,27 @@ def batch_loss(
 
 
 @torch.no_grad()
-def held_out_loss(layers: Layers, batches: Iterable[Batch], *, linear_head: bool, device: torch.device) -> float:
+def held_out_loss(
+    layers: Layers, batches: Iterable[Batch], *, linear_head: bool, device: torch.device,
+    call: Callable[..., Tensor] = lambda function, *args, **kwargs: function(*args, **kwargs),
+) -> float:  # fmt: skip
     """Mean cross-entropy over all labelled tokens of ``batches``, in nats; every token counts the same.
+
+    Of several processes each computes its share of every batch. ``call`` is ``Learner.call``.
 
     Returns: NaN if nothing is labelled. The model is left in the mode it was in.
     """
     training = layers.model.training
     layers.model.eval()
-    total, count = 0.0, 0
+    loss, count = 0.0, 0
     for batch in batches:
-        total += batch_loss(layers, batch.to(device), 1, linear_head=linear_head).item()
+        share = batch.share(rank(), num_ranks()) if num_ranks() > 1 else batch
+        loss += call(batch_loss, layers, share.to(device), 1, linear_head=linear_head).item()
         count += batch.num_labelled
     layers.model.train(training)
-    return total / count if count else math.nan
+    if num_ranks() > 1:
+        loss = total(torch.tensor(loss, dtype=torch.float64)).item()
+    return loss / count if count else math.nan
 
 
 @torch.no_grad()

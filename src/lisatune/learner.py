@@ -6,7 +6,7 @@ Training and the memory forecast both run this file, so the forecast forecasts w
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from lisatune.adapters import add_adapters
 from lisatune.config import LAYERWISE, OUR_OPTIMS, TrainConfig
 from lisatune.correction import InverseChance, active_chances
 from lisatune.data.loader import Batch
+from lisatune.distributed import Sharded, local, num_ranks, over_shards, total
 from lisatune.engine import LisaEngine, move_state
 from lisatune.errors import UserError
 from lisatune.evaluate import batch_loss
@@ -65,6 +66,7 @@ class Learner:
         correction: If updates of drawn layers are divided by their chance.
         inactive: If frozen layers take small steps; their rate is ``inactive_ratio`` of the optimizer's.
         zeroth_order: If losses alone are looked at; the norm of a step is then that of the slopes.
+        sharded: If the weights lie in shards among several processes.
     Attributes:
         touched: The parts that have trained since somebody, who saves them, last emptied this set.
     """
@@ -84,6 +86,7 @@ class Learner:
     zeroth_order: ZerothOrder | None = None
     inactive: InactiveUpdates | None = None
     inactive_ratio: float = 0.0
+    sharded: Sharded | None = None
     touched: set[str] = field(default_factory=set)
 
     def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> Outcome:
@@ -94,36 +97,46 @@ class Learner:
             self.inactive.number = number
             self.inactive.lr = self.inactive_ratio * self.optimizer.param_groups[0]["lr"]
         if self.zeroth_order:
-            total, norm = self.zeroth_order.probe(number, micro_batches, num_labelled)
+            loss, norm = self.zeroth_order.probe(number, micro_batches, num_labelled)
         else:
-            total = self._backward(micro_batches, num_labelled)
+            loss = self._backward(micro_batches, num_labelled)
         scores = self.engine.scores() if self.engine else {}
         if self.in_backward:
             self.optimizer.step()
             norm = self.in_backward.grad_norm()
-            bad = self._is_bad(total, norm)
+            bad = self._is_bad(loss, norm)
         else:
             if not self.zeroth_order:
                 norm = clip_gradients(self.optimizer, self.max_grad_norm, self.row_gradients)
-            bad = self._is_bad(total, norm)
+            bad = self._is_bad(loss, norm)
             if not bad:
                 self.optimizer.step()
         if self.engine and not bad:
             self.engine.observe(number, scores)
         self.optimizer.zero_grad()
         self.touched |= self.trained_parts
-        return Outcome(total, norm, bad)
+        return Outcome(loss, norm, bad)
 
     def _backward(self, micro_batches: Iterable[Batch], num_labelled: int) -> Tensor:
         """Gradients of all micro-batches; returns the step's loss."""
-        losses = []
+        losses: list[Tensor] = []
+        if self.sharded:
+            micro_batches = list(micro_batches)
         for micro in micro_batches:
-            loss = batch_loss(
-                self.layers, micro, num_labelled, linear_head=self.linear_head, row_gradients=self.row_gradients
-            )
-            loss.backward()  # type: ignore[no-untyped-call]
+            if self.sharded:
+                self.sharded.set_last(micro is micro_batches[-1])  # type: ignore[index]
+            loss = self.call(
+                batch_loss, self.layers, micro, num_labelled, linear_head=self.linear_head,
+                row_gradients=self.row_gradients,
+            )  # fmt: skip
+            loss.backward()
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        loss = torch.stack(losses).sum()
+        return total(loss) if self.sharded else loss
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)``, which runs the model: its weights have to be at hand."""
+        return self.sharded.call(function, *args, **kwargs) if self.sharded else function(*args, **kwargs)
 
     def follow_engine(self) -> None:
         """Let all that depends on which layers train know what the engine has set."""
@@ -196,13 +209,17 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     if config.gradient_checkpointing:
         count = None if config.gradient_checkpointing is True else config.gradient_checkpointing
         checkpoint_layers(layers.decoder, count, offload=config.activation_offloading)
-    host_layers = None
-    if config.offload_frozen:
+    host_layers, sharded = None, None
+    if num_ranks() > 1 and device.type != "meta":  # a forecast is of one process
+        linear_head = layers.head_is_linear()  # needs whole weights; the device never sees them all
+        sharded = Sharded(layers, config.dp_shard_size, device)
+    elif config.offload_frozen:
         rest_to_device(model, layers.decoder, device)
         host_layers = HostLayers(layers.decoder, device)
     else:
         model.to(device)
-    linear_head = layers.head_is_linear()
+    if sharded is None:
+        linear_head = layers.head_is_linear()
     rows = _row_gradients(config, layers, linear_head=linear_head)
     zeroth_order = None
     if config.method == "mezo":
@@ -230,7 +247,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     return Learner(
         model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers, device,
         config.bad_grad_norm or math.inf, InverseChance(optimizer) if config.inverse_chance else None, zeroth_order,
-        inactive, ratio,
+        inactive, ratio, sharded,
     )  # fmt: skip
 
 
@@ -329,10 +346,12 @@ def clip_gradients(
     """Scale all gradients down to the global norm ``max_norm`` (0: leave them); returns the norm before, a scalar."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # in float32, whatever the gradients are: torch's get_total_norm would round the norm to bfloat16
-    norms: list[Tensor] = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+    norms: list[Tensor] = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in parameters]
     if row_gradients is not None:
         norms += [row_gradients.sq_norm(p).sqrt() for p in row_gradients.parameters()]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if num_ranks() > 1:
+        norm = over_shards(norm.square(), parameters[0]).sqrt()
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if row_gradients is not None:

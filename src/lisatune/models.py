@@ -80,6 +80,30 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
         file.chmod(0o644)  # safetensors writes 0600; a model is for whoever may read its folder
 
 
+def save_model_config(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face folder without its weights."""
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def check_saved_names(model: Any) -> None:
+    """Refuse a model whose weights have other names or shapes in files than in memory, for a caller that cannot convert.
+
+    Raises: UserError naming a weight.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
+    saved = revert_weight_conversion(model, dict(names))
+    others = [name for name in names if name not in saved or saved[name].shape != names[name].shape]
+    if others:
+        raise UserError(
+            f"{type(model).__name__} keeps {others[0]} in another form than its files do: train it on one process"
+        )
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU, or else the CPU.
 

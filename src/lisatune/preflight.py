@@ -12,6 +12,7 @@ from lisatune.config import LAYERWISE, TrainConfig
 from lisatune.data.formats import Example, find_files, parse_row, read_rows
 from lisatune.errors import UserError, did_you_mean
 from lisatune.files import LOCK, checkpoint_steps, only_run
+from lisatune.launch import number_started
 
 HeldOut = dict[str, list[Example]]
 
@@ -210,7 +211,8 @@ def _spread(examples: list[Example], count: int) -> tuple[list[Example], list[Ex
 
 def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Example], HeldOut]:
     """Every check that needs no torch, then the examples to train on and those held out."""
-    check_output(Path(config.output), resume=resume)
+    # one of several processes holds the folder for all; if each tried, they would take one another for another run
+    check_output(Path(config.output), resume=resume, held=number_started() > 0)
     check_model_name(config.model)
     check_num_active(config)
     check_eval_tasks(config)

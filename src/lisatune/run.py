@@ -6,30 +6,34 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from lisatune.amounts import gib
-from lisatune.config import TrainConfig, build_config
+from lisatune.config import TrainConfig, build_config, used_settings
 from lisatune.data import fingerprint
 from lisatune.data.formats import Example
 from lisatune.data.loader import Batch, Loader, Stream
 from lisatune.data.stream import EncodedStream
 from lisatune.data.tokenize import Counts, Encoded, Encoder
+from lisatune.distributed import check_alike, local_device, num_ranks, together
 from lisatune.errors import UserError
 from lisatune.evaluate import held_out_loss
 from lisatune.fit import climb, explain_out_of_memory, pulled
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, make_learner
 from lisatune.memory.measure import PeakMeter, tensor_bytes
-from lisatune.models import load_model, pick_device
+from lisatune.models import check_saved_names, load_model, pick_device
 from lisatune.plan import Plan, plan_run
 from lisatune.preflight import HeldOut, data_folder
 from lisatune.tasks.harness import task_names
 from lisatune.tasks.scores import Scorer, numbers
 from lisatune.tracking import check_tracker
+
+PATHS = ("model", "data", "eval_data")  # where each host has them; what lies there is compared instead
 
 
 @dataclass
@@ -74,9 +78,11 @@ class Run:
 
     def held_out_losses(self) -> dict[str, float]:
         """Loss on the held-out rows, by the name that ``eval_data`` gives them; empty if there are none."""
-        layers, linear = self.learner.layers, self.learner.linear_head
+        learner = self.learner
         return {
-            name: held_out_loss(layers, batches, linear_head=linear, device=self.device)
+            name: held_out_loss(
+                learner.layers, batches, linear_head=learner.linear_head, device=self.device, call=learner.call
+            )
             for name, batches in self.data.held_out.items()
         }
 
@@ -94,12 +100,15 @@ def build(
 
     With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
     """
-    check_tracker(config)
-    config, device = settle(config)
-    scorer = _scorer(config)
-    model, tokenizer = loaded or load_model(
-        config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
-    )
+    with together():
+        check_tracker(config)
+        config, device = settle(config)
+        scorer = _scorer(config)
+        model, tokenizer = loaded or load_model(
+            config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+        )
+        if num_ranks() > 1:
+            check_saved_names(model)
     if config.full_determinism:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask for
         torch.use_deterministic_algorithms(True)
@@ -108,7 +117,11 @@ def build(
     console.print(layers.describe(), highlight=False)
     if tokenizer.chat_template is None:
         console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
-    data = _prepare_data(config, tokenizer, examples, held_out, console)
+    with together():
+        data = _prepare_data(config, tokenizer, examples, held_out, console)
+    if num_ranks() > 1:
+        with together():
+            check_alike(_what_must_be_alike(config, data, model))
     if memory_bytes is None:
         plan = plan_run(config, model.config, device.type, tokens=data.longest)
     else:
@@ -119,10 +132,10 @@ def build(
         console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
     console.print(plan.describe(), highlight=False)
     meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
-    with explain_out_of_memory(config, model.config, device.type, data.longest):
+    with explain_out_of_memory(config, model.config, device.type, data.longest), together():
         learner = make_learner(config, model, device)
     if config.packing:
-        _check_packing(learner.layers, device)
+        learner.call(_check_packing, learner.layers, device)
     return Run(config, tokenizer, learner, data, plan, meter, device, scorer)
 
 
@@ -137,8 +150,9 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
 
     Raises: UserError for a device that is not there, or a lever that has no effect on it.
     """
-    device = pick_device(config.device)
-    settings = config.model_dump(exclude_unset=True) | {"device": str(device)}
+    device = local_device(pick_device(config.device))
+    name = str(device) if num_ranks() == 1 else device.type  # each process has a GPU of its own
+    settings = config.model_dump(exclude_unset=True) | {"device": name}
     if config.dtype == "auto":
         settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
     return build_config(settings), device
@@ -178,13 +192,14 @@ def _prepare_data(
         identity = {"train": fingerprint.of_documents(documents)}
         if not config.packing:
             longest = max(len(document) for document in documents)
-    loader = load(documents, config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    rows_per_pass = config.per_device_train_batch_size * num_ranks()
+    loader = load(documents, rows_per_pass * config.gradient_accumulation_steps)
     num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
     batches = {}
     for name, some in held_out.items():
         label = f"held out, {name}" if name else "held out"
         rows = encode(some, label)
-        batches[name] = list(load(rows, config.per_device_train_batch_size, shuffle=False).epoch(0))
+        batches[name] = list(load(rows, rows_per_pass, shuffle=False).epoch(0))
         identity[label.replace(" ", "-", 1)] = fingerprint.of_documents(rows)
     return Data(
         loader,
@@ -194,6 +209,19 @@ def _prepare_data(
         identity,
         documents.encoder.counts if isinstance(documents, EncodedStream) else None,
     )
+
+
+def _what_must_be_alike(config: TrainConfig, data: Data, model: torch.nn.Module) -> dict[str, Any]:
+    settings = {name: value for name, value in used_settings(config).items() if name not in PATHS}
+    versions = {f"the version of {package}": version(package) for package in ("torch", "transformers")}
+    weights = {"the sum of the model's weights": _exact_sum(model)}
+    return settings | {f"the {name} data": held for name, held in data.identity.items()} | versions | weights
+
+
+def _exact_sum(model: torch.nn.Module) -> int:
+    """Sum of the weights' bits as whole numbers, which no order of adding changes."""
+    whole = {2: torch.int16, 4: torch.int32}
+    return sum(int(p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64)) for p in model.parameters())
 
 
 @torch.no_grad()

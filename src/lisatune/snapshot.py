@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from lisatune.checkpoint import Checkpoint, Checkpoints, Damaged
 from lisatune.data.loader import Position
+from lisatune.distributed import as_shard, num_ranks, whole
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
+from lisatune.shards import Shards, without_rank
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
@@ -119,7 +121,7 @@ class Snapshots:
                     tensors[name] = {n: self._to_save(p) for n, p in parameters.items()}
                 else:
                     tensors[name] = {
-                        f"{key}:{n}": self._to_save(value)
+                        f"{key}:{n}": self._to_save(as_shard(value, p))
                         for n, p in parameters.items()
                         for key, value in state.get(p, {}).items()
                         if isinstance(value, Tensor)
@@ -155,15 +157,20 @@ class Snapshots:
                 f"back that {checkpoint.folder} was made from"
             )
         trainable = self._trainable()
-        files = {name.removesuffix(".safetensors") for name in checkpoint.manifest.files} - {"state.json"}
+        written = {name.removesuffix(".safetensors") for name in checkpoint.manifest.files} - {"state.json"}
+        files = {without_rank(name) for name in written}
+        shards = _shards(checkpoint) if num_ranks() > 1 or written != files else None
         weights = {part: f"weights-{part}" for part in trainable if f"weights-{part}" in files}
         states = {part: f"state-{part}" for part in trainable if f"state-{part}" in files}
         if strangers := files - {*weights.values(), *states.values()}:
             raise Damaged(f"{checkpoint.folder}: {min(strangers)} is of no part of this model")
+        shapes = None if shards is None else shards.shapes
         for part, name in weights.items():
-            _check_fit(checkpoint, name, trainable[part])
+            _check_fit(checkpoint, name, trainable[part], shapes)
+        if shards is not None:
+            shards.read({n: p.detach() for part in weights for n, p in trainable[part].items()})
         with torch.no_grad():
-            for part, name in weights.items():
+            for part, name in weights.items() if shards is None else ():
                 with _open(checkpoint, name) as file:
                     for n, parameter in trainable[part].items():
                         parameter.copy_(file.get_tensor(n))
@@ -171,12 +178,16 @@ class Snapshots:
             _check_draw(checkpoint, state, learner.engine)
             learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
             learner.follow_engine()
+        held: dict[str, dict[str, Any]]
         for part, name in states.items():
-            with _open(checkpoint, name) as file:
-                held: dict[str, dict[str, Any]] = {}
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    entry, _, n = key.partition(":")
-                    held.setdefault(n, {})[entry] = file.get_tensor(key)
+            if shards is not None:
+                held = _read_state(shards, trainable[part])
+            else:
+                with _open(checkpoint, name) as file:
+                    held = {}
+                    for key in file.keys():  # noqa: SIM118 - not a dict
+                        entry, _, n = key.partition(":")
+                        held.setdefault(n, {})[entry] = file.get_tensor(key)
             for n, values in held.items():
                 if n not in trainable[part]:
                     raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
@@ -199,6 +210,8 @@ class Snapshots:
 
     def _to_save(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the CPU; a copy if training goes on while it is written."""
+        if num_ranks() > 1:
+            return tensor.detach()  # written before training goes on, a piece at a time
         found = tensor.detach().to("cpu", copy=self.checkpoints.background and tensor.device.type == "cpu")
         return found.contiguous()
 
@@ -224,7 +237,7 @@ def environment(device: torch.device) -> dict[str, str]:
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     )
-    return found | {"device": name}
+    return found | {"device": name + (f", {num_ranks()} processes" if num_ranks() > 1 else "")}
 
 
 def read_state_of(checkpoint: Checkpoint) -> State:
@@ -247,7 +260,7 @@ def _hash(parameters: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, parameter in parameters.items():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(parameter.detach()).to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -281,10 +294,38 @@ def _open(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
         raise Damaged(f"{path} cannot be read ({error})") from error
 
 
-def _check_fit(checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse a file whose tensors are not those of ``parameters``."""
-    with _open(checkpoint, name) as file:
-        shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 - not a dict
+def _shards(checkpoint: Checkpoint) -> Shards:
+    try:
+        return Shards(checkpoint.folder)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise Damaged(f"{checkpoint.folder} cannot be read ({error})") from error
+
+
+def _read_state(shards: Shards, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Saved tensors of the optimizer's state of ``parameters``, by parameter and entry, in shards where those are."""
+    into: dict[str, Tensor] = {}
+    for key, shape in shards.shapes.items():
+        parameter, dtype = parameters.get(key.partition(":")[2]), shards.dtypes[key]
+        if parameter is not None:
+            alike = shape == parameter.shape
+            into[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
+    shards.read(into)
+    held: dict[str, dict[str, Any]] = {}
+    for key, value in into.items():
+        entry, _, n = key.partition(":")
+        held.setdefault(n, {})[entry] = value.detach()
+    return held
+
+
+def _check_fit(
+    checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor], known: Mapping[str, torch.Size] | None = None
+) -> None:
+    """Refuse a file whose tensors are not those of ``parameters``; ``known``: shapes of shards, which are read already."""
+    if known is not None:
+        shapes = {n: tuple(known[n]) for n in parameters if n in known}
+    else:
+        with _open(checkpoint, name) as file:
+            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 - not a dict
     expected = {n: tuple(p.shape) for n, p in parameters.items()}
     if shapes != expected:
         wrong = next(n for n in sorted({*shapes, *expected}) if shapes.get(n) != expected.get(n))

@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from lisatune.config import TrainConfig
+from lisatune.distributed import rank
 from lisatune.errors import missing_package
 from lisatune.files import write_whole
 
 
 class Metrics:
-    """``metrics.jsonl`` of a run, written through line by line, and copied to a tracker if one is asked for.
+    """``metrics.jsonl`` of a run, written through line by line, and copied to a tracker if one is asked for; by rank 0 alone.
 
     Args:
         config: Names the tracker.
@@ -27,11 +28,11 @@ class Metrics:
     """
 
     def __init__(self, config: TrainConfig, folder: Path, num_steps: int = 0) -> None:
-        path = folder / "metrics.jsonl"
-        if path.exists():
+        path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
+        if path.is_file():
             write_whole(path, "".join(line + "\n" for line in _lines_until(path, num_steps)))
         self._file = path.open("a", encoding="utf-8")
-        self._tracker = _make_tracker(config, folder, num_steps)
+        self._tracker = _make_tracker(config, folder, num_steps) if rank() == 0 else None
 
     def write(self, **values: Any) -> None:
         """Append one object; what is None or, as JSON knows neither, NaN or infinite is left out."""
@@ -48,7 +49,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Wait until all lines are on the disk; a checkpoint relies on them."""
-        os.fsync(self._file.fileno())
+        if rank() == 0:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

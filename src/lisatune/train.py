@@ -8,7 +8,8 @@ import math
 import random
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,34 @@ import torch
 from rich.console import Console
 
 from lisatune.checkpoint import Checkpoints
-from lisatune.config import TrainConfig, differences, read_settings, used_settings, write_config
+from lisatune.config import TrainConfig, check_num_ranks, differences, read_settings, used_settings, write_config
+from lisatune.data.formats import Example
 from lisatune.data.loader import Batch
+from lisatune.distributed import (
+    barrier,
+    gathered,
+    joined,
+    most,
+    num_ranks,
+    rank,
+    restarted,
+    together,
+    whole,
+)  # fmt: skip
 from lisatune.engine import LisaEngine
 from lisatune.errors import Stopped, UserError
 from lisatune.files import only_run, replace_folder, write_whole
 from lisatune.fit import explain_out_of_memory
+from lisatune.layers import find_layers
 from lisatune.learner import Outcome
 from lisatune.losses import named_losses
 from lisatune.memory.measure import state_bytes
-from lisatune.models import save_model
+from lisatune.models import save_model, save_model_config
 from lisatune.norms import NormRecorder
-from lisatune.preflight import check_output, finished, preflight
+from lisatune.preflight import HeldOut, check_output, finished, preflight
 from lisatune.progress import training_progress
 from lisatune.run import Run, build
+from lisatune.shards import write_whole_files
 from lisatune.signals import StopSignal, stop_signals
 from lisatune.snapshot import Snapshots, Standing, environment, read_state_of
 from lisatune.tracking import Metrics
@@ -38,7 +53,13 @@ MOST_SKIPPED_IN_A_ROW = 10
 
 
 def train(
-    config: TrainConfig, *, console: Console | None = None, resume: bool = False, allow_changes: bool = False
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    resume: bool = False,
+    allow_changes: bool = False,
+    memory_bytes: int | None = None,
+    examples: tuple[Iterable[Example], HeldOut] | None = None,
 ) -> dict[str, Any]:
     """Train as ``config`` says and leave the run's folder behind.
 
@@ -48,33 +69,44 @@ def train(
         resume: Go on with the run in ``config.output``, if there is one, from its newest whole checkpoint: on a CPU
             the weights and metrics become those of a run never stopped, to the bit; on a GPU ``full_determinism`` is for that.
         allow_changes: Go on although settings or data are not those that the run began with.
+        memory_bytes: If given, pull levers until the run fits into a device of that size.
+        examples: What ``preflight`` gave, if it was called already.
     Returns: The summary, also in ``summary.json``: losses before and after, seconds, tokens, peak and state bytes.
     Raises: UserError for whatever the user can mend; Stopped if SIGINT or SIGTERM came, after a checkpoint.
     """
-    console = console or Console(stderr=True)
-    summary = finished(Path(config.output)) if resume and not allow_changes else None
-    if summary is not None:
-        console.print(f"{config.output}: the run is finished, nothing is left to do", highlight=False)
-        return summary
-    run = build(config, *preflight(config, resume=resume), console=console)
-    return fit(run, console=console, resume=resume, allow_changes=allow_changes)
+    with joined():
+        console = console or Console(stderr=True, quiet=rank() > 0)
+        resume = resume or restarted()
+        with together():
+            summary = finished(Path(config.output)) if resume and not allow_changes else None
+        summary = gathered(summary)[0]
+        if summary is not None:
+            console.print(f"{config.output}: the run is finished, nothing is left to do", highlight=False)
+            return dict(summary)
+        with together():
+            check_num_ranks(config, num_ranks())
+            examples = examples or preflight(config, resume=resume)
+        run = build(config, *examples, console=console, memory_bytes=memory_bytes)
+        return fit(run, console=console, resume=resume, allow_changes=allow_changes)
 
 
 def fit(run: Run, *, console: Console, resume: bool = False, allow_changes: bool = False) -> dict[str, Any]:
     """Train ``run``, as ``train`` does; the folder is held against other processes."""
     config, folder = run.config, Path(run.config.output)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_run(folder), stop_signals() as stop:
-            check_output(folder, resume=resume, held=True)
-            checkpoints = Checkpoints(folder, keep=config.save_total_limit, background=run.device.type == "cuda")
+        with _hold(folder, resume), stop_signals() as stop:
+            checkpoints = Checkpoints(
+                folder, keep=config.save_total_limit, background=run.device.type == "cuda" and num_ranks() == 1
+            )
             snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
             recorder = None
             if config.norm_steps:  # before a checkpoint is put back: weights are those of step 0
                 recorder = NormRecorder(run.learner.layers, folder, source=config.model)
                 console.print(recorder.describe(), highlight=False)
-            standing = _go_on(run, snapshots, console, allow_changes) if resume else Standing()
-            write_config(config, folder / "config.yaml")
+            with together():
+                standing = _go_on(run, snapshots, console, allow_changes) if resume else Standing()
+            if rank() == 0:
+                write_config(config, folder / "config.yaml")
             model_config = run.learner.layers.model.config
             with explain_out_of_memory(config, model_config, run.device.type, run.data.longest):
                 return _loop(run, standing, snapshots, stop, console, recorder)
@@ -83,6 +115,18 @@ def fit(run: Run, *, console: Console, resume: bool = False, allow_changes: bool
             f"{error.filename or folder} cannot be written ({error.strerror or error}), so the run was stopped; "
             + how_to_go_on(config)
         ) from error
+
+
+@contextmanager
+def _hold(folder: Path, resume: bool) -> Iterator[None]:
+    """Make the run's folder and keep other runs out of it, by rank 0, while the others wait."""
+    with ExitStack() as stack:
+        with together():
+            if rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_run(folder))
+                check_output(folder, resume=resume, held=True)
+        yield
 
 
 def _loop(
@@ -116,15 +160,17 @@ def _loop(
         for step, (batch, position) in zip(range(standing.step, num_steps), batches, strict=False):
             tick = time.perf_counter()
             seed_step(config.seed, step)
+            share = batch.share(rank(), num_ranks()) if num_ranks() > 1 else batch
             learning_rate = set_learning_rate(learner.optimizer, config, step, num_steps)
-            micro_batches = (micro.to(run.device) for micro in batch.split(config.per_device_train_batch_size))
+            micro_batches = (micro.to(run.device) for micro in share.split(config.per_device_train_batch_size))
             outcome = learner.step(step, micro_batches, batch.num_labelled)
             loss, grad_norm = outcome.loss.item(), outcome.norm.item()
             seconds = time.perf_counter() - tick
             standing.step, standing.position = step + 1, position
             standing.tokens += batch.num_tokens
             if outcome.bad:
-                _bad_step(config, standing, batch, outcome, console)
+                with together():
+                    _bad_step(config, standing, batch, outcome, console)
             else:
                 standing.skipped_in_a_row = 0
             active = learner.engine.active if learner.engine else None
@@ -147,7 +193,9 @@ def _loop(
                 if last or (step + 1) % (config.norm_steps or 1) == 0:
                     recorder.record(step + 1, ranks=last)
             progress(step + 1, loss, batch.num_tokens / seconds, active)
-            if not last and (stop.received or saves.due(step + 1)):
+            # a signal that one process was sent stops all after this step; rank 0 has the watch
+            signal, save = most(stop.received, rank() == 0 and saves.due(step + 1))
+            if not last and (signal or save):
                 standing.train_seconds = time.perf_counter() - started
                 standing.peak_bytes = max(standing.peak_bytes, run.meter.bytes())
                 metrics.sync()
@@ -155,11 +203,9 @@ def _loop(
                     recorder.sync()
                     standing.trained_steps = dict(recorder.updates)
                 snapshots.save(standing)
-            if not last and stop.received:
+            if not last and signal:
                 snapshots.checkpoints.wait()
-                raise Stopped(
-                    f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_go_on(config)}", stop.received
-                )
+                raise Stopped(f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_go_on(config)}", signal)
     snapshots.checkpoints.wait()
     summary: dict[str, Any] = {
         "method": config.method, "steps": num_steps, "tokens": standing.tokens,
@@ -173,8 +219,10 @@ def _loop(
     if run.data.streamed:
         console.print(f"train: {run.data.streamed.describe()}", highlight=False)
     _save(run, folder)
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _report(folder, console)
+    if rank() == 0:
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _report(folder, console)
+    barrier()
     return summary
 
 
@@ -186,7 +234,8 @@ def how_to_go_on(config: TrainConfig) -> str:
 
 def seed_step(seed: int, step: int) -> None:
     """Seed what a step draws at random (dropout), so that it depends on the seed and the step alone."""
-    number = int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "little")
+    name = f"{seed}/{step}" + (f"/{rank()}" if rank() else "")  # rows of other processes are dropped out otherwise
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     random.seed(number)
     torch.manual_seed(number)
 
@@ -302,6 +351,9 @@ def _sampled_parts(engine: LisaEngine | None) -> list[str] | None:
 
 
 def _save(run: Run, folder: Path) -> None:
+    if run.learner.sharded:
+        _save_shards(run, folder)
+        return
     model = run.learner.model
     if run.config.method == "lora":
         shutil.rmtree(folder / ".adapter.new", ignore_errors=True)  # of a run that was killed here
@@ -315,6 +367,33 @@ def _save(run: Run, folder: Path) -> None:
     shutil.rmtree(folder / ".model.new", ignore_errors=True)
     save_model(model, run.tokenizer, folder / ".model.new")
     replace_folder(folder / ".model.new", folder / "model")
+
+
+def _save_shards(run: Run, folder: Path) -> None:
+    """As ``_save``, where no process holds the whole model."""
+    model = run.learner.model
+    if run.config.method == "lora":
+        adapter = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name}
+        if rank() == 0:
+            shutil.rmtree(folder / ".adapter.new", ignore_errors=True)
+            model.save_pretrained(folder / ".adapter.new", state_dict=adapter)
+            replace_folder(folder / ".adapter.new", folder / "adapter")
+        model = model.merge_and_unload()
+    new = folder / ".model.new"
+    if rank() == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        save_model_config(model, run.tokenizer, new)
+    barrier()
+    parts = find_layers(model, run.config.decoder_name).parts()
+    files = {part: {n: p.detach() for n, p in own.items()} for part, own in parts.items() if own}
+    kept = model.state_dict().keys()
+    if buffers := {name: buffer for name, buffer in model.named_buffers() if name in kept}:
+        files["buffers"] = buffers
+    write_whole_files(new, files)
+    if rank() == 0:
+        for file in new.glob("*.safetensors"):
+            file.chmod(0o644)
+        replace_folder(new, folder / "model")
 
 
 def _report(folder: Path, console: Console) -> None:

@@ -61,6 +61,23 @@ class Batch:
         """Tokens of documents, padding not counted."""
         return int(self.is_token.sum())
 
+    def share(self, rank: int, num_ranks: int) -> Batch:
+        """Of ``num_ranks`` processes, what process ``rank`` computes: every ``num_ranks``-th row.
+
+        All shares have equally many rows, so that all processes take equally many passes: where there is none left, one of
+        padding is added, with nothing to learn.
+        """
+        missing = -len(self.input_ids) % num_ranks
+
+        def take(t: Tensor, filling: int) -> Tensor:
+            return torch.nn.functional.pad(t, (0, 0, 0, missing), value=filling)[rank::num_ranks]
+
+        positions = self.position_ids
+        if missing:
+            positions = torch.cat([positions, torch.arange(positions.shape[1]).repeat(missing, 1)])
+        ids, labels, is_token = take(self.input_ids, 0), take(self.labels, IGNORED), take(self.is_token, False)
+        return Batch(ids, labels, positions[rank::num_ranks], is_token, self.places)
+
     def split(self, num_rows: int) -> Iterator[Batch]:
         """Micro-batches of at most ``num_rows`` rows, without the columns that only other rows need."""
         for start in range(0, len(self.input_ids), num_rows):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from lisatune.distributed import local
+
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the optimizer's state, on every device.
@@ -25,8 +27,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of ``tensors``, each object counted once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    """Bytes of ``tensors``, each object counted once; of one in shards those of this process."""
+    return sum(local(t).numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 class PeakMeter:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune.distributed import first_element, local
 from lisatune.errors import UserError
 from lisatune.memory.row_gradient import RowGradients
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
@@ -118,13 +119,13 @@ class AdamW(torch.optim.Optimizer):
         group, state = self.param_groups[number], self.state[p]
         if not state:
             state["step"] = torch.zeros(())
-            state.update(self.moments.zeros(p))
+            state.update(self.moments.zeros(local(p)))
         state["step"] += 1
         t = state["step"].item()
         beta1, beta2 = group["betas"]
-        weights, width = p.detach().view(-1), _width(p)
+        weights, width, first_of_all = local(p.detach()).view(-1), _width(p), first_element(p)
         noise = f"{self.seed} {group['num_steps']} {index}"
-        for start, stop, held in self.moments.walk(state, self._spans(p), p.device):
+        for start, stop, held in self.moments.walk(state, self._spans(local(p)), p.device):
             grad = self._gradient(p, start // width, stop // width).view(-1)
             if sq_norm is not None:
                 sq_norm += torch.dot(grad, grad)
@@ -137,14 +138,15 @@ class AdamW(torch.optim.Optimizer):
             weight.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**t))
             del grad, denominator  # two blocks less while the rest is rounded
             if p.dtype == torch.bfloat16:
-                bits = random_bits(f"weight {noise}", start, stop, p.device)
+                bits = random_bits(f"weight {noise}", first_of_all + start, first_of_all + stop, p.device)
                 weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
             if p.dtype != torch.float32:
                 weights[start:stop] = weight
             if self.moments.bits == 32:
                 self.moments.store(held, first, second, None)
             else:
-                self.moments.store(held, first, second, random_bits(f"moments {noise}", start, stop, p.device))
+                bits = random_bits(f"moments {noise}", first_of_all + start, first_of_all + stop, p.device)
+                self.moments.store(held, first, second, bits)
 
     def _spans(self, p: Tensor) -> list[Span]:
         """The elements of ``p`` in blocks of whole rows, each of which begins at a multiple of 256 elements."""
@@ -157,7 +159,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _gradient(self, p: Tensor, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the gradient, float32; of a float32 ``p.grad`` a view, not to be written to."""
-        dense = None if p.grad is None else p.grad.reshape(-1, _width(p))[start:stop].float()
+        dense = None if p.grad is None else local(p.grad).reshape(-1, _width(p))[start:stop].float()
         if p not in self.row_gradients:
             assert dense is not None
             return dense
@@ -199,14 +201,14 @@ class AdamW(torch.optim.Optimizer):
                 f"the saved moments are {saved['exp_avg'].dtype}, which state_bits={self.moments.bits} does not "
                 "hold: make the optimizer with the state_bits that the state was saved with"
             )
-        state = {"step": torch.zeros(())} | self.moments.zeros(p)
+        state = {"step": torch.zeros(())} | self.moments.zeros(local(p))
         for name, held in state.items():
-            if saved[name].shape != held.shape:
+            if local(saved[name]).shape != held.shape:
                 raise UserError(
                     f"the saved {name} has the shape {tuple(saved[name].shape)} instead of {tuple(held.shape)}: it is of "
                     "another parameter"
                 )
-            held.copy_(saved[name])
+            held.copy_(local(saved[name]))
         self.state[p] = state
 
 
