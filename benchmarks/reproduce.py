@@ -46,12 +46,13 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     "methods-stories15M": (
         "stories15M",
         "LISA, LoRA and full fine-tuning, each at its own best learning rate",
-        f"{MIDDLE} methods=lisa,lora,full {LISA} learning_rate=3e-5,1e-4,3e-4 lora.learning_rate=1e-4,3e-4,1e-3",
+        f"{MIDDLE} methods=lisa,lora,full {LISA} learning_rate=3e-5,1e-4,3e-4,1e-3 lora.learning_rate=1e-4,3e-4,1e-3,3e-3",
     ),
     "tune-smollm2": (
         "smollm2",
-        "LISA, LoRA and full fine-tuning at three learning rates each, with a seed of its own",
-        f"{LARGE} methods=lisa,lora,full {LISA} learning_rate=3e-4,1e-3,3e-3 full.learning_rate=1e-4,3e-4,1e-3 seed=0",
+        "LISA, LoRA and full fine-tuning at several learning rates each, with a seed of its own",
+        f"{LARGE} methods=lisa,lora,full {LISA} learning_rate=1e-4,3e-4,1e-3,3e-3 lora.learning_rate=3e-4,1e-3,3e-3,1e-2 "
+        "full.learning_rate=3e-5,1e-4,3e-4,1e-3 seed=0",
     ),
     "methods-smollm2": (
         "smollm2",

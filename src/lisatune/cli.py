@@ -110,6 +110,9 @@ def plan(
     ] = "lisa,lora,full",
     gpu_memory: Annotated[str | None, typer.Option(help="Find what fits into it, for example 24GiB.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    nproc: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes (GPUs) that train together, of all hosts.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Predict the peak memory of a run, without weights and without a GPU, and find what fits."""
@@ -128,7 +131,7 @@ def plan(
     from lisatune.fit import forecast
 
     with console.status("planning"):
-        result = forecast(settings, methods, device, memory_bytes)
+        result = forecast(settings, methods, device, memory_bytes, nproc)
     if as_json:
         print(json.dumps(result.as_dict()))
         return

@@ -27,6 +27,8 @@ from lisatune.errors import UserError
 from lisatune.launch import num_started
 from lisatune.layers import Layers
 
+FAKE = "fake"  # PyTorch's backend whose messages arrive at once and bring nothing
+
 
 def num_ranks() -> int:
     """Processes that train together; 1 outside ``joined``."""
@@ -84,8 +86,8 @@ def local_device(device: torch.device) -> torch.device:
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over the processes, in place."""
-    if num_ranks() > 1:
+    """Sum over the processes, in place; of a forecast there is nothing to sum."""
+    if num_ranks() > 1 and not values.is_meta:
         dist.all_reduce(values)
     return values
 
@@ -183,7 +185,11 @@ class Sharded(nn.Module):
         sizes = {"replicate": self.num_copies, "shard": shard_size}
         if self.num_copies == 1:
             del sizes["replicate"]
-        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        # of a forecast no message leaves, even where there are others
+        backends: Any = dict.fromkeys(sizes, FAKE) if device.type == "meta" else None
+        mesh = init_device_mesh(
+            device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=backends
+        )
         # sums of gradients in float32, whatever the weights are
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in layers.decoder:

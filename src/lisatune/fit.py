@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from lisatune.amounts import gib
-from lisatune.config import LAYERWISE, ONLY_FOR, OUR_OPTIMS, TrainConfig, build_config
+from lisatune.config import LAYERWISE, ONLY_FOR, OUR_OPTIMS, TrainConfig, build_config, check_num_ranks
+from lisatune.distributed import num_ranks, rank
 from lisatune.errors import UserError
+from lisatune.memory.fake_ranks import fake_ranks
 from lisatune.plan import Plan, model_config, plan_config, plan_run
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
@@ -22,7 +24,9 @@ UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
 # smaller products; copies to host memory of moments once a step, of layer inputs and of all frozen layers twice a
 # micro-batch. With 135M parameters and 512 tokens a step on a CPU, where head and optimizer weigh more, benchmarks/cost.py
 # has 1.02 for the first, then 1.26, 1.18 and 1.23.
+# Of several processes the first is to split weights among all: on links that are quick enough, messages go while layers compute.
 LEVERS: tuple[tuple[str, Any], ...] = (
+    ("dp_shard_size", None),
     ("optimizer_in_backward", True),
     ("optim", "adamw_8bit"),
     ("vocabulary_blocks", True),
@@ -75,22 +79,30 @@ class Forecast:
 
 
 def forecast(
-    settings: dict[str, Any], methods: Sequence[str], device: str = "cuda", memory_bytes: int | None = None
+    settings: dict[str, Any],
+    methods: Sequence[str],
+    device: str = "cuda",
+    memory_bytes: int | None = None,
+    nproc: int = 1,
 ) -> Forecast:
     """Plans of ``methods`` with the same settings; with ``memory_bytes`` also the levers that make the first one fit.
 
-    A setting that plays no part in a method (``lora_r`` in LISA, ``vocabulary_blocks`` in LoRA) is left out for it.
+    A setting that plays no part in a method (``lora_r`` in LISA, ``vocabulary_blocks`` in LoRA) is left out for it. With
+    ``nproc`` processes, plans are those of one of them.
 
     Raises: UserError for settings that cannot be, or if nothing fits.
     """
     settings = {name: value for name, value in settings.items() if name not in ("data", "output")}
     hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
-    configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
-    plans = [plan_run(config, hf_config, device) for config in configs]
-    if memory_bytes is None:
-        return Forecast(plans)
-    rungs = climb(configs[0], hf_config, memory_bytes, device)
-    return Forecast(plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device))
+    with fake_ranks(nproc):
+        configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
+        plans = [plan_run(config, hf_config, device) for config in configs]
+        if memory_bytes is None:
+            return Forecast(plans)
+        rungs = climb(configs[0], hf_config, memory_bytes, device)
+        return Forecast(
+            plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device)
+        )
 
 
 def _for_method(settings: dict[str, Any], method: str, *, alone: bool) -> dict[str, Any]:
@@ -162,6 +174,12 @@ def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, toke
         text = str(error)
         if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text):
             raise
+        if num_ranks() > 1:  # the others would wait for a forecast that they take no part in
+            raise UserError(
+                f"out of memory on {device} of rank {rank()} ({text.splitlines()[0][:200] if text else 'no more to be had'}): "
+                f"lisatune plan --nproc {num_ranks()} --gpu-memory MEMORY, with the same settings, tells what fits; "
+                "dp_shard_size and gradient_checkpointing=true save most"
+            ) from error
         first, *more = ladder(config, hf_config, device, tokens=tokens)
         levers, peak = [], first.plan.peak_bytes
         for rung in more:
@@ -196,15 +214,19 @@ def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
             continue
         if name in config.model_fields_set or (name == "optim" and config.optim not in OUR_OPTIMS):
             continue
+        if name == "dp_shard_size" and num_ranks() == 1:
+            continue
         try:
-            config = _with(config, **{name: value})
+            config = _with(config, **{name: num_ranks() if name == "dp_shard_size" else value})
         except UserError:  # it has no effect with this method, or cannot go with what is set
             continue
-        yield f"{name}={str(value).lower()}", config
+        yield f"{name}={str(getattr(config, name)).lower()}", config
 
 
 def _with(config: TrainConfig, **more: Any) -> TrainConfig:
-    return build_config(config.model_dump(exclude_unset=True) | more)
+    config = build_config(config.model_dump(exclude_unset=True) | more)
+    check_num_ranks(config, num_ranks())
+    return config
 
 
 def _fewest_checkpoints(last: Rung, budget: int, rung: Callable[[str, TrainConfig], Rung]) -> Rung:

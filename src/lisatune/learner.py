@@ -210,7 +210,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
         count = None if config.gradient_checkpointing is True else config.gradient_checkpointing
         checkpoint_layers(layers.decoder, count, offload=config.activation_offloading)
     host_layers, sharded = None, None
-    if num_ranks() > 1 and device.type != "meta":  # a forecast is of one process
+    if num_ranks() > 1:
         linear_head = layers.head_is_linear()  # needs whole weights; the device never sees them all
         sharded = Sharded(layers, config.dp_shard_size, device)
     elif config.offload_frozen:

@@ -19,19 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.amounts import gib
-from lisatune.config import LAYERWISE, TrainConfig, build_config
+from lisatune.config import LAYERWISE, TrainConfig, build_config, check_num_ranks
 from lisatune.data.loader import Batch
+from lisatune.distributed import local, num_ranks
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.learner import STATE_BITS, Learner, find_parts, make_learner
-from lisatune.memory.ledger import CUDA_GRANULARITY, Ledger
+from lisatune.memory.fake_ranks import fake_ranks
+from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
+from lisatune.memory.wire import Wire
 from lisatune.preflight import check_model_name
 from lisatune.samplers import make_sampler
 
 ATTENTION = "lisatune_plan"
 PARTS = ("decoder", "embedding", "head")
 TEMPORARIES = ("loss", "backward", "step", "other")
-WHERE = {"activations": "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
+WHERE = {"activations": "in the forward pass", GATHERED: "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
          "step": "in the optimizer's step", "other": "between the passes"}  # fmt: skip
 LEFT_OUT = {
     "cuda": "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, and what fragmentation wastes",
@@ -48,8 +51,10 @@ class Plan:
     """The predicted peak of a run, in bytes, and what it consists of at that moment.
 
     ``bytes_of`` has the keys ``weights``, ``gradients`` and ``state`` for each of ``decoder`` (with the norm and all that
-    is not a vocabulary matrix), ``embedding`` and ``head``, as in ``weights/head``, then ``activations`` and
-    ``temporaries`` (of the loss, the backward pass and the step). A tied pair counts as ``embedding``.
+    is not a vocabulary matrix), ``embedding`` and ``head``, as in ``weights/head``, then ``gathered`` (weights that other
+    processes hold, while they are needed), ``activations`` and ``temporaries`` (of the loss, the backward pass and the
+    step). A tied pair counts as ``embedding``. Of several processes these are the first one's, which has the largest
+    shards, and ``sent_bytes_of`` what it sends the others in a step: ``weights`` and ``gradients``, if they stand in a ring.
     """
 
     method: str
@@ -66,10 +71,16 @@ class Plan:
     device: str = "cuda"
     settings: dict[str, Any] = field(default_factory=dict)
     remark: str = ""
+    num_ranks: int = 1
+    sent_bytes_of: dict[str, int] = field(default_factory=dict)
 
     def total(self, kind: str) -> int:
-        """Bytes of ``weights``, ``gradients``, ``state``, ``activations`` or ``temporaries``."""
+        """Bytes of ``weights``, ``gradients``, ``state``, ``gathered``, ``activations`` or ``temporaries``."""
         return sum(size for name, size in self.bytes_of.items() if name.partition("/")[0] == kind)
+
+    def sent(self) -> str:
+        """What a process sends in a step, in words."""
+        return ", ".join(f"{gib(size)} of {kind}" for kind, size in self.sent_bytes_of.items() if size) or "nothing"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -79,14 +90,18 @@ class Plan:
         """Three lines for people."""
         share = 100 * self.num_trained / self.num_parameters
         kinds = {"weights": "weights", "gradients": "gradients", "state": "optimizer state",
-                 "activations": "activations", "temporaries": "temporaries"}  # fmt: skip
-        sizes = " + ".join(f"{name} {gib(self.total(kind))}" for kind, name in kinds.items())
+                 "gathered": "gathered weights", "activations": "activations", "temporaries": "temporaries"}  # fmt: skip
+        sizes = " + ".join(
+            f"{name} {gib(self.total(kind))}" for kind, name in kinds.items() if kind != GATHERED or self.total(kind)
+        )
+        each = f" of each of {self.num_ranks} processes" if self.num_ranks > 1 else ""
         host = f"; {gib(self.host_bytes)} in host memory" if self.host_bytes else ""
         return (
             f"{self.method} on {self.device}, weights and gradients {self.settings.get('dtype')}, optimizer state "
             f"{STATE_BITS.get(self.settings.get('optim', 'adamw'), 32)} bits: trains {self.num_trained:,} of "
             f"{self.num_parameters:,} parameters at a time ({share:.1f}%)\n"
-            f"predicted peak {gib(self.peak_bytes)} {self.peak_at}, batch {self.rows} x {self.tokens} tokens: {sizes}{host}\n"
+            f"predicted peak{each} {gib(self.peak_bytes)} {self.peak_at}, batch {self.rows} x {self.tokens} tokens: {sizes}{host}\n"
+            + (f"each sends {self.sent()} in a step\n" if self.num_ranks > 1 else "")
             + (f"{self.remark}; " if self.remark else "")
             + LEFT_OUT[self.device]
         )
@@ -95,12 +110,13 @@ class Plan:
         return self.describe()
 
 
-def plan_memory(model: str | Any, *, device: str = "cuda", **settings: Any) -> Plan:
-    """Predict the peak memory of a run.
+def plan_memory(model: str | Any, *, device: str = "cuda", nproc: int = 1, **settings: Any) -> Plan:
+    """Predict the peak memory of a run, of each process if there are several.
 
     Args:
         model: A Hugging Face folder, a ``config.json``, a hub name, or a transformers config.
         device: ``cuda`` or ``cpu``: whose attention kernel and whose allocator to think of.
+        nproc: Processes that train together; ``dp_shard_size`` of them share each weight.
         settings: Those of ``lisatune train``, by name: ``method``, ``num_active``, ``max_length``, ... Weights are
             bfloat16 on ``cuda`` unless ``dtype`` says otherwise.
     Returns: The plan of the draw of layers that needs most, all tokens labelled, rows full.
@@ -114,14 +130,17 @@ def plan_memory(model: str | Any, *, device: str = "cuda", **settings: Any) -> P
         >>> plan.num_trained, plan.total("gradients") <= 2 * plan.num_trained + 512 * 20
         (4656, True)
     """
-    return plan_run(plan_config(settings, device), model_config(model), device)
+    with fake_ranks(nproc):
+        return plan_run(plan_config(settings, device), model_config(model), device)
 
 
 def plan_config(settings: dict[str, Any], device: str = "cuda") -> TrainConfig:
     """``settings`` as those of a run on ``device`` whose model, data and output do not matter."""
     if device not in LEFT_OUT:
         raise UserError(f"device={device}: a plan is made for cuda or for cpu")
-    return build_config({"model": "-", "data": "-", "output": "-", "device": device} | settings)
+    config = build_config({"model": "-", "data": "-", "output": "-", "device": device} | settings)
+    check_num_ranks(config, num_ranks())
+    return config
 
 
 def model_config(model: str | Any, *, trust_remote_code: bool = False) -> Any:
@@ -148,6 +167,8 @@ def plan_run(
 ) -> Plan:
     """Predict the peak of the run ``config`` of a model with ``hf_config``; see ``plan_memory``.
 
+    It is that of this process among those that there are, inside training as inside ``fake_ranks``.
+
     Args:
         config: The run.
         hf_config: The model's transformers config.
@@ -159,7 +180,8 @@ def plan_run(
     config = config.model_copy(update={"dtype": dtype})
     rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
     layers = find_parts(config, _meta_model(hf_config, config, device))
-    plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
+    with fake_ranks(num_ranks()):
+        plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
     return max(plans, key=lambda plan: plan.peak_bytes)
 
 
@@ -256,7 +278,7 @@ def _plan_draw(
     remark = ""
     if getattr(model.config, "_attn_implementation", None) != ATTENTION:
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
-    cannot_run = False
+    cannot_run, sent = False, dict[str, int]()
     with ledger:
         learner = make_learner(config, model, torch.device("meta"))
         parts = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
@@ -265,7 +287,7 @@ def _plan_draw(
             learner.engine.sampler = _Draw(len(learner.engine.pool), drawn)
         _watch(ledger, learner, parts)
         try:
-            _two_steps(ledger, learner, config, rows, tokens)
+            sent = _two_steps(ledger, learner, config, rows, tokens)
         except UserError:
             raise
         except Exception as error:  # whatever a model's own code does that needs data
@@ -277,7 +299,7 @@ def _plan_draw(
         num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
         peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_bytes,
         peak_at=WHERE.get(ledger.peak_label, ""), settings=config.model_dump(exclude={"model", "data", "output"}),
-        remark=remark,
+        remark=remark, num_ranks=num_ranks(), sent_bytes_of=sent,
     )  # fmt: skip
     return _formula(plan, config, hf_config, learner, parts) if cannot_run else plan
 
@@ -307,6 +329,11 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
         if p.grad is not None:
             ledger.book(p.grad, f"gradients/{parts[p]}")  # type: ignore[index]
 
+    if learner.sharded:  # FSDP2 gathers weights in hooks of its own
+        for layer in learner.layers.decoder:
+            layer.register_forward_pre_hook(doing(GATHERED), prepend=True)
+            layer.register_forward_pre_hook(doing("activations"))
+        learner.sharded.register_forward_hook(doing("backward"))  # whose end is no node of autograd's graph
     learner.layers.trunk_module.register_forward_pre_hook(doing("activations"))
     learner.layers.trunk_module.register_forward_hook(doing("loss"))
     learner.optimizer.register_step_pre_hook(doing("step"))
@@ -319,19 +346,30 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
             p.requires_grad_(asked)
 
 
-def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int, tokens: int) -> None:
-    """The second step is the one that counts: the optimizer's state is there from its beginning."""
+def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int, tokens: int) -> dict[str, int]:
+    """The second step is the one that counts: the optimizer's state is there from its beginning. Returns bytes sent in a step."""
     owner: dict[Tensor, str] = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
     learner.model.train()
-    micro_batches = [_meta_batch(rows, tokens)] * min(2, config.gradient_accumulation_steps)
-    for number in (0, 1):
+    wires = []
+    for number, count in enumerate((1, min(2, config.gradient_accumulation_steps))):
         ledger.reset_peak()
-        learner.step(number, micro_batches, rows * tokens)
+        with Wire() as wire:
+            learner.step(number, (_meta_batch(rows, tokens) for _ in range(count)), rows * tokens)
+        wires.append(wire.sent_bytes_of)
         _book_weights(ledger, learner, owner)  # again: of streamed layers some have moved to the device
         for p, state in learner.optimizer.state.items():
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_meta:
                     ledger.book(value, f"state/{owner[p]}")
+    if not learner.sharded:
+        return {}
+    one, two = wires
+    more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second
+    sent = {kind: size + more * (size - one[kind]) for kind, size in two.items()}
+    return {
+        "weights": sent.get("all_gather", 0),
+        "gradients": sent.get("reduce_scatter", 0) + sent.get("all_reduce", 0),
+    }
 
 
 def _meta_batch(rows: int, tokens: int) -> Batch:
@@ -342,7 +380,7 @@ def _meta_batch(rows: int, tokens: int) -> Batch:
 def _bytes_of(peak: Any) -> dict[str, int]:
     """Labels of the ledger as the rows of a plan, in their order."""
     names = [f"{kind}/{part}" for kind in ("weights", "gradients", "state") for part in PARTS]
-    sizes = {name: peak.get(name, 0) for name in [*names, "activations"]}
+    sizes = {name: peak.get(name, 0) for name in [*names, GATHERED, "activations"]}
     return sizes | {"temporaries": sum(peak.get(name, 0) for name in TEMPORARIES)}
 
 
@@ -351,11 +389,11 @@ def _formula(plan: Plan, config: TrainConfig, hf_config: Any, learner: Learner, 
     sizes = dict.fromkeys(plan.bytes_of, 0)
     bits = STATE_BITS.get(config.optim, 32)
     for p, part in parts.items():
-        size = p.numel() * p.element_size()
+        size = local(p).numel() * p.element_size()
         sizes[f"weights/{part}"] += size
         if p.requires_grad:
             sizes[f"gradients/{part}"] += size
-            sizes[f"state/{part}"] += 0 if config.offload_optimizer else 2 * bits // 8 * p.numel()
+            sizes[f"state/{part}"] += 0 if config.offload_optimizer else 2 * bits // 8 * local(p).numel()
     text = hf_config.get_text_config()
     num_layers, width, size = len(learner.layers.decoder), text.hidden_size, torch.finfo(learner.model.dtype).bits // 16
     token_width = plan.rows * plan.tokens * width * size

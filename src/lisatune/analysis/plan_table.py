@@ -16,6 +16,7 @@ KINDS = {
     "weights": ("weights", "blue"),
     "gradients": ("gradients", "yellow"),
     "state": ("optimizer state", "magenta"),
+    "gathered": ("weights gathered from others", "cyan"),
     "activations": ("activations", "green"),
     "temporaries": ("loss and other temporaries", "red"),
 }
@@ -29,12 +30,15 @@ def show_plans(plans: Sequence[Plan], budget: int | None = None) -> RenderableTy
 
 
 def _table(plans: Sequence[Plan]) -> Table:
-    table = Table(title=f"predicted peak, micro-batch {plans[0].rows} x {plans[0].tokens} tokens", title_justify="left")
+    of = f" of each of {plans[0].num_ranks} processes" if plans[0].num_ranks > 1 else ""
+    table = Table(
+        title=f"predicted peak{of}, micro-batch {plans[0].rows} x {plans[0].tokens} tokens", title_justify="left"
+    )
     table.add_column("")
     for plan in plans:
         table.add_column(plan.method, justify="right")
     table.add_row("parameters trained at a time", *(f"{p.num_trained:,}" for p in plans))
-    for kind, (name, _) in KINDS.items():
+    for kind, (name, _) in _kinds(plans).items():
         if f"{kind}/decoder" not in plans[0].bytes_of:
             table.add_row(name, *(gib(p.bytes_of[kind]) for p in plans))
             continue
@@ -46,7 +50,16 @@ def _table(plans: Sequence[Plan]) -> Table:
     table.add_row("reached", *(p.peak_at.removeprefix("in the ").removeprefix("at the ") for p in plans))
     if any(p.host_bytes for p in plans):
         table.add_row("in host memory", *(gib(p.host_bytes) if p.host_bytes else "-" for p in plans))
+    if plans[0].num_ranks > 1:
+        for kind in ("weights", "gradients"):
+            sizes = [p.sent_bytes_of.get(kind, 0) for p in plans]
+            table.add_row(f"sent in a step, {kind}", *(gib(size) if size else "-" for size in sizes))
     return table
+
+
+def _kinds(plans: Sequence[Plan]) -> dict[str, tuple[str, str]]:
+    """Without what none of them has."""
+    return {kind: shown for kind, shown in KINDS.items() if kind != "gathered" or any(p.total(kind) for p in plans)}
 
 
 def _bars(plans: Sequence[Plan], budget: int | None) -> Text:
@@ -56,7 +69,7 @@ def _bars(plans: Sequence[Plan], budget: int | None) -> Text:
     for plan in plans:
         text.append(f"{plan.method:>{width}} ")
         drawn = total = 0
-        for kind, (_, colour) in KINDS.items():
+        for kind, (_, colour) in _kinds(plans).items():
             total += plan.total(kind)
             cells = round(total * scale) - drawn
             text.append("█" * cells, style=colour)
@@ -66,7 +79,7 @@ def _bars(plans: Sequence[Plan], budget: int | None) -> Text:
     if budget is not None:
         text.append(" " * (width + 1) + " " * max(0, round(budget * scale) - 1) + f"↑ budget {gib(budget)}\n")
     text.append(" " * (width + 1))
-    for name, colour in KINDS.values():
+    for name, colour in _kinds(plans).values():
         text.append("█ ", style=colour).append(f"{name}  ")
     return text
 

@@ -13,8 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lisatune.distributed import local
+
 CUDA_GRANULARITY = 512  # the CUDA caching allocator rounds every block up to a multiple of this many bytes
 HOST = "host"
+GATHERED = "gathered"  # weights that other processes hold, while they are needed
 
 _off_device = 0
 
@@ -36,8 +39,8 @@ def off_device() -> Iterator[None]:
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages of all tensors made while it is entered, and remembers the moment when they were most.
 
-    Each storage is booked once, under a label: that of ``label`` when it was made, ``backward`` when autograd made it, or
-    what ``book`` says. It is struck off when the last tensor that shares it is gone, as an allocator would do it. What a
+    Each storage is booked once, under a label: that of ``label`` when it was made, ``backward`` when autograd made it,
+    ``gathered`` when it was filled again, or what ``book`` says. It is struck off when the last tensor that shares it is gone, as an allocator would do it. What a
     kernel takes for itself inside of one operation is not seen, nor is what an allocator cannot use for its blocks
     being in the wrong places.
 
@@ -70,10 +73,32 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_label = ""
         self._held: Counter[str] = Counter()
         self._entries: dict[int, tuple[str, int, Any]] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> Ledger:
+        """FSDP2 empties and fills storages that live on, which is no operation of a tensor."""
+        ledger, resize = self, self._resize
+
+        def resized(storage: Any, size: int) -> Any:
+            out = resize(storage, size)
+            if storage.device.type == ledger.device_type:
+                ledger._book_storage(storage, GATHERED)
+                ledger._remember_peak(ledger._now())
+            return out
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def book(self, tensor: Tensor, label: str) -> None:
         """Book ``tensor`` under ``label``, whether it is known already or not; what lies on the host stays there."""
-        storage = tensor.untyped_storage()
+        self._book_storage(local(tensor).untyped_storage(), label)
+
+    def _book_storage(self, storage: Any, label: str) -> None:
         known = self._entries.get(id(storage))
         if known is not None and known[2]() is storage:
             if known[0] == HOST:
@@ -104,18 +129,19 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if _off_device:
-            label = HOST
-        elif torch._C._current_autograd_node() is not None:  # type: ignore[attr-defined]
-            label = "backward"
-        else:
-            label = self.label
+        label = HOST if _off_device else self._now()
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
-                storage = leaf.untyped_storage()
+                storage = local(leaf).untyped_storage()
                 known = self._entries.get(id(storage))
                 if known is None or known[2]() is not storage:
                     self.book(leaf, label)
+        self._remember_peak(label)
+        return out
+
+    def _now(self) -> str:
+        return "backward" if torch._C._current_autograd_node() is not None else self.label  # type: ignore[attr-defined]
+
+    def _remember_peak(self, label: str) -> None:
         if self.total_bytes > self.peak_bytes:
             self.peak_bytes, self.peak, self.peak_label = self.total_bytes, dict(self._held), label
-        return out
