@@ -1,6 +1,7 @@
 """Peak memory: the paper's table and others predicted, levers added one at a time, and predictions against measurements.
 
 python benchmarks/memory.py predict            # tables of predictions; about 10 minutes on 2 cores, no GPU
+python benchmarks/memory.py ranks              # several processes: what each holds and sends, predicted; 10 minutes, no GPU
 python benchmarks/memory.py measure            # real steps with random weights, on the GPU if there is one, beside their forecasts
 
 ``measure`` runs each case in a process of its own: two optimizer steps, and the peak of the second. On a GPU it is
@@ -22,6 +23,7 @@ import torch
 from results import write_page
 
 from lisatune.learner import make_learner
+from lisatune.memory.fake_ranks import fake_ranks
 from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
 from lisatune.plan import Plan, model_config, plan_config, plan_run
 
@@ -120,6 +122,42 @@ def predict() -> None:
         ]
     text.append(f"\nEvery figure is a prediction; all {time.perf_counter() - started:.0f} s of it ran without a GPU.")
     print(write_page("memory-predicted", "\n".join(text), __doc__ or ""))
+
+
+RANKS = (  # shape, active layers, processes, processes that share each weight
+    ("llama-3.1-8b", 2, 8, 1), ("llama-3.1-8b", 2, 8, 2), ("llama-3.1-8b", 2, 8, 8),
+    ("llama-3.1-70b", 4, 8, 8), ("llama-3.1-70b", 4, 16, 8), ("llama-3.1-405b", 4, 64, 64),
+)  # fmt: skip
+
+
+def ranks() -> None:
+    """What each of several processes holds and sends."""
+    lines = ["| model | processes | `dp_shard_size` | method | peak GiB of each | weights | gradients | state | gathered | activations, temporaries "
+             "| sends GiB a step: weights | gradients |", "| --- " * 12 + "|"]  # fmt: skip
+    for shape, gamma, count, shard_size in RANKS:
+        methods: dict[str, dict[str, Any]] = {
+            f"LISA, {gamma} layers": {"num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
+        }  # fmt: skip
+        for name, settings in methods.items():
+            with fake_ranks(count):
+                plan = plan_of(
+                    shape,
+                    1,
+                    2048,
+                    optim="adamw_16bit",
+                    gradient_checkpointing=True,
+                    dp_shard_size=shard_size,
+                    **settings,
+                )
+            sizes = [plan.peak_bytes, *(plan.total(kind) for kind in ("weights", "gradients", "state", "gathered"))]
+            sizes += [plan.total("activations") + plan.total("temporaries"), *plan.sent_bytes_of.values()]
+            lines.append(f"| {shape} | {count} | {shard_size} | {name} | " + " | ".join(map(_gib, sizes)) + " |")
+            print(lines[-1], flush=True)
+    about = (
+        "Predicted GiB (2^30), bfloat16 weights and moments, checkpointing, batch 1 x 2048 tokens on each process; sums of gradients travel in "
+        "float32; what a process sends is that of a ring. Peaks are of the first process, whose shards are the largest."
+    )
+    print(write_page("memory-ranks", about + "\n\n" + "\n".join(lines), __doc__ or ""))
 
 
 def measure(rounds: int) -> None:
@@ -232,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="what", required=True)
     kinds.add_parser("predict")
+    kinds.add_parser("ranks")
     kinds.add_parser("measure").add_argument("--rounds", type=int, default=3)
     one = kinds.add_parser("case")
     for name in ("shape", "rows", "tokens", "settings", "rounds"):
@@ -239,6 +278,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "predict":
         predict()
+    elif options.what == "ranks":
+        ranks()
     elif options.what == "measure":
         measure(options.rounds)
     else:
