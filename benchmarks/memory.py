@@ -126,7 +126,7 @@ def predict() -> None:
 
 RANKS = (  # shape, active layers, processes, processes that share each weight
     ("llama-3.1-8b", 2, 8, 1), ("llama-3.1-8b", 2, 8, 2), ("llama-3.1-8b", 2, 8, 8),
-    ("llama-3.1-70b", 4, 8, 8), ("llama-3.1-70b", 4, 16, 8), ("llama-3.1-405b", 4, 64, 64),
+    ("llama-2-70b", 4, 4, 4), ("llama-3.1-70b", 4, 8, 8), ("llama-3.1-70b", 4, 16, 8), ("llama-3.1-405b", 4, 64, 64),
 )  # fmt: skip
 
 

@@ -26,13 +26,15 @@ def settled(collective):
             return work
         work.wait()
         time.sleep(0.02)
+        return None
 
     return call
 
 
 def main(path):
     torch.set_num_threads(1)
-    for name in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+    collectives = ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    for name in (*collectives, "all_reduce"):
         if hasattr(torch.distributed, name):  # FSDP2 calls the first two, before PyTorch 2.13 the next two
             setattr(torch.distributed, name, settled(getattr(torch.distributed, name)))
     with joined():

@@ -8,6 +8,7 @@ import pytest
 
 from lisatune.config import build_config, read_settings
 from lisatune.train import train
+from torchrun import torchrun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -31,6 +32,14 @@ def test_loss_falls(name, model_folder, text_file):
     losses = __import__(name).main(str(model_folder), str(text_file), num_steps=12)
     assert len(losses) == 12
     assert losses[-1] < losses[0]
+
+
+def test_the_callback_refuses_several_processes(model_folder, text_file):
+    """The Trainer would wrap the model in DistributedDataParallel, which fails when the trained set changes."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    told = torchrun(2, EXAMPLES / "hf_trainer.py", model_folder, text_file, check=False)
+    assert "UserError: LisaCallback works on one process, not on 2: start the script without torchrun" in told
+    assert "lisatune train --nproc 2" in told
 
 
 @pytest.mark.filterwarnings("default")  # TRL warns of its own coming changes

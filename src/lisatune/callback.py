@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lisatune.distributed import num_ranks
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
@@ -26,7 +27,7 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
         train_embedding: See ``LisaEngine``.
         train_head: See ``LisaEngine``.
-    Raises: UserError, when training begins, for a model that is wrapped for several devices, or has adapters.
+    Raises: UserError, when training begins, on several processes, or for a model that has adapters.
     Example: see examples/hf_trainer.py
     """
 
@@ -56,8 +57,11 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the layers; freeze nothing yet."""
-        if args.world_size > 1:
-            raise UserError("LisaCallback does not work on several processes yet: run the Trainer on one")
+        if num_ranks() > 1:  # args.world_size is 1 on processes of a CPU, though the Trainer joins them
+            raise UserError(
+                f"LisaCallback works on one process, not on {num_ranks()}: start the script without torchrun and "
+                f"accelerate launch, or train with lisatune train --nproc {num_ranks()}"
+            )
         if hasattr(model, "peft_config"):
             raise UserError(
                 "LisaCallback trains weights, but this model has adapters: pass the model without peft_config"
