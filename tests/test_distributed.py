@@ -32,6 +32,7 @@ CASES = {
     "LISA, replicated": LISA,
     "LISA, sharded": LISA | {"dp_shard_size": "all"},
     "LISA, both": LISA | {"dp_shard_size": 2},
+    "drawn embedding": LISA | {"dp_shard_size": "all", "train_embedding": "sampled"},
     "tied, checkpointed, drawn embedding": LISA
     | {"dp_shard_size": "all", "gradient_checkpointing": True, "train_embedding": "sampled", "train_head": "sampled"},
     "packed, halves": LISA | {"dp_shard_size": "all", "packing": True, "sampled_unit": "halves", "max_steps": 4},

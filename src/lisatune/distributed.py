@@ -194,7 +194,10 @@ class Sharded(nn.Module):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in layers.decoder:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if not layers.tied:  # by itself, so that its gradient in float32 does not lie beside that of the head
+            fully_shard(layers.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         fully_shard(self, mesh=mesh, mp_policy=policy)
+        self.stay_whole: list[Any] = [self] if layers.tied else [layers.embedding, self]
         for module in self.modules():
             if isinstance(module, FSDPModule):  # the loss has its divisor already; gloo knows no sum with a factor
                 module.set_gradient_divide_factor(1.0)
@@ -211,7 +214,8 @@ class Sharded(nn.Module):
         """``function(*args, **kwargs)`` with weights at hand. Every process has to come here, with the same shapes of work."""
         out = self(function, *args, **kwargs)
         if not torch.is_grad_enabled():
-            self.reshard()  # type: ignore[operator]  # else the root would stay whole until a backward pass
+            for module in self.stay_whole:
+                module.reshard()  # else these would stay whole until a backward pass
         return out
 
     def set_last(self, last: bool) -> None:
