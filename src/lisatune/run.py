@@ -30,7 +30,8 @@ from lisatune.models import check_saved_names, load_model, pick_device
 from lisatune.plan import Plan, plan_run
 from lisatune.preflight import HeldOut, data_folder
 from lisatune.tasks.harness import task_names
-from lisatune.tasks.scores import Scorer, numbers
+from lisatune.tasks.score import numbers
+from lisatune.tasks.scorer import Scorer
 from lisatune.tracking import check_tracker
 
 PATHS = ("model", "data", "eval_data")  # where each host has them; what lies there is compared instead

@@ -7,6 +7,8 @@ from lisatune import UserError
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 from lisatune.analysis.report import write_report
+from lisatune.tasks.record import Conditions, Record
+from lisatune.tasks.score import Score
 
 SUMMARY = {
     "method": "lisa", "steps": 2, "tokens": 10, "eval_loss_before": 2.0, "eval_loss_after": 1.0, "train_seconds": 3.0,
@@ -40,6 +42,29 @@ def test_report_is_one_file_and_escapes_what_the_data_holds(run):
         assert outside not in page
     start = page.index("<svg")
     ElementTree.fromstring(page[start : page.index("</svg>", start) + 6])
+
+
+def test_task_scores_are_shown(run):
+    """As ``lisatune eval`` leaves them, with parts of a group and their change, and as they were while training."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row, value in zip(rows[::2], (0.25, 0.5), strict=True):
+        row["scores"] = {"mmlu": value}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    how, record = Conditions(4, None, True, None, "float32", "0.4.13"), Record()
+    for model, values in (("some/<b>model</b>", (0.0, 0.0, 1.0, 1.0)), (f"{run}/model", (0.0, 1.0, 1.0, 1.0))):
+        part = Score("acc", sum(values) / 4, 0.25, 4, values=values)
+        record.add(
+            model,
+            "mmlu",
+            how,
+            {"mmlu": Score("acc", sum(values) / 4, 0.25, 4, 2, parts={"anatomy": part}, values=values)},
+        )
+    record.write(run, ["some/<b>model</b>", f"{run}/model"])
+    page = write_report(run).read_text()
+    assert page.count("<svg") == 3
+    row = "<td>0.500 ± 0.250</td><td>0.750 ± 0.250</td><td>+0.250 ± 0.250</td></tr>"
+    assert f"<td>mmlu</td><td>acc, the first 4, 2 examples before each</td><td>4</td>{row}" in page
+    assert f"<td>- anatomy</td><td>acc</td><td>4</td>{row}" in page
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

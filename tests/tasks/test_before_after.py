@@ -17,8 +17,8 @@ from lisatune.analysis.comparison_table import table_of
 from lisatune.cli import app
 from lisatune.grid import plan_grid
 from lisatune.standings import read_run, results
-from lisatune.tasks.before_after import difference
-from lisatune.tasks.scores import Score, Scorer
+from lisatune.tasks.score import Score, difference
+from lisatune.tasks.scorer import Scorer
 from small_tasks import write_tasks
 from test_resume import run
 

@@ -11,7 +11,8 @@ pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 from conftest import make_llama, make_tokenizer
 from lisatune import UserError
 from lisatune.models import load_model
-from lisatune.tasks.scores import Scorer, numbers
+from lisatune.tasks.score import numbers
+from lisatune.tasks.scorer import Scorer
 from small_tasks import SENTENCES, SUBJECTS, write_tasks
 
 

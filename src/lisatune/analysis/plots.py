@@ -71,6 +71,21 @@ def active_layers(rows: Sequence[Mapping[str, Any]]) -> str:
         return svg(figure)
 
 
+def score_curve(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Each task's score on the small sample that was scored while training."""
+    tasks = dict.fromkeys(task for row in rows for task in row.get("scores") or {})
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.add_subplot()
+        for task, colour in zip(tasks, itertools.cycle((ORANGE, GREEN, PURPLE, BLUE)), strict=False):
+            points = [(row["step"], row["scores"][task]) for row in rows if task in (row.get("scores") or {})]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=task)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("score")
+        axes.legend()
+        return svg(figure)
+
+
 def svg(figure: Figure) -> str:
     """``figure`` as SVG text, its ink in the colour of the text around it."""
     buffer = io.StringIO()

@@ -10,10 +10,13 @@ from typing import Any
 import yaml
 
 from lisatune.amounts import gib
-from lisatune.analysis.plots import active_layers, loss_curve
+from lisatune.analysis.plots import active_layers, loss_curve, score_curve
+from lisatune.analysis.score_table import with_error
 from lisatune.errors import UserError
 from lisatune.files import write_whole
 from lisatune.losses import told
+from lisatune.tasks.record import Record
+from lisatune.tasks.score import Score, difference
 
 # all text is escaped; the policy is a second lock, under which a browser runs no script and loads nothing
 PAGE = """<!doctype html>
@@ -34,10 +37,15 @@ pre {{ overflow-x: auto; padding: .8rem; background: #8882; border-radius: .4rem
 """
 
 
+SCORE_COLUMNS = ["task", "metric", "n", "before", "after", "difference"]
+SCORE_NOTE = "<p>n: documents; ±: one standard error, of a difference document by document where both are known.</p>"
+
+
 def write_report(folder: Path) -> Path:
     """Draw the run in ``folder`` from its config.yaml, metrics.jsonl and summary.json; needs matplotlib.
 
-    All text of the run is escaped. A file ``answers.json`` (question, expected, before, after) is shown where present.
+    All text of the run is escaped. Shown where present: scores that ``lisatune eval`` left in ``scores.json``, and
+    ``answers.json`` (question, expected, before, after).
 
     Raises: UserError if ``folder`` holds no finished run.
     """
@@ -57,6 +65,10 @@ def _draw(folder: Path) -> str:
     body = [_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows)]
     if any("active_layers" in row for row in rows):
         body += ["<h2>Layers in training</h2>", active_layers(rows)]
+    if any(row.get("scores") for row in rows):
+        body += ["<h2>Task scores while training</h2>", score_curve(rows)]
+    if scores := _scores(folder, str(config["model"])):
+        body += ["<h2>Task scores before and after</h2>", _table(SCORE_COLUMNS, scores), SCORE_NOTE]
     if (folder / "answers.json").exists():
         answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         body += ["<h2>Answers to questions worded as in no training row</h2>"]
@@ -66,6 +78,29 @@ def _draw(folder: Path) -> str:
         f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"
     ]
     return PAGE.format(title=escape(f"{config['method']}: {Path(str(config['model'])).name}"), body="\n".join(body))
+
+
+def _scores(folder: Path, base: str) -> list[list[str]]:
+    """A row for each task, and for each part of one that is a group."""
+    record = Record()
+    record.read(folder)
+    rows = []
+    for conditions, task, before, after in record.pairs(base):
+        first = "" if conditions.limit is None else f", the first {conditions.limit}"
+        metric = f"{after.metric}{first}, {after.num_fewshot} examples before each"
+        rows.append([task, metric, *_change(before, after)])
+        for name, part in after.parts.items():
+            rows.append([f"- {name}", part.metric, *_change(before.parts.get(name) if before else None, part)])
+    return rows
+
+
+def _change(before: Score | None, after: Score) -> list[str]:
+    told = [f"{after.num_documents:,}", "", with_error(after.value, after.stderr), ""]
+    if before is not None:
+        change = difference(before, after)
+        told[1] = with_error(before.value, before.stderr)
+        told[3] = with_error(change["value"], change["stderr"], signed=True)
+    return told
 
 
 def _headline(summary: dict[str, Any]) -> list[list[str]]:

@@ -24,7 +24,7 @@ def show(found: Sequence[Scored]) -> RenderableType:
 
 
 def _table(scored: Scored) -> Table:
-    from lisatune.tasks.before_after import difference
+    from lisatune.tasks.score import difference
 
     table = Table()
     table.add_column("task", overflow="fold")

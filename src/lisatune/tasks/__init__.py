@@ -1,1 +1,1 @@
-"""Scores on tasks of lm-evaluation-harness: local_data, harness, scores, record, before_after, in that order."""
+"""Scores on tasks of lm-evaluation-harness: local_data, harness, score, scorer, record, before_after, in that order."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from lisatune.models import load_model, pick_device
 from lisatune.preflight import check_model_name, finished
 from lisatune.progress import scoring_progress
 from lisatune.tasks.record import Conditions, Record
-from lisatune.tasks.scores import Score, Scorer, numbers
+from lisatune.tasks.score import Score, difference, numbers
+from lisatune.tasks.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -139,26 +138,6 @@ def score_targets(
     for scored in found:
         _summarize(scored)
     return found
-
-
-def difference(before: Score, after: Score) -> dict[str, Any]:
-    """What training has changed, with its standard error.
-
-    On the same documents the error is that of the mean of the differences, document by document; where only the two
-    errors are known, that of a difference of independent means, which is larger.
-
-    Example:
-        >>> before, after = (Score("acc", sum(v) / 4, 0.29, 4, values=v) for v in [(0., 0., 1., 1.), (0., 1., 1., 1.)])
-        >>> difference(before, after)
-        {'value': 0.25, 'stderr': 0.25, 'by_document': True}
-    """
-    value = after.value - before.value
-    if len(before.values) == len(after.values) > 1:
-        each = [b - a for a, b in zip(before.values, after.values, strict=True)]
-        return {"value": value, "stderr": statistics.stdev(each) / math.sqrt(len(each)), "by_document": True}
-    errors = (before.stderr, after.stderr)
-    stderr = None if None in errors else math.hypot(*(e for e in errors if e is not None))
-    return {"value": value, "stderr": stderr, "by_document": False}
 
 
 def _scored(target: Target, tasks: Sequence[str], record: Record, conditions: Conditions) -> Scored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from lisatune.errors import UserError
 from lisatune.files import write_whole
-from lisatune.tasks.scores import Score
+from lisatune.tasks.score import Score
 
 FILE = "scores.json"
 
@@ -75,6 +75,23 @@ class Record:
         self._entries[_key(model, weights, task, conditions)] = {
             "model": model, "weights": weights, "task": task, "conditions": asdict(conditions), "scores": dict(scores)
         }  # fmt: skip
+
+    def pairs(self, base: str) -> Iterator[tuple[Conditions, str, Score | None, Score]]:
+        """Conditions, task, its score of the model ``base`` if known, and of what was made of it; the last of each.
+
+        Example:
+            >>> how, record = Conditions(8, None, False, None, "float32", "0.4.13"), Record()
+            >>> record.add("org/model", "mmlu", how, {"mmlu": Score("acc", 0.5, 0.1, 8)})
+            >>> record.add("runs/lisa/model", "mmlu", how, {"mmlu": Score("acc", 0.6, 0.1, 8)})
+            >>> [(task, before.value, after.value) for _, task, before, after in record.pairs("org/model")]
+            [('mmlu', 0.5, 0.6)]
+        """
+        found: dict[bool, dict[tuple[Conditions, str], Score]] = {True: {}, False: {}}
+        for entry in self._entries.values():
+            for task, score in entry["scores"].items():
+                found[entry["model"] == base][Conditions(**entry["conditions"]), task] = score
+        for (conditions, task), after in found[False].items():
+            yield conditions, task, found[True].get((conditions, task)), after
 
     def write(self, folder: Path, models: list[str]) -> None:
         """Write ``scores.json`` of what is known of ``models``."""

@@ -8,7 +8,6 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,11 @@ import torch
 
 from lisatune.errors import UserError
 from lisatune.tasks.harness import ASKED, load_tasks, quiet_harness
+from lisatune.tasks.score import Score
 
 EXAMPLES_SEED = 1234  # of the examples shown before a question: the harness' own default
 RESAMPLES = 1000  # for standard errors that have no formula; means have one
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model reached on a task.
-
-    Attributes:
-        metric: The task's first metric, with its filter if it has one: ``exact_match, strict-match``.
-        value: Of the metric, over all documents.
-        stderr: Its standard error; None if there is none, as of a single document.
-        num_documents: How many were scored.
-        num_fewshot: Examples shown before each.
-        others: The task's other metrics.
-        parts: Of a group, its tasks (MMLU's subjects), each with its own score.
-        values: The metric of each document, in order; empty for a group whose value is not their mean.
-    """
-
-    metric: str
-    value: float
-    stderr: float | None
-    num_documents: int
-    num_fewshot: int = 0
-    others: dict[str, float] = field(default_factory=dict)
-    parts: dict[str, Score] = field(default_factory=dict)
-    values: tuple[float, ...] = ()
 
 
 class Scorer:
@@ -136,11 +111,6 @@ class Scorer:
                     f"task '{name}' takes answers of up to {answer:,} tokens, which leaves no room for a question in the "
                     f"model's context of {lm.max_length:,}: leave the task out"
                 )
-
-
-def numbers(scores: Mapping[str, Score]) -> dict[str, float]:
-    """Task to value, as a run's ``summary.json`` holds it; what is no number is left out."""
-    return {name: float(score.value) for name, score in scores.items() if math.isfinite(score.value)}
 
 
 @contextmanager
