@@ -4,7 +4,8 @@ python benchmarks/hosts.py --model MODEL --data DATA [--steps 6]
 
 Each namespace has its own address and one end of a link, which this process makes slow, far and lossy. torchrun runs in each, one
 process a host. Bytes are those of all packets, headers and start included, divided by steps and hosts; seconds are the median of
-the steps after the first. In the last row the link loses everything for 10 seconds in mid-run.
+the steps after the first. Two last rows: the link loses everything for 10 seconds in mid-run; the second host's processes are killed
+(-9) in mid-run and started anew after 5 seconds, and its bytes are those of all attempts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import queue
 import random
+import signal
 import statistics
 import struct
 import subprocess
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,6 +39,7 @@ HEAD = (
     "| link | run | a step, s | the longest, s | MB a step and host | last loss |",
     "| --- | --- | --- | --- | --- | --- |",
 )
+SILENT, KILLED = "nothing for 10 s", "the second host killed and back after 5 s"
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
 MTU = 60_000  # large, for this process takes some 50 us a packet
 RUNS = {
@@ -117,42 +120,78 @@ def two_hosts(link: tuple[float, float, float]) -> Iterator[Link]:
         remove()
 
 
-def take_link_away(link: Link, output: Path, seconds: float) -> None:
-    """Wait until two steps are done, then lose all packets for a while."""
+class Torchrun:
+    """A host's torchrun, one process under it."""
+
+    def __init__(self, host: str, output: Path, settings: str) -> None:
+        self.host = host
+        first = str(host == "lisatune0").lower()  # torchrun knows its own host by name, and a namespace has none
+        self.command = (
+            f"ip netns exec {host} {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --max-restarts 3 "
+            f"--rdzv-backend c10d --rdzv-endpoint {HOSTS['lisatune0']}:29500 --rdzv-id {output.name} "
+            f"--rdzv-conf is_host={first} --local-addr {HOSTS[host]} -m lisatune train --resume {settings}"
+        )
+        self.log = output.with_name(f"{output.name}-{host}.log")
+        self.environment = {
+            **os.environ,
+            "GLOO_SOCKET_IFNAME": "link0",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else torchrun keeps the address of a host that is gone
+        }
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                self.command.split(), stdout=log, stderr=log, env=self.environment, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        """Everything that runs in it at once, as a host does that loses its power."""
+        found = subprocess.run(["ip", "netns", "pids", self.host], stdout=subprocess.PIPE, text=True, check=True)
+        for process in found.stdout.split():
+            os.kill(int(process), signal.SIGKILL)
+        self.process.wait()
+
+
+def after_two_steps(output: Path, event: Callable[[], None]) -> None:
+    """Let ``event`` happen as soon as two steps are done."""
     metrics = output / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         time.sleep(0.05)
-    link.up = False
-    time.sleep(seconds)
-    link.up = True
+    event()
 
 
-def train(options: argparse.Namespace, link: Link, output: Path, words: str, down: float = 0.0) -> dict[str, float]:
+def train(options: argparse.Namespace, link: Link, output: Path, words: str, trouble: str) -> dict[str, float]:
     """One run on both hosts; its median step, its bytes of a step, its last loss."""
+    before = link.bytes
     settings = (
         f"model={options.model} data={options.data} output={output} max_steps={options.steps} max_length=128 seed=0 "
-        f"per_device_train_batch_size=2 learning_rate=1e-4 save_steps=1000 {words}"
+        f"per_device_train_batch_size=2 learning_rate=1e-4 save_steps={1 if trouble == KILLED else 1000} {words}"
     )
-    torchrun = (
-        f"{sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d "
-        f"--rdzv-endpoint {HOSTS['lisatune0']}:29500 --rdzv-id {output.name}"
-    )
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "link0", "OMP_NUM_THREADS": "1"}
-    processes = []
-    before = link.bytes
-    for host, address in HOSTS.items():
-        first = str(host == "lisatune0").lower()  # torchrun knows its own host by name, and a namespace has none
-        own = f"--rdzv-conf is_host={first} --local-addr {address}"
-        command = f"ip netns exec {host} {torchrun} {own} -m lisatune train {settings}"
-        with (output.with_name(f"{output.name}-{host}.log")).open("w") as log:
-            processes.append(subprocess.Popen(command.split(), stdout=log, stderr=log, env=environment))
-    if down:
-        threading.Thread(target=take_link_away, args=(link, output, down), daemon=True).start()
+    hosts = [Torchrun(host, output, settings) for host in HOSTS]
+
+    def event() -> None:
+        if trouble == SILENT:
+            link.up = False
+            time.sleep(10)
+            link.up = True
+        else:
+            hosts[1].kill()
+            time.sleep(5)
+            hosts[1].start()
+
+    if trouble:
+        threading.Thread(target=after_two_steps, args=(output, event), daemon=True).start()
     try:
-        assert [process.wait(timeout=options.minutes * 60) for process in processes] == [0, 0], output
+        ends = time.monotonic() + options.minutes * 60
+        while any(host.process.poll() is None for host in hosts):
+            assert time.monotonic() < ends, f"{output}: not ended"
+            time.sleep(0.5)
+        assert [host.process.returncode for host in hosts] == [0, 0], output
     finally:
-        for process in processes:
-            process.terminate()
+        for host in hosts:
+            host.process.terminate()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step_seconds"] for row in rows if "step_seconds" in row]
     return {
@@ -172,11 +211,12 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lisatune-hosts-"))
     rows = []
-    cases = [(link, run, 0.0) for link in LINKS for run in RUNS] + [("0.1 ms, 1 Gbit/s", "LISA", 10.0)]
-    for link, run, down in cases:
+    cases = [(link, run, "") for link in LINKS for run in RUNS]
+    cases += [("0.1 ms, 1 Gbit/s", "LISA", trouble) for trouble in (SILENT, KILLED)]
+    for link, run, trouble in cases:
         with two_hosts(LINKS[link]) as cable:
-            found = train(options, cable, folder / f"{len(rows)}", RUNS[run], down)
-        name = link + (f", nothing for {down:.0f} s" if down else "")
+            found = train(options, cable, folder / f"{len(rows)}", RUNS[run], trouble)
+        name = ", ".join(filter(None, (link, trouble)))
         rows.append(
             f"| {name} | {run} | {found['seconds']:.2f} | {found['longest']:.2f} | {found['bytes'] / 1e6:.1f} | "
             f"{found['loss']:.5f} |"
