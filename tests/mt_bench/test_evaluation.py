@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -158,12 +159,15 @@ def test_an_endpoint_that_fails_loses_no_answer(run, memory_path, nonsense):
     assert (memory_path / "out" / "answers.jsonl").read_bytes() == made
 
 
-def test_ctrl_c_keeps_what_there_is(run, memory_path):
+def test_ctrl_c_keeps_what_there_is(run, memory_path, monkeypatch):
+    noticed, stop = threading.Event(), Endpoint.stop
+    monkeypatch.setattr(Endpoint, "stop", lambda endpoint: (stop(endpoint), noticed.set()))
+
     def behave(number, body):
         if number == 6:
             os.kill(os.getpid(), signal.SIGINT)
         if number >= 6:
-            time.sleep(0.3)  # else all may be answered before the signal is noticed
+            noticed.wait(60)  # else all may be answered before
         return completion("[[5]]")
 
     with Server(behave) as server:
