@@ -111,6 +111,26 @@ def test_gguf_is_read_back(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
+@pytest.mark.skipif(not (SHARED / "models").exists(), reason="no ../shared/models beside the checkout")
+@pytest.mark.parametrize(("kind", "bound"), [("f32", 1e-4), ("q8_0", 0.02)])
+def test_llama_cpp_says_the_same(tmp_path, kind, bound):
+    """Its own kernels and its own tokenizer; 8 bits are those of weights and, there, of activations too."""
+    pytest.importorskip("conversion", reason="the extra 'export' is not installed")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    source = SHARED / "models/stories15M/hf"
+    export_gguf(str(source), tmp_path / "model.gguf", kind)
+    model, tokenizer = load_model(str(source))
+    text = "Once upon a time, there was a little girl who had a red ball."
+    ids = tokenizer(text)["input_ids"]
+    llama = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=128, logits_all=True, verbose=False)
+    assert llama.tokenize(text.encode()) == ids
+    llama.eval(ids)
+    with torch.no_grad():
+        ours = model.eval()(input_ids=torch.tensor([ids])).logits[0]
+    theirs = torch.tensor(llama.scores[: len(ids)])
+    assert (theirs - ours).norm() <= bound * ours.norm()
+
+
 def test_what_the_converter_does_not_know_is_told(model_folder, tmp_path):
     pytest.importorskip("conversion", reason="the extra 'export' is not installed")
     with pytest.raises(UserError, match="converter cannot write it as GGUF"):

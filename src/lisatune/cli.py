@@ -262,7 +262,7 @@ def export(
     ] = False,
     gguf: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="For llama.cpp: f32, f16, bf16 or q8_0. Needs 'lisatune[export]'."),
+        typer.Option(metavar="TYPE", help="For llama.cpp: f32, f16, bf16 or q8_0. Needs 'lisatune\\[export]'."),
     ] = None,
     push_to: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository too.")

@@ -159,7 +159,15 @@ def test_an_endpoint_that_fails_loses_no_answer(run, memory_path, nonsense):
     assert (memory_path / "out" / "answers.jsonl").read_bytes() == made
 
 
-def test_ctrl_c_keeps_what_there_is(run, memory_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, which it does not where the tests were started in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_there_is(run, memory_path, monkeypatch, interruptible):
     noticed, stop = threading.Event(), Endpoint.stop
     monkeypatch.setattr(Endpoint, "stop", lambda endpoint: (stop(endpoint), noticed.set()))
 
