@@ -112,9 +112,9 @@ def test_gguf_is_read_back(tmp_path, kind):
 
 
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no ../shared/models beside the checkout")
-@pytest.mark.parametrize(("kind", "bound"), [("f32", 1e-4), ("q8_0", 0.02)])
+@pytest.mark.parametrize(("kind", "bound"), [("f32", 5e-4), ("q8_0", 0.03)])
 def test_llama_cpp_says_the_same(tmp_path, kind, bound):
-    """Its own kernels and its own tokenizer; 8 bits are those of weights and, there, of activations too."""
+    """Its own kernels and tokenizer: keys and values have 16 bits there, and with q8_0 activations 8."""
     pytest.importorskip("conversion", reason="the extra 'export' is not installed")
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     source = SHARED / "models/stories15M/hf"
