@@ -59,6 +59,12 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
         "LISA, LoRA and full fine-tuning at the learning rate that tune-smollm2 chose for each",
         f"{LARGE} methods=lisa,lora,full {LISA} lisa.learning_rate=1e-3 lora.learning_rate=3e-3 full.learning_rate=1e-4 seed=1,2,3",
     ),
+    "long-smollm2": (
+        "smollm2",
+        "As methods-smollm2, ten times as long, so that every layer has about nine turns; one seed, two learning rates each",
+        f"{LARGE.replace('max_steps=40 eval_steps=20', 'max_steps=400 eval_steps=100')} methods=lisa,lora,full {LISA} "
+        "learning_rate=3e-4,1e-3 lora.learning_rate=1e-3,3e-3 full.learning_rate=3e-5,1e-4 seed=0",
+    ),
     "gamma-K-stories260K": (
         "stories260K",
         "gamma by K, each at its own best learning rate; K = 100 is one draw for the whole run",
