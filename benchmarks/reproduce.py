@@ -61,9 +61,9 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     ),
     "long-smollm2": (
         "smollm2",
-        "As methods-smollm2, ten times as long, so that every layer has about nine turns; one seed, two learning rates each",
+        "As methods-smollm2, ten times as long, so that every layer has about nine turns; one seed, three learning rates each",
         f"{LARGE.replace('max_steps=40 eval_steps=20', 'max_steps=400 eval_steps=100')} methods=lisa,lora,full {LISA} "
-        "learning_rate=3e-4,1e-3 lora.learning_rate=1e-3,3e-3 full.learning_rate=3e-5,1e-4 seed=0",
+        "learning_rate=1e-4,3e-4,1e-3 lora.learning_rate=3e-4,1e-3,3e-3 full.learning_rate=3e-5,1e-4,3e-4 seed=0",
     ),
     "gamma-K-stories260K": (
         "stories260K",
