@@ -14,6 +14,8 @@ from lisatune.distributed import num_ranks, rank, total
 from lisatune.layers import Layers
 from lisatune.memory.cross_entropy import linear_cross_entropy
 from lisatune.memory.row_gradient import RowGradients
+from lisatune.slices.blocks import cut_of
+from lisatune.slices.functions import whole_weight
 
 
 def batch_loss(
@@ -33,9 +35,11 @@ def batch_loss(
         assert isinstance(layers.head, nn.Linear)
         hidden = layers.trunk(**inputs).flatten(0, 1)
         weight, bias = layers.head.weight, layers.head.bias
+        bias_cut = cut_of(bias)
         return linear_cross_entropy(
-            hidden, weight, batch.labels.flatten(), bias=bias, num_labelled=num_labelled, row_gradients=row_gradients
-        )
+            hidden, weight, batch.labels.flatten(), bias=whole_weight(bias_cut) if bias_cut else bias,
+            num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight),
+        )  # fmt: skip
     logits = layers.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
     return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / max(1, num_labelled)
 

@@ -61,6 +61,8 @@ class Layers:
         names = ["embedding", *(f"layers.{i}" for i in range(len(self.decoder))), "norm", "head", "outside"]
         parts: dict[str, dict[str, nn.Parameter]] = {name: {} for name in names}
         for name, parameter in self.model.named_parameters():
+            if hasattr(parameter, "cut"):  # a view of rows of another one, see ``slices``
+                continue
             parts[owner.get(id(parameter), "outside")][name] = parameter
         return parts
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 from lisatune.draws import check_counts, hashed
@@ -257,6 +258,7 @@ class FixedSampler:
         return tuple(1.0 if layer in self.layers else 0.0 for layer in range(self.num_layers))
 
 
-def _shuffled(num_layers: int, seed: int, interval: int) -> list[int]:
+@lru_cache(maxsize=4096)  # a sweep asks for the same order again, and with slices each matrix has one
+def _shuffled(num_layers: int, seed: int, interval: int) -> tuple[int, ...]:
     """All layers, in the order of their hashes."""
-    return sorted(range(num_layers), key=lambda layer: hashed(seed, interval, layer))
+    return tuple(sorted(range(num_layers), key=lambda layer: hashed(seed, interval, layer)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lisatune.errors import UserError
 from lisatune.memory.row_gradient import HeadPart, RowGradients
+from lisatune.slices.blocks import Cut
 
 IGNORED = -100
 CHUNK_LOGITS = 2**25  # at most so many logits at once by default: 128 MiB in float32, 1,024 tokens of 32k, 261 of 128k
@@ -26,6 +27,7 @@ def linear_cross_entropy(
     num_labelled: int | None = None,
     chunk_tokens: int | None = None,
     row_gradients: RowGradients | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, a few tokens at a time.
 
@@ -44,6 +46,7 @@ def linear_cross_entropy(
         chunk_tokens: Changes memory and speed, never the loss but for rounding. Default: what makes ``CHUNK_LOGITS``.
         row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
             its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
+        cut: If given, that of ``weight``: only its trained rows get a gradient, of their own shape.
     Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
     Raises: ValueError if ``hidden`` and ``labels`` differ in N; UserError for row gradients of a weight that is computed
         from others.
@@ -66,9 +69,12 @@ def linear_cross_entropy(
     divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        cut = None
+    rows, slots = ((), ()) if cut is None else (cut.rows, tuple(cut.slots))
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients
-    )
+        hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients,
+        rows, *slots,
+    )  # fmt: skip
     return loss
 
 
@@ -83,11 +89,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor: int,
         chunk_tokens: int,
         row_gradients: RowGradients | None,
+        slot_rows: tuple[tuple[int, int], ...],
+        *slots: Tensor,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         leaves_part = wants_weight and row_gradients is not None
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight and not leaves_part else None
+        grad_slots = [torch.zeros_like(slot) for slot in slots] if any(ctx.needs_input_grad[8:]) else []
         grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
         log_normalisers = hidden.new_empty(len(hidden), dtype=torch.float32) if leaves_part else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -104,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += (log_normaliser - target_logits).sum()
             if log_normalisers is not None:
                 log_normalisers[rows] = log_normaliser[:, 0]
-            if grad_hidden is None and grad_weight is None and grad_bias is None:
+            if grad_hidden is None and grad_weight is None and grad_bias is None and not grad_slots:
                 continue
             # d loss / d logits = (softmax - one-hot) / divisor
             grad = softmax.div_(total)
@@ -114,21 +123,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden[rows])
+            for (first, last), grad_slot in zip(slot_rows, grad_slots, strict=False):
+                grad_slot.addmm_(grad[:, first:last].T, hidden[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         kept: tuple[Tensor | None, ...] = ()
         if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
             kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())
         ctx.weight, ctx.divisor, ctx.row_gradients = weight, divisor, row_gradients
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *kept)
+        ctx.num_slots, ctx.num_grads = len(slots), 3 + len(grad_slots)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *grad_slots, *kept)
         return loss / divisor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        *grads, hidden, labels, log_normaliser, bias = (*ctx.saved_tensors, None, None, None, None)[:7]
-        if hidden is not None:
+        grads, kept = ctx.saved_tensors[: ctx.num_grads], ctx.saved_tensors[ctx.num_grads :]
+        if kept:
+            hidden, labels, log_normaliser, bias = kept
             part = HeadPart(hidden.detach(), labels, log_normaliser, bias, scale.float() / ctx.divisor)
             ctx.row_gradients.add(ctx.weight, part)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
-        return (*grads, None, None, None, None)
+        return (*grads[:3], None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))

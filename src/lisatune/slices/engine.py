@@ -1,0 +1,258 @@
+"""LISA by slices: in each interval one block of rows, or a few, of every matrix trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.draws import hashed
+from lisatune.engine import StatePolicy
+from lisatune.errors import UserError
+from lisatune.layers import Layers, Trains
+from lisatune.sampling import FixedSampler, RoundRobinSampler, Sampler, SweepSampler, UniformSampler
+from lisatune.slices.blocks import Cut, Slots
+from lisatune.slices.modules import SlicedForward
+
+SAMPLERS = (SweepSampler, UniformSampler, RoundRobinSampler, FixedSampler)
+NAME = "lisatune_slices"  # of the modules that hold what trains
+
+
+class SliceEngine:
+    """Every ``interval_steps`` steps, train the blocks that ``sampler`` draws of each tensor, and freeze all other rows.
+
+    Where ``LisaEngine`` trains a few layers much, this trains all layers a little. Each matrix of the text model is cut
+    into blocks of rows. Each has an order of its own: the sampler's, with a seed made from its own and the matrix's
+    number. A block's parameter is a view of its rows: nothing is copied, and only these rows get a gradient. At its first
+    step the engine puts these parameters in place of the whole ones in the optimizer's groups.
+
+    What is frozen has no gradient, no optimizer state, no weight decay, and its bytes do not change.
+
+    Args:
+        layers: The model, as ``find_layers`` sees it, with contiguous parameters.
+        sampler: Draws from the blocks of one tensor: ``SweepSampler(num_layers=15, num_active=1)`` cuts each into 15 and
+            trains each block once in 15 intervals. Also ``UniformSampler``, ``RoundRobinSampler``, ``FixedSampler``.
+        interval_steps: Optimizer steps that blocks live, at least 1.
+        state_policy: As for ``LisaEngine``, of blocks in place of layers.
+        train_embedding: ``"sampled"`` cuts the embedding like any matrix; True trains it whole in every step; False
+            freezes it.
+        train_head: The same for the head. Of a tied pair, both take the same value.
+        train_norms: The same for all vectors: norms and biases.
+        slow: Make every gradient whole and throw away the rows that do not train. For tests.
+    Raises: UserError for another sampler, and for what ``LisaEngine`` refuses.
+    Cost: a switch is about 10 microseconds for each tensor of the model.
+    Reference: Pan et al., LISA, arXiv:2403.17919, for the idea; ChunkFT, arXiv:2605.21177, for gradients of parts of tensors.
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lisatune import find_layers
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+        ...                                      num_hidden_layers=4, num_attention_heads=2))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> engine = SliceEngine(find_layers(model), SweepSampler(num_layers=4, num_active=1, seed=0))
+        >>> for step in range(4):
+        ...     switched = engine.begin_step(step, optimizer)
+        ...     ids = torch.arange(8)[None]
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step(); optimizer.zero_grad()
+        ...     print(switched, engine.drawn, engine.num_trainable())
+        True (0,) 3216
+        True (2,) 3216
+        True (3,) 3216
+        True (1,) 3216
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        sampler: Sampler,
+        interval_steps: int = 1,
+        state_policy: StatePolicy = "reset_layers",
+        *,
+        train_embedding: Trains = "sampled",
+        train_head: Trains = "sampled",
+        train_norms: Trains = True,
+        slow: bool = False,
+    ) -> None:
+        if interval_steps < 1:
+            raise UserError(f"interval_steps is {interval_steps}: a set of blocks lives at least 1 step")
+        if state_policy not in get_args(StatePolicy):
+            raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
+        if layers.tied and train_embedding != train_head:
+            raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
+        if not isinstance(sampler, SAMPLERS):
+            raise UserError(
+                f"{type(sampler).__name__} cannot draw slices, of which each tensor needs the same number: choose "
+                f"{', '.join(kind.__name__ for kind in SAMPLERS)}"
+            )
+        self.layers = layers
+        self.sampler = sampler
+        self._num_active = len(sampler.layers) if isinstance(sampler, FixedSampler) else sampler.num_active
+        self.interval_steps = interval_steps
+        self.state_policy = state_policy
+        self.pool = tuple(f"slices.{block}" for block in range(sampler.num_layers))
+        self.trains: dict[str, Trains] = {"embedding": train_embedding, "head": train_head, "norms": train_norms}
+        self.cuts: dict[str, Cut] = {}
+        self.samplers: dict[str, Sampler] = {}
+        self.always: dict[str, nn.Parameter] = {}
+        self.drawn: tuple[int, ...] | None = None
+        self._interval: int | None = None
+        self._kept: dict[tuple[str, int], dict[str, Any]] = {}
+        for number, (name, (part, parameter)) in enumerate(self._tensors().items()):
+            self._sort(number, name, parameter, self.trains_as(part, parameter))
+        self._put_into_modules(slow)
+
+    def trains_as(self, part: str, parameter: Tensor) -> Trains:
+        """Whether a tensor of ``part`` trains in slices, whole or never."""
+        if part == "outside" or not parameter.is_floating_point():
+            return False
+        if parameter.ndim < 2:
+            return self.trains["norms"]
+        return self.trains.get(part, "sampled")
+
+    @property
+    def active(self) -> tuple[int, ...] | None:
+        """The decoder layers that train now: all, a slice of each; None before the first step."""
+        return None if self.drawn is None else tuple(range(len(self.layers.decoder)))
+
+    @property
+    def interval(self) -> int | None:
+        """The number of the interval; None before the first step."""
+        return self._interval
+
+    def trained_parts(self, drawn: tuple[int, ...]) -> set[str]:
+        """The parts that train: the same at any time, whatever is ``drawn``."""
+        ever = self.cuts.keys() | self.always.keys()
+        return {part for part, own in self.layers.parts().items() if ever & own.keys()}
+
+    def num_trainable(self) -> int:
+        """Parameters that train now, before the first step in the first interval."""
+        always = sum(p.numel() for p in self.always.values())
+        return always + sum(
+            cut.num_elements(self.samplers[name](self._interval or 0)) for name, cut in self.cuts.items()
+        )
+
+    def scores(self) -> dict[int, float]:
+        """Nothing: no sampler of slices learns."""
+        return {}
+
+    def observe(self, step: int, scores: dict[int, float]) -> None:
+        """Do nothing: no sampler of slices learns."""
+
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
+        """Make the model ready for optimizer step ``step``; call once before the step's first forward.
+
+        Args:
+            step: Number of the optimizer step, from 0; not of the micro-batch.
+            optimizer: Any optimizer over all of the text model's parameters.
+        Returns: Whether the blocks were set anew.
+        Raises: UserError if the optimizer lacks a parameter that is to be trained at some time.
+        """
+        interval = step // self.interval_steps
+        if interval == self._interval and all(cut.is_in_place() for cut in self.cuts.values()):
+            return False
+        if self._interval is None:
+            self.adopt(optimizer)
+        if self.state_policy == "reset_all" and interval != self._interval and step % self.interval_steps == 0:
+            optimizer.state.clear()
+        self._place(interval, optimizer)
+        return True
+
+    def resume(
+        self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: torch.optim.Optimizer,
+        sampler_state: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Be where ``num_steps`` steps have led, as ``LisaEngine.resume``.
+
+        Raises: UserError if ``drawn`` is not what the sampler draws, so that the run would not go on as it began.
+        """
+        self.adopt(optimizer)
+        interval = (num_steps - 1) // self.interval_steps
+        if drawn != self.sampler(interval):
+            raise UserError(
+                f"the slices active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
+            )
+        self._place(interval, optimizer)
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the blocks' parameters where the optimizer holds the whole ones; a second call changes nothing.
+
+        Raises: UserError if the optimizer lacks a parameter that is to be trained.
+        """
+        slots = {id(cut.weight): cut.slots for cut in self.cuts.values()}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        needed = {name: cut.slots[0] if id(cut.slots[0]) in held else cut.weight for name, cut in self.cuts.items()}
+        missing = [name for name, p in (needed | self.always).items() if id(p) not in held]
+        if missing:
+            raise UserError(
+                f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "
+                "train: make the optimizer over model.parameters() before anything is frozen"
+            )
+        if not held & slots.keys():
+            return
+        ours = {id(slot) for own in slots.values() for slot in own}
+        for group in optimizer.param_groups:
+            others = [p for p in group["params"] if id(p) not in ours]  # if it was made after the engine, it holds both
+            group["params"][:] = [new for p in others for new in slots.get(id(p), [p])]
+        for cut in self.cuts.values():
+            optimizer.state.pop(cut.weight, None)
+
+    def _tensors(self) -> dict[str, tuple[str, nn.Parameter]]:
+        return {name: (part, p) for part, own in self.layers.parts().items() for name, p in own.items()}
+
+    def _sort(self, number: int, name: str, parameter: nn.Parameter, trains: Trains) -> None:
+        if trains is True:
+            self.always[name] = parameter
+        elif trains == "sampled":
+            if not parameter.is_contiguous():
+                raise UserError(f"{name} is not contiguous, so it cannot be cut: make it from .contiguous()")
+            self.cuts[name] = Cut(name, parameter, self.sampler.num_layers, self._num_active)
+            seeded: Any = self.sampler
+            if hasattr(seeded, "seed"):
+                seeded = dataclasses.replace(seeded, seed=hashed(seeded.seed, 0, number))
+            self.samplers[name] = seeded
+
+    def _put_into_modules(self, slow: bool) -> None:
+        of = {id(cut.weight): cut for cut in self.cuts.values()}
+        for module in list(self.layers.model.modules()):
+            own = [of[id(p)] for p in module._parameters.values() if p is not None and id(p) in of]
+            if not own:
+                continue
+            if NAME in module._modules:
+                raise UserError("this model is cut into slices already: load it anew for another engine")
+            module.forward = SlicedForward(module, slow)  # type: ignore[assignment]
+            first = [cut for cut in own if not hasattr(cut.weight, "cut_into")]  # of a tied pair, one module holds them
+            module.add_module(NAME, Slots(slot for cut in first for slot in cut.slots))
+            for cut in first:
+                cut.weight.cut_into = cut  # type: ignore[attr-defined]
+
+    def _place(self, interval: int, optimizer: torch.optim.Optimizer) -> None:
+        """Let the blocks of ``interval`` train, and freeze all else."""
+        if self._interval is None:
+            for name, (_, parameter) in self._tensors().items():
+                parameter.requires_grad_(name in self.always)
+        self._interval, self.drawn = interval, self.sampler(interval)
+        for name, cut in self.cuts.items():
+            blocks = self.samplers[name](interval)
+            self._move_state(name, cut, blocks, optimizer)
+            cut.place(blocks)
+
+    def _move_state(self, name: str, cut: Cut, blocks: tuple[int, ...], optimizer: torch.optim.Optimizer) -> None:
+        """Drop or put by the state of blocks that leave, and bring back that of blocks that come."""
+        was = cut.blocks or (None,) * len(cut.slots)
+        for slot, old, new in zip(cut.slots, was, cut.arranged(blocks), strict=True):
+            if old == new:
+                continue
+            state = optimizer.state.pop(slot, None)
+            if self.state_policy != "keep":
+                continue
+            if state and old is not None:
+                self._kept[name, old] = {key: _on(value, torch.device("cpu")) for key, value in state.items()}
+            if new is not None and (came := self._kept.pop((name, new), None)):
+                device = getattr(optimizer, "state_device", None) or slot.device
+                optimizer.state[slot] = {key: _on(value, device) for key, value in came.items()}
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) and value.ndim else value

@@ -1,0 +1,226 @@
+"""Slices: blocks of rows of every matrix, views of the weights, and nothing else that trains."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import VOCABULARY, make_llama
+from lisatune import UniformSampler, UserError, find_layers
+from lisatune.memory.cross_entropy import linear_cross_entropy
+from lisatune.memory.measure import state_bytes
+from lisatune.sampling import BernoulliSampler, FixedSampler, SweepSampler
+from lisatune.slices.blocks import Cut, block_rows
+from lisatune.slices.engine import SliceEngine
+
+
+def make_gpt2(seed=0):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def make_mixtral(seed=0):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+MODELS = {
+    "llama": make_llama,
+    "tied llama": lambda: make_llama(tied=True),
+    "llama with biases": lambda: make_llama(attention_bias=True, mlp_bias=True),
+    "gpt2": make_gpt2,
+    "mixtral": make_mixtral,
+}
+
+
+def batch(step):
+    return torch.randint(3, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(step))
+
+
+def make(model, num_slices=5, num_active=1, interval_steps=1, seed=0, lr=1e-2, sampler=None, fused=False, **options):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, fused=fused)
+    sampler = sampler or SweepSampler(num_slices, num_active, seed)
+    return SliceEngine(find_layers(model), sampler, interval_steps, **options), optimizer
+
+
+def train_step(model, optimizer, step, engine=None):
+    if engine is not None:
+        engine.begin_step(step, optimizer)
+    ids = batch(step)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+@given(st.integers(0, 1000), st.integers(1, 70))
+def test_blocks_cover_the_rows_once_and_differ_by_one_row_at_most(num_rows, num_slices):
+    blocks = [block_rows(num_rows, num_slices, block) for block in range(num_slices)]
+    assert [row for start, stop in blocks for row in range(start, stop)] == list(range(num_rows))
+    sizes = {stop - start for start, stop in blocks}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_one_slice_is_full_fine_tuning_to_the_bit(name, fused):
+    full, sliced = MODELS[name](), MODELS[name]()
+    full_optimizer = torch.optim.AdamW(full.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
+    engine, optimizer = make(sliced, num_slices=1, fused=fused)
+    for step in range(6):
+        train_step(full, full_optimizer, step)
+        train_step(sliced, optimizer, step, engine)
+    for (n, a), b in zip(full.state_dict().items(), sliced.state_dict().values(), strict=True):
+        assert torch.equal(a, b), n
+
+
+@pytest.mark.parametrize("num_active", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_rows_are_those_of_the_whole_gradient_with_the_rest_thrown_away(name, num_active):
+    fast, slow, whole = MODELS[name](), MODELS[name](), MODELS[name]()
+    engines = []
+    for model, option in ((fast, False), (slow, True)):
+        engine, optimizer = make(model, num_active=num_active, slow=option)
+        engine.begin_step(3, optimizer)
+        engines.append(engine)
+    for model in (fast, slow, whole):
+        model(input_ids=batch(0), labels=batch(0)).loss.backward()
+    grads = dict(whole.named_parameters())
+    for n, cut in engines[0].cuts.items():
+        for slot, other, (start, stop) in zip(cut.slots, engines[1].cuts[n].slots, cut.rows, strict=True):
+            if not slot.requires_grad:
+                continue
+            expected = grads[n].grad.view(cut.shape)[start:stop]
+            assert torch.equal(other.grad, expected), n
+            assert slot.grad.shape == expected.shape
+            # a product of fewer rows may be summed in another order: 8 terms of 32 here
+            torch.testing.assert_close(slot.grad, expected, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is None for cut in engines[0].cuts.values() for p in [cut.weight])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_over_many_switches_state_is_flat_and_exactly_the_active_rows_change(name):
+    model = MODELS[name]()
+    engine, optimizer = make(model, num_slices=4, train_norms="sampled")
+    sizes, before, turns = set(), weights(model), {}
+    for step in range(12):
+        train_step(model, optimizer, step, engine)
+        after, changed = weights(model), 0
+        for n, cut in engine.cuts.items():
+            ((start, stop),) = cut.rows
+            moved = (after[n] != before[n]).view(cut.shape)
+            assert not moved[:start].any(), n
+            assert not moved[stop:].any(), n
+            changed += stop - start if cut.weight.ndim == 1 else (stop - start) * cut.weight.shape[-1]
+            turns.setdefault(n, []).append(cut.blocks[0])
+        assert changed == engine.num_trainable() == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        sizes.add(state_bytes(optimizer))
+        before = after
+    for n, blocks in turns.items():
+        for first in (0, 4, 8):
+            assert sorted(blocks[first : first + 4]) == [0, 1, 2, 3], n
+    assert len({tuple(blocks) for blocks in turns.values()}) > 1  # each tensor has an order of its own
+    assert max(sizes) - min(sizes) <= 0.02 * max(sizes)  # rows that do not go evenly into blocks
+
+
+def test_state_lives_for_the_interval_and_keep_brings_it_back():
+    model = make_llama()
+    engine, optimizer = make(model, num_slices=3, interval_steps=2, state_policy="keep")
+    cut = next(iter(engine.cuts.values()))
+    held = {}
+    for step in range(12):
+        engine.begin_step(step, optimizer)
+        (block,) = cut.blocks
+        if step % 2 == 0 and step >= 6:
+            assert optimizer.state[cut.slots[0]]["step"] == 2
+            assert torch.equal(optimizer.state[cut.slots[0]]["exp_avg"], held[block])
+        ids = batch(step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        held[block] = optimizer.state[cut.slots[0]]["exp_avg"].clone()
+
+
+def test_a_block_drawn_twice_running_keeps_its_state():
+    model = make_llama()
+    engine, optimizer = make(model, sampler=FixedSampler(4, (1, 2)))
+    for step in range(3):
+        train_step(model, optimizer, step, engine)
+    slot = next(iter(engine.cuts.values())).slots[0]
+    assert optimizer.state[slot]["step"] == 3
+
+
+def test_parameters_of_the_model_have_the_slices_and_its_state_dict_has_not():
+    model, plain = make_llama(tied=True), make_llama(tied=True)
+    engine, optimizer = make(model)
+    engine.begin_step(0, optimizer)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    model.load_state_dict(plain.state_dict())
+    mine = {id(p) for p in model.parameters()}
+    assert all(id(slot) in mine for cut in engine.cuts.values() for slot in cut.slots)
+    names = {n for own in engine.layers.parts().values() for n in own}
+    assert names == {n for n, _ in plain.named_parameters()}
+    assert not engine.layers.parts()["outside"]
+
+
+def test_a_move_of_the_model_is_followed():
+    model = make_llama()
+    engine, optimizer = make(model, interval_steps=10)
+    engine.begin_step(0, optimizer)
+    model.double()
+    assert engine.begin_step(1, optimizer)
+    for cut in engine.cuts.values():
+        assert cut.slots[0].untyped_storage().data_ptr() == cut.weight.untyped_storage().data_ptr()
+
+
+def test_mistakes_are_refused():
+    model = make_llama()
+    layers = find_layers(model)
+    with pytest.raises(UserError, match="BernoulliSampler cannot draw slices"):
+        SliceEngine(layers, BernoulliSampler(4, 0.5))
+    with pytest.raises(UserError, match="at least 1 step"):
+        SliceEngine(layers, UniformSampler(4, 1), 0)
+    engine, _ = make(model)
+    with pytest.raises(UserError, match=r"does not hold .* before anything is frozen"):
+        engine.begin_step(0, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
+    with pytest.raises(UserError, match="cut into slices already"):
+        make(model)
+    with pytest.raises(UserError, match="alike"):
+        SliceEngine(find_layers(make_llama(tied=True)), UniformSampler(4, 1), train_head=False)
+
+
+def test_the_loss_in_chunks_makes_gradients_of_the_trained_rows_of_the_head_alone():
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(20, 8, requires_grad=True), torch.randint(0, 50, (20,))
+    whole = torch.nn.Parameter(torch.randn(50, 8))
+    cut = Cut("head", torch.nn.Parameter(whole.detach().clone()), num_slices=4, num_active=2)
+    cut.place([3, 1])
+    loss = linear_cross_entropy(hidden, whole, labels, chunk_tokens=7)
+    (3 * loss).backward()
+    grad_hidden, hidden.grad = hidden.grad, None
+    sliced = linear_cross_entropy(hidden, cut.weight, labels, chunk_tokens=7, cut=cut)
+    (3 * sliced).backward()
+    assert torch.equal(sliced, loss)
+    assert torch.equal(hidden.grad, grad_hidden)
+    assert cut.weight.grad is None
+    for slot, (start, stop) in zip(cut.slots, cut.rows, strict=True):
+        torch.testing.assert_close(slot.grad, whole.grad[start:stop], rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, cut.weight, labels, cut=cut).requires_grad
