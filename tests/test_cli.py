@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from lisatune.cli import app
+from patience import HANG_SECONDS
 
 
 def lisatune(*words, cwd=None, **environment):
@@ -17,7 +18,7 @@ def lisatune(*words, cwd=None, **environment):
         text=True,
         cwd=cwd,
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
-        timeout=120,
+        timeout=HANG_SECONDS,
         stdin=subprocess.DEVNULL,
     )
 
@@ -240,7 +241,9 @@ def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
         ours, theirs = pty.openpty()
         os.write(ours, text.encode())
         environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-        done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, env=environment, timeout=120)
+        done = subprocess.run(
+            command, stdin=theirs, capture_output=True, text=True, env=environment, timeout=HANG_SECONDS
+        )
         os.close(ours)
         os.close(theirs)
         return done

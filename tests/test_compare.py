@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from lisatune.files import only_run
 from lisatune.grid import command, plan_grid, read_grid
 from lisatune.signals import StopSignal
 from lisatune.standings import interval, read_run, student_t
+from patience import HANG_SECONDS, started, wait_until
 
 NEEDED = {"model": "m", "data": "d", "eval_rows": 6, "max_steps": 8}
 
@@ -548,8 +548,9 @@ from lisatune.compare import compare
 from lisatune.grid import read_grid
 from lisatune.errors import Stopped
 assert "torch" not in sys.modules
+sys.executable = sys.argv[1]
 try:
-    compare(read_grid(None, sys.argv[2:]), Path(sys.argv[1]), console=Console(stderr=True, width=300))
+    compare(read_grid(None, sys.argv[3:]), Path(sys.argv[2]), console=Console(stderr=True, width=300))
 except Stopped as stopped:
     print(stopped, file=sys.stderr)
     sys.exit(128 + stopped.signal)
@@ -557,23 +558,27 @@ except Stopped as stopped:
 
 
 def test_interrupted_with_children_of_its_own(model_folder, data_file, memory_path):
-    """Ctrl-C in the middle of a run: the run saves itself, and the comparison goes on from there."""
-    words = [*TINY, "max_steps=150", "eval_steps=50", "num_active=1", "save_steps=150"]
+    """Ctrl-C in the middle of a run: the run saves itself, and the comparison goes on from there.
+
+    Its python stays in the sixth step until the signal has come.
+    """
+    stand_in = memory_path / "python"
+    held = Path(__file__).with_name("held.py")
+    stand_in.write_text(f'#!/bin/sh\nshift 2  # -m lisatune\nexec "{sys.executable}" "{held}" 5 "$@"\n')
+    stand_in.chmod(0o755)
+    words = [*TINY, "max_steps=20", "eval_steps=10", "num_active=1", "save_steps=20"]
     words = [f"model={model_folder}", f"data={data_file}", *words]
-    start = [sys.executable, "-c", SCRIPT, str(memory_path / "cmp")]
-    parent = subprocess.Popen([*start, *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    start = [sys.executable, "-c", SCRIPT, str(stand_in), str(memory_path / "cmp")]
     run = memory_path / "cmp" / "runs" / "lisa-learning_rate=5e-05-seed=0"
-    deadline = time.monotonic() + 100
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_bytes().count(b"\n") < 5:
-        assert time.monotonic() < deadline
-        assert parent.poll() is None, parent.stderr.read()
-        time.sleep(0.01)
-    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
-    said = parent.communicate(timeout=100)[1]
+    with started([*start, *words], stderr=subprocess.PIPE, start_new_session=True) as parent:
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 5, parent)
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
+        said = parent.communicate(timeout=HANG_SECONDS)[1]
     assert parent.returncode == 130, said
     assert "stopped after 0 of 1 runs; go on with: lisatune compare --output" in said
     assert "stopped after step" in run.with_name(run.name + ".log").read_text()
-    done = subprocess.run(start, stderr=subprocess.PIPE, text=True, timeout=100)
+    done = subprocess.run(start, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     assert "going on after step" in run.with_name(run.name + ".log").read_text()
     straight = compare(read_grid(None, words), memory_path / "straight", console=quiet(), run_one=in_process)

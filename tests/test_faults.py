@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from lisatune import UserError
 from lisatune.checkpoint import Checkpoints
 from lisatune.files import only_run
+from patience import HANG_SECONDS, started, wait_until
 from test_resume import metrics, run, weights
 
 
@@ -44,9 +44,7 @@ def environment():
 def wait_for_steps(folder, count, process):
     """Until ``count`` lines of metrics are there."""
     path = folder / "metrics.jsonl"
-    while not path.exists() or len(path.read_text().splitlines()) <= count:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) > count, process)
 
 
 @contextmanager
@@ -67,7 +65,7 @@ def test_killed_at_fifty_moments(model_folder, data_file, tmp_path):
     script = Path(__file__).with_name("killing.py")
     done = subprocess.run(
         [sys.executable, script, model_folder, data_file, tmp_path, "50"],
-        capture_output=True, text=True, env=environment(), timeout=500,
+        capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
@@ -82,10 +80,11 @@ def test_killed_at_fifty_moments(model_folder, data_file, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(model_folder, data_file, tmp_path, number):
     words = command(model_folder, data_file, tmp_path / "run", "save_steps=1000000")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
-    wait_for_steps(tmp_path / "run", 5, process)
-    process.send_signal(number)
-    said = process.communicate()[1]
+    held = [words[0], Path(__file__).with_name("held.py"), 5, *words[3:]]
+    with started(held, stderr=subprocess.PIPE, env=environment()) as process:
+        wait_for_steps(tmp_path / "run", 5, process)
+        process.send_signal(number)
+        said = process.communicate()[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in said
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
@@ -106,13 +105,13 @@ def test_a_signal_saves_and_says_how_to_go_on(model_folder, data_file, tmp_path,
 
 def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(model_folder, data_file, tmp_path):
     words = command(model_folder, data_file, tmp_path / "run", "max_steps=100000")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
-    wait_for_steps(tmp_path / "run", 5, process)
-    process.send_signal(signal.SIGSTOP)  # so that both are there before it can end its step
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    assert "stopped after step" not in process.communicate()[1]
+    with started(words, stderr=subprocess.PIPE, env=environment()) as process:
+        wait_for_steps(tmp_path / "run", 5, process)
+        process.send_signal(signal.SIGSTOP)  # so that both are there before it can end its step
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+        assert "stopped after step" not in process.communicate()[1]
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     passed_over = []
     assert Checkpoints(tmp_path / "run").latest(passed_over.append) is not None
@@ -149,13 +148,12 @@ def give_up_the_rights_of_root():
 
 def test_a_folder_that_becomes_read_only(model_folder, data_file, tmp_path):
     words = command(model_folder, data_file, tmp_path / "run", "max_steps=100000")
-    process = subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=give_up_the_rights_of_root
-    )
-    wait_for_steps(tmp_path / "run", 5, process)
+    options = {"stderr": subprocess.PIPE, "env": environment(), "preexec_fn": give_up_the_rights_of_root}
     folder = tmp_path / "run" / "checkpoints"
-    folder.chmod(0o555)
-    said = process.communicate(timeout=60)[1]
+    with started(words, **options) as process:
+        wait_for_steps(tmp_path / "run", 5, process)
+        folder.chmod(0o555)
+        said = process.communicate(timeout=HANG_SECONDS)[1]
     folder.chmod(0o755)
     assert process.returncode == 2, said
     assert "Traceback" not in said
@@ -261,11 +259,9 @@ def test_skipping_for_ever_is_no_training(model_folder, data_file, tmp_path):
 def test_two_runs_in_one_folder_exclude_each_other(model_folder, data_file, tmp_path):
     """A process that is killed lets go of the folder."""
     words = command(model_folder, data_file, tmp_path / "run", "max_steps=100000")
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=environment())
-    wait_for_steps(tmp_path / "run", 2, process)
-    with pytest.raises(UserError, match="another process trains in"):
-        run(model_folder, data_file, tmp_path / "run", resume=True, **SETTINGS)
-    process.kill()
-    process.wait()
+    with started(words, stderr=subprocess.DEVNULL, env=environment()) as process:
+        wait_for_steps(tmp_path / "run", 2, process)
+        with pytest.raises(UserError, match="another process trains in"):
+            run(model_folder, data_file, tmp_path / "run", resume=True, **SETTINGS)
     with only_run(tmp_path / "run"):
         pass

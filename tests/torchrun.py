@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-MINUTES = 4
+from patience import HANG_SECONDS
 
 
-def torchrun(num_ranks, *words, minutes=MINUTES, check=True, options=(), **environment):
+def torchrun(num_ranks, *words, check=True, options=(), **environment):
     """What torchrun printed; its processes are killed if they take too long, so that nothing hangs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
@@ -19,10 +19,10 @@ def torchrun(num_ranks, *words, minutes=MINUTES, check=True, options=(), **envir
         [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     try:
-        told, _ = process.communicate(timeout=60 * minutes)
+        told, _ = process.communicate(timeout=HANG_SECONDS)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)  # torchrun ends its processes, which have sessions of their own
-        process.wait(timeout=60)
+        process.wait(timeout=HANG_SECONDS)
         raise
     assert not check or process.returncode == 0, told[-6000:]
     return told

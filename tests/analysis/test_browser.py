@@ -9,6 +9,7 @@ from html import unescape
 import pytest
 
 from lisatune.analysis.report import write_report
+from patience import HANG_SECONDS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 if BROWSER is None:
@@ -75,7 +76,7 @@ def look(page, width, dark):
         BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000", "--virtual-time-budget=3000", "--dump-dom",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"--user-data-dir={page.parent / 'browser'}", frame.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG_SECONDS)
     match = re.search(r'id="look">(.*?)</pre>', done.stdout, re.DOTALL)
     assert match, done.stderr[-2000:]
     return json.loads(unescape(match[1]))

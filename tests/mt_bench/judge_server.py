@@ -57,6 +57,8 @@ class Server:
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(content)
+                    if len(content) < int(headers.get("Content-Length", 0)):
+                        self.close_connection = True  # it broke off; whoever asked must not wait for the rest
                 except OSError:
                     self.close_connection = True  # whoever asked has gone
 

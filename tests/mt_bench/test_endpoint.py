@@ -5,12 +5,14 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 from judge_server import Server, completion
 
 from lisatune.errors import UserError
 from lisatune.mt_bench.endpoint import TRIES, BudgetSpent, Endpoint, RequestRefused, check_key, check_url
+from patience import HANG_SECONDS, wait_until
 
 BODY = {"messages": [{"role": "user", "content": "Grade this."}], "temperature": 0}
 HTML = (200, {"Content-Type": "text/html"}, b"<html><body>Welcome to \x1b[31mnginx</body></html>")
@@ -94,7 +96,7 @@ def test_a_fault_that_passes(ask, status):
     ],
 )
 def test_an_answer_that_is_no_chat_completion_is_tried_again(ask, nonsense):
-    answer, server, _ = ask(after((500, {}, b""), nonsense, completion("x")), timeout_seconds=0.3)
+    answer, server, _ = ask(after((500, {}, b""), nonsense, completion("x")))
     assert (answer["reply"], len(server.posts)) == ("x", 3)
 
 
@@ -170,12 +172,14 @@ def test_a_server_that_refuses_for_ever_is_not_asked_for_ever(ask):
 
 
 def test_a_server_that_hangs_is_asked_twice(ask):
+    """It takes the connection and the request, and answers neither time; how soon it is seen to hang plays no part."""
     hung = threading.Event()
-    began = time.monotonic()
-    with pytest.raises(UserError, match="gave no answer in 2 tries .no answer in time, ReadTimeout") as caught:
-        ask(lambda number, body: hung.wait(0.6) or completion("too late"), timeout_seconds=0.2)
-    assert len(caught.value.server.posts) == 2
-    assert time.monotonic() - began < 5
+    with Server(lambda number, body: hung.wait(HANG_SECONDS) or completion("too late")) as server:
+        endpoint = Endpoint(server.url, "judge", backoff_seconds=0.01, timeout_seconds=0.2)
+        with closing(endpoint), pytest.raises(UserError, match="in 2 tries .no answer in time, ReadTimeout"):
+            endpoint.ask(BODY)
+        wait_until(lambda: len(server.posts) == 2)
+        hung.set()
 
 
 def test_a_server_that_is_not_there_is_told_of_at_once():

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from lisatune.data.tokenize import PLAIN_TEMPLATE
 from lisatune.errors import Stopped, UserError
 from lisatune.mt_bench.endpoint import Endpoint
 from lisatune.mt_bench.evaluation import draw, evaluate, names_of
+from patience import HANG_SECONDS, started, wait_until
 
 CATEGORIES = ["writing", "maths", "coding"]
 
@@ -175,7 +176,7 @@ def test_ctrl_c_keeps_what_there_is(run, memory_path, monkeypatch, interruptible
         if number == 6:
             os.kill(os.getpid(), signal.SIGINT)
         if number >= 6:
-            noticed.wait(60)  # else all may be answered before
+            noticed.wait(HANG_SECONDS)  # else all may be answered before
         return completion("[[5]]")
 
     with Server(behave) as server:
@@ -192,8 +193,8 @@ def command(server, models, questions, output, *words, **environment):
     place = (
         {"OPENAI_BASE_URL": server.url, "LISATUNE_JUDGE_MODEL": "judge", "OPENAI_API_KEY": "secret"} if server else {}
     )
-    return subprocess.Popen(
-        [sys.executable, "-m", "lisatune", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return started(
+        [sys.executable, "-m", "lisatune", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | place | environment,
     )  # fmt: skip
 
@@ -204,19 +205,18 @@ def test_killed_in_the_middle_it_goes_on_and_asks_for_nothing_twice(models, ques
 
     def behave(number, body):
         if number > 5 and not going_on:
-            server.let_go.wait(60)
+            server.let_go.wait(HANG_SECONDS)
         answered.append(body["messages"][0]["content"])
         return completion("So: [[8]]")
 
     going_on = []
     output = memory_path / "out"
+    replies = output / "replies.jsonl"
     with Server(behave) as server:
-        killed = command(server, models, questions, output)
-        replies = output / "replies.jsonl"
-        while killed.poll() is None and not (replies.exists() and replies.read_bytes().count(b"\n") >= 5):
-            time.sleep(0.02)
-        killed.kill()
-        killed.communicate()
+        with command(server, models, questions, output) as killed:
+            wait_until(lambda: replies.exists() and replies.read_bytes().count(b"\n") >= 5, killed)
+            killed.kill()
+            killed.communicate()
         done = [json.loads(line) for line in replies.read_text().splitlines()]
         assert (killed.returncode, len(done)) == (-signal.SIGKILL, 5)
         with replies.open("a") as file:
@@ -224,9 +224,9 @@ def test_killed_in_the_middle_it_goes_on_and_asks_for_nothing_twice(models, ques
         first, made = set(answered), (output / "answers.jsonl").read_text()
         going_on.append(True)
         before = len(server.posts)
-        words = command(server, models, questions, output, "--json")
-        told, errors = words.communicate(timeout=120)
-        assert words.returncode == 0, errors
+        with command(server, models, questions, output, "--json") as again:
+            told, errors = again.communicate(timeout=HANG_SECONDS)
+        assert again.returncode == 0, errors
         asked = [body["messages"][0]["content"] for body in server.posts[before:]]
         server.let_go.set()
     assert len(asked) == len(set(asked)) == 12 - 5
@@ -305,20 +305,13 @@ def test_the_server_of_transformers(models, questions, tmp_path):
         port = free.getsockname()[1]
     words = ["-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--port", str(port)]
     log = (tmp_path / "log").open("w+")
-    server = subprocess.Popen([sys.executable, *words], stdout=log, stderr=log)
     endpoint = Endpoint(f"http://localhost:{port}/v1", str(judge))
-    try:
-        while server.poll() is None and "Uvicorn running" not in (tmp_path / "log").read_text():
-            time.sleep(0.5)
+    with log, closing(endpoint), started([sys.executable, *words], stdout=log, stderr=log) as server:
+        wait_until(lambda: "Uvicorn running" in (tmp_path / "log").read_text(), server)
         result = evaluate(
             [str(models / "first")], questions, endpoint, tmp_path / "out", max_new_tokens=6, judge_max_tokens=20,
             device="cpu", console=Console(quiet=True),
         )  # fmt: skip
-    finally:
-        endpoint.close()
-        server.terminate()
-        server.wait()
-        log.close()
     [entry] = result["models"]
     assert (entry["num_verdicts"], result["num_requests"]) == (12, 12)
     assert (entry["num_unparsable"], entry["mean"]) == (12, None)  # a random model

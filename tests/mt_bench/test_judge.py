@@ -5,9 +5,10 @@ import pytest
 from judge_server import Server, completion
 
 from lisatune.errors import UserError
-from lisatune.mt_bench.endpoint import Endpoint
+from lisatune.mt_bench.endpoint import LONGEST_WAIT_SECONDS, Endpoint
 from lisatune.mt_bench.judge import NUM_THREADS, Judge
 from lisatune.mt_bench.records import Records
+from patience import HANG_SECONDS, wait_until
 
 PROMPTS = [f"prompt {i}" for i in range(12)]
 
@@ -117,30 +118,36 @@ def test_a_judge_that_refuses_everything_is_told_of(judge):
 
 
 def test_a_few_at_a_time(judge):
-    lock, now, most = threading.Lock(), [0], [0]
+    """The first ones are answered when all of them are there; who comes while they wait is counted."""
+    all_there, lock, now, most = threading.Barrier(NUM_THREADS, timeout=HANG_SECONDS), threading.Lock(), [0], [0]
 
     def behave(number, body):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.05)
+        if number <= NUM_THREADS:
+            all_there.wait()
         with lock:
             now[0] -= 1
         return graded(number, body)
 
     with Server(behave) as server:
         judge(server).verdicts(PROMPTS)
-    assert 1 < most[0] <= NUM_THREADS
+    assert most[0] == NUM_THREADS
 
 
 def test_after_a_failure_nobody_waits_to_send_more(judge):
+    """The last of those that are sent at once fails when the others have begun to wait as long as they may be told to."""
+    all_there, waits = threading.Barrier(NUM_THREADS, timeout=HANG_SECONDS), []
+
     def behave(number, body):
-        if number > 1:
-            return 429, {"Retry-After": "60"}, b"slow down"
-        time.sleep(0.3)  # until the others have been told to wait
+        all_there.wait()
+        if number < NUM_THREADS:
+            return 429, {"Retry-After": str(LONGEST_WAIT_SECONDS)}, b"slow down"
+        wait_until(lambda: len(waits) == NUM_THREADS - 1)
         return 401, {}, b"expired"
 
     began = time.monotonic()
     with Server(behave) as server, pytest.raises(UserError, match="does not accept the key"):
-        judge(server).verdicts(PROMPTS)
-    assert time.monotonic() - began < 30
+        judge(server, tell=waits.append).verdicts(PROMPTS)
+    assert time.monotonic() - began < LONGEST_WAIT_SECONDS

@@ -19,6 +19,7 @@ from lisatune.grid import plan_grid
 from lisatune.standings import read_run, results
 from lisatune.tasks.score import Score, difference
 from lisatune.tasks.scorer import Scorer
+from patience import HANG_SECONDS
 from small_tasks import write_tasks
 from test_resume import run
 
@@ -137,7 +138,7 @@ def test_with_local_data_no_network_is_touched(model_folder, folder):
     """Although the hub is allowed: in a process of its own, where every connection ends it."""
     done = subprocess.run(
         [sys.executable, "-c", NO_NETWORK, "eval", model_folder, "--tasks", "winogrande", "--data-dir", folder],
-        capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "0", "COLUMNS": "100"},
+        capture_output=True, text=True, timeout=HANG_SECONDS, env=os.environ | {"HF_HUB_OFFLINE": "0", "COLUMNS": "100"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "winogrande" in done.stdout

@@ -1,0 +1,28 @@
+"""``lisatune``, but one step of the training waits until a signal comes: python held.py STEP WORD..."""
+
+import os
+import signal
+import sys
+
+import lisatune.train as module
+from lisatune.cli import main
+
+
+def hold(held_step):
+    """Let ``train`` wait at the beginning of ``held_step``, counted from 0, for a signal; one that came before counts too."""
+    arrived, arriving = os.pipe()
+    os.set_blocking(arriving, False)
+    signal.set_wakeup_fd(arriving)  # a byte for each signal
+    seed_step = module.seed_step
+
+    def held(seed, step):
+        if step == held_step:
+            os.read(arrived, 1)
+        seed_step(seed, step)
+
+    module.seed_step = held
+
+
+if __name__ == "__main__":
+    hold(int(sys.argv.pop(1)))
+    main()

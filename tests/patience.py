@@ -1,0 +1,28 @@
+"""How a test waits: for the event itself, with a limit that only a hang can reach."""
+
+import subprocess
+import time
+from contextlib import contextmanager
+
+HANG_SECONDS = (
+    30 * 60
+)  # the slowest process of any test takes seconds, and a minute or two on a machine that is overrun
+
+
+def wait_until(happened, process=None):
+    """Return when ``happened()`` is true; fail if ``process`` ends before, or after ``HANG_SECONDS``."""
+    limit = time.monotonic() + HANG_SECONDS
+    while not happened():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < limit, "it hangs"
+        time.sleep(0.01)
+
+
+@contextmanager
+def started(words, **options):
+    """A process that ends with the test, even one that fails; it would be another test's ResourceWarning otherwise."""
+    with subprocess.Popen([str(word) for word in words], text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
