@@ -298,7 +298,7 @@ def engine_run(problems: Problems, variant: Variant, steps: int, *, batch_rows: 
     x, y = problems.features[0], problems.labels[0]
     model = Additive()
     nn.utils.vector_to_parameters(torch.zeros_like(x[0]), model.parameters())
-    layers = Layers(model, model, model.embedding, tuple(model.decoder), "decoder", None)
+    layers = Layers(model, model, model.embedding, tuple(model.decoder), "decoder", None, (), ())
     engine, groups = engine_and_groups(layers, variant, seed=0)
     optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=variant.weight_decay)
     draw, path = minibatches(0, batch_rows or 1, len(y)), []

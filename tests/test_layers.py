@@ -150,7 +150,3 @@ def test_layers_can_be_named_by_hand():
         find_layers(model, "model.layer")
 
 
-def test_encoder_decoder_is_refused():
-    config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    with pytest.raises(UserError, match="several lists of layers"):
-        find_layers(hf.T5ForConditionalGeneration(config))

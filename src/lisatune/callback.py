@@ -5,29 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from lisatune.distributed import num_ranks
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
-from lisatune.layers import Trains, find_layers
-from lisatune.sampling import UniformSampler
+from lisatune.layers import Trains
+from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
+from lisatune.trainer.settings import LisaSettings
 
 
-class LisaCallback(TrainerCallback):  # type: ignore[misc]
+class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """``Trainer(..., callbacks=[LisaCallback()])`` trains with LISA.
 
     Nothing is frozen before the Trainer has made its optimizer, which would otherwise never hold the layers drawn
-    later. Layers are set at the beginning of an optimizer step, so never inside an accumulation window.
+    later. Layers are set at the beginning of an optimizer step, so never inside an accumulation window. At the end
+    every parameter asks for gradients as before. What trains and what does not is printed at the start.
+
+    The settings are kept in the Trainer's checkpoint. A resumed run needs the same.
 
     Args:
-        num_active: Decoder layers that train at a time, beside embedding and head (the paper's gamma).
+        num_active: Decoder layers that train at a time, next to embedding and head (the paper's gamma).
         interval_steps: Optimizer steps between draws (the paper's K).
-        seed: Of the draws; equal seeds draw equal layers here, in ``LisaEngine`` and in ``lisatune train``.
+        seed: Seed of the draws; equal seeds draw equal layers here, in ``LisaEngine`` and in ``lisatune train``.
         state_policy: See ``LisaEngine``.
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
         train_embedding: See ``LisaEngine``.
         train_head: See ``LisaEngine``.
-    Raises: UserError, when training begins, on several processes, or for a model that has adapters.
+        sampler: Name of the sampler, as ``make_sampler`` knows it.
+        sampler_options: Options of that sampler.
+        sampled_unit: ``layers``, or pieces of them: ``halves``, ``modules``.
+    Raises: UserError, when training begins, for a model that has adapters, a bidirectional model with a next-token loss,
+        two of these callbacks, and a checkpoint made with other settings.
     Example: see examples/hf_trainer.py
     """
 
@@ -41,19 +50,19 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
         *,
         train_embedding: Trains = True,
         train_head: Trains = True,
+        sampler: str = "uniform",
+        sampler_options: dict[str, Any] | None = None,
+        sampled_unit: str = "layers",
     ) -> None:
-        if num_active < 1:
-            raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
-        if interval_steps < 1:
-            raise UserError(f"interval_steps is {interval_steps}: a set of layers lives at least 1 step")
-        self.num_active = num_active
-        self.interval_steps = interval_steps
-        self.seed = seed
-        self.state_policy: StatePolicy = state_policy
-        self.decoder_name = decoder_name
-        self.train_embedding = train_embedding
-        self.train_head = train_head
+        self.settings = LisaSettings(
+            num_active, interval_steps, seed, state_policy, decoder_name, train_embedding, train_head, sampler,
+            sampler_options or {}, sampled_unit,
+        )  # fmt: skip
         self.engine: LisaEngine | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer's checkpoint keeps of this callback."""
+        return {"args": self.settings.as_saved(), "attributes": {}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the layers; freeze nothing yet."""
@@ -62,18 +71,37 @@ class LisaCallback(TrainerCallback):  # type: ignore[misc]
                 f"LisaCallback works on one process, not on {num_ranks()}: start the script without torchrun and "
                 f"accelerate launch, or train with lisatune train --nproc {num_ranks()}"
             )
-        if hasattr(model, "peft_config"):
-            raise UserError(
-                "LisaCallback trains weights, but this model has adapters: pass the model without peft_config"
-            )
-        layers = find_layers(model, self.decoder_name)
-        options = {"train_embedding": self.train_embedding, "train_head": self.train_head}
-        sampler = UniformSampler(len(layers.pool(**options)), self.num_active, self.seed)
-        self.engine = LisaEngine(layers, sampler, self.interval_steps, self.state_policy, **options)
-        if self.train_embedding is not True and args.gradient_checkpointing:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        check_alone(saved)
+        self.settings.check_saved(saved["args"])
+        check_adapters(model)
+        check_checkpointing(model, self.settings.train_embedding)
+        self.engine = self.settings.engine(model)
+        unchecked = check_causal(self.engine.layers)
+        if self.settings.train_embedding is not True and getattr(model, "is_gradient_checkpointing", False):
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
+        if state.is_world_process_zero:
+            print(describe(self.engine, self.settings), *([unchecked] if unchecked else []), sep="\n")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer once for each optimizer step, before its first forward."""
         assert self.engine is not None
         self.engine.begin_step(state.global_step, optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let every parameter ask for gradients as before."""
+        assert self.engine is not None
+        self.engine.release()
+
+
+def describe(engine: LisaEngine, settings: LisaSettings) -> str:
+    """What was found, what trains and what does not."""
+    pool = engine.pool
+    always = sorted(engine.trained_parts(()))
+    never = sorted({"embedding", "head"} - set(always) - set(pool) - ({"head"} if engine.layers.tied else set()))
+    text = f"LISA: {engine.layers.describe()}\nLISA: {settings.num_active} of {len(pool)} {settings.sampled_unit} "
+    text += f"train at a time, sampled by {settings.sampler} every {settings.interval_steps} steps"
+    sampled = [part for part in ("embedding", "head") if part in pool]
+    text += f" ({' and '.join(sampled)} with them)" if sampled else ""
+    text += f"; {', '.join(always)} train in every step"
+    return text + (f"; {', '.join(never)} never" if never else "")

@@ -10,6 +10,7 @@ from torch import nn
 from lisatune.errors import UserError
 from lisatune.importance import gradient_sq_norms
 from lisatune.layers import Layers, Trains
+from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, move_state
 from lisatune.sampling import Sampler
 
 StatePolicy = Literal["reset_layers", "reset_all", "keep"]
@@ -89,6 +90,8 @@ class LisaEngine:
         self.state_policy = state_policy
         self.drawn: tuple[int, ...] | None = None
         self._interval: int | None = None
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self._asked: dict[nn.Parameter, bool] = {}
 
     @property
     def active(self) -> tuple[int, ...] | None:
@@ -127,27 +130,37 @@ class LisaEngine:
         if hasattr(self.sampler, "observe"):
             self.sampler.observe(step, scores)
 
-    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
+    def begin_step(self, step: int, optimizer: Optimizers) -> bool:
         """Make the model ready for optimizer step ``step``; call once before the step's first forward.
 
         Args:
             step: Number of the optimizer step, from 0; not of the micro-batch.
-            optimizer: Any optimizer over all of the text model's parameters.
+            optimizer: One optimizer over all of the text model's parameters, or several that together hold them.
         Returns: Whether the set of layers was set anew.
-        Raises: UserError if the optimizer lacks a parameter that is to be trained at some time.
+        Raises: UserError if a parameter that is to be trained at some time is not held, or for an optimizer that cannot
+            keep frozen layers as they are.
         """
+        optimizers = each_of(optimizer)
+        if optimizers != self._optimizers:
+            self._check_optimizers(optimizers)
         interval = step // self.interval_steps
         if interval == self._interval:
             return False
-        if self._interval is None:
-            self._check_optimizer(optimizer)
         if self.state_policy == "reset_all" and step % self.interval_steps == 0:
-            optimizer.state.clear()
-        self._train(interval, self.sampler(interval), optimizer)
+            for one in optimizers:
+                one.state.clear()
+        self._train(interval, self.sampler(interval))
         return True
 
+    def release(self) -> None:
+        """Let every parameter ask for gradients as it did before the first step; for the end of a training."""
+        for parameter, asked in self._asked.items():
+            parameter.requires_grad_(asked)
+        self._asked.clear()
+        self._interval, self.drawn, self._optimizers = None, None, ()
+
     def resume(
-        self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: torch.optim.Optimizer,
+        self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: Optimizers,
         sampler_state: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Be where ``num_steps`` steps have led: call it before optimizer state is put back, then go on with ``begin_step``.
@@ -159,7 +172,7 @@ class LisaEngine:
             sampler_state: Of a sampler that learns, its ``state_dict`` as it was then.
         Raises: UserError if ``drawn`` is not what the sampler draws, so that the run would not go on as it began.
         """
-        self._check_optimizer(optimizer)
+        self._check_optimizers(each_of(optimizer))
         interval = (num_steps - 1) // self.interval_steps
         if sampler_state is not None:
             self.sampler.load_state_dict(sampler_state)  # type: ignore[attr-defined]
@@ -168,42 +181,48 @@ class LisaEngine:
                 f"the layers active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
             )
         assert drawn is not None
-        self._train(interval, drawn, optimizer)
+        self._train(interval, drawn)
 
-    def _train(self, interval: int, drawn: tuple[int, ...], optimizer: torch.optim.Optimizer) -> None:
+    def _train(self, interval: int, drawn: tuple[int, ...]) -> None:
         """Let train what ``drawn`` names, and freeze all else."""
         self._interval, self.drawn = interval, drawn
         trained = self.trained_parts(self.drawn)
-        state_device = getattr(optimizer, "state_device", None)  # of an optimizer whose state is never on the device
+        if not self._asked:
+            self._asked = {p: p.requires_grad for p in self.layers.model.parameters()}
         for part, parameters in self.layers.parts().items():
             for parameter in parameters.values():
-                if part in trained and parameter.is_floating_point():
-                    parameter.requires_grad_(True)
-                    if self.state_policy == "keep":
-                        move_state(optimizer, parameter, state_device or parameter.device)
-                else:
-                    parameter.requires_grad_(False)
+                trains = part in trained and parameter.is_floating_point()
+                parameter.requires_grad_(trains)
+                if not trains:
                     parameter.grad = None
-                    if self.state_policy == "keep":
-                        move_state(optimizer, parameter, torch.device("cpu"))
-                    else:
-                        optimizer.state.pop(parameter, None)
+                for optimizer in self._optimizers:
+                    self._place_state(optimizer, parameter)
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _place_state(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+        if self.state_policy != "keep":
+            if not parameter.requires_grad:
+                drop_state(optimizer, parameter)
+            return
+        # of an optimizer whose state is never on the device, state_device tells so
+        here = getattr(optimizer, "state_device", None) or parameter.device
+        move_state(optimizer, parameter, here if parameter.requires_grad else torch.device("cpu"))
+
+    def _check_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
+        for optimizer in optimizers:
+            check_suited(optimizer, self.state_policy)
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         ever = self.trained_parts(tuple(range(len(self.pool))))
-        parameters = [item for part, own in self.layers.parts().items() if part in ever for item in own.items()]
-        missing = [name for name, p in parameters if p.is_floating_point() and id(p) not in held]
-        if missing:
-            raise UserError(
-                f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "
-                "train: make the optimizer over model.parameters() before anything is frozen"
-            )
+        for part, own in self.layers.parts().items():
+            missing = [name for name, p in own.items() if p.is_floating_point() and id(p) not in held]
+            if part in ever and missing:
+                raise UserError(_not_held(missing[0], part, frozen=not own[missing[0]].requires_grad))
+        self._optimizers = optimizers
 
 
-def move_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, device: torch.device) -> None:
-    """Move the moments of ``parameter``; step counters are left where the optimizer wants them."""
-    state = optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.ndim > 0:
-            state[key] = value.to(device)
+def _not_held(name: str, part: str, *, frozen: bool) -> str:
+    text = f"the optimizer does not hold {name}, so it would never train: "
+    if frozen:
+        text += "it was frozen before; call model.requires_grad_(True), then make the optimizer over model.parameters()"
+    else:
+        text += "make the optimizer over model.parameters() before anything is frozen, or give all of several in a list"
+    return text + (f", or set train_{part}=False" if part in ("embedding", "head") else "")

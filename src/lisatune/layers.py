@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.errors import UserError
+from lisatune.structure import common_parent, decoder_lists, embedding_of, fixed_by_authors, outside_modules, owner_of_forward
 
 Trains = bool | Literal["sampled"]  # of embedding and head: in every interval, in none, or when drawn like a layer
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The parts of a causal language model, as modules (never as tensors, which wrappers may replace).
+    """The parts of a language model, as modules (never as tensors, which wrappers may replace).
 
     Every parameter of the model belongs to exactly one part:
 
     ======================  ==================================================================================
     ``embedding``           the input embedding, and position embeddings beside it; of a tied pair it owns the tensor
     ``layers.0``, ...       the decoder layers, each with everything inside it (a mixture's experts too)
-    ``norm``                the rest of the text model: final norm, projections
-    ``head``                the output embedding; empty when tied
-    ``outside``             what is not of the text model (a vision tower and its projector)
+    ``norm``                the rest of the text model: final norm, projections, transforms before the head
+    ``head``                the output embedding, empty when tied; of a model without one whatever comes after the text
+                            model: ``score``, ``qa_outputs``
+    ``outside``             what is not of the text model (a vision tower and its projector), and what the model's
+                            authors keep frozen (a router's bias, sinusoids)
     ======================  ==================================================================================
 
     LISA trains the decoder layers by turns, ``norm`` always, embedding and head always unless told otherwise, and
-    ``outside`` never.
+    ``outside`` never. Of an encoder-decoder the layers of both are ``decoder``, the encoder's first.
     """
 
     model: nn.Module
@@ -37,6 +40,8 @@ class Layers:
     decoder: tuple[nn.Module, ...]
     decoder_name: str
     head: nn.Module | None
+    outside: tuple[nn.Module, ...]
+    fixed: tuple[tuple[nn.Module, str], ...]
 
     @property
     def tied(self) -> bool:
@@ -50,10 +55,14 @@ class Layers:
         prefixes |= {id(layer): f"layers.{i}" for i, layer in enumerate(self.decoder)}
         if self.head is not None:
             prefixes[id(self.head)] = "head"
-        owner: dict[int, str] = {}
+        owner = {id(getattr(module, name)): "outside" for module, name in self.fixed}
         for module in (self.embedding, *self.decoder, *([self.head] if self.head is not None else [])):
             for parameter in module.parameters():
                 owner.setdefault(id(parameter), prefixes[id(module)])
+        owner_of_rest = "norm" if self.head is not None else "head"  # what comes after the text model
+        for module in self.outside:
+            for parameter in module.parameters(recurse=False):
+                owner.setdefault(id(parameter), "outside")
         for module in self.trunk_module.modules():
             part = "embedding" if isinstance(module, nn.Embedding) else "norm"
             for parameter in module.parameters(recurse=False):
@@ -63,7 +72,7 @@ class Layers:
         for name, parameter in self.model.named_parameters():
             if hasattr(parameter, "cut"):  # a view of rows of another one, see ``slices``
                 continue
-            parts[owner.get(id(parameter), "outside")][name] = parameter
+            parts[owner.get(id(parameter), owner_of_rest)][name] = parameter
         return parts
 
     def num_parameters(self) -> dict[str, int]:
@@ -131,6 +140,32 @@ class Layers:
             for hook in hooks:
                 hook.remove()
 
+    def is_causal(self) -> bool:
+        """Whether no token sees a later one, without which a next-token loss teaches nothing.
+
+        Found by trying it: the first token's logits have no slope along the last token's embedding. Exact, since a
+        masked attention weight is 0. Costs a forward and a backward pass of four tokens; not for the meta device.
+        """
+        ids = torch.tensor([[1, 2, 3, 4]], device=next(self.embedding.parameters()).device)
+        made: list[Tensor] = []
+
+        def watch(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+            made.append(out.detach().requires_grad_())
+            return made[-1]
+
+        hook = self.embedding.register_forward_hook(watch)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.enable_grad():
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, 0].float()
+                weights = torch.linspace(-1.0, 1.0, len(logits), device=logits.device)
+                slope = torch.autograd.grad((logits * weights).sum(), made[0])[0]
+        finally:
+            self.model.train(training)
+            hook.remove()
+        return not slope[0, -1].any()
+
     def describe(self) -> str:
         """What was found, in one line."""
         counts = self.num_parameters()
@@ -141,20 +176,35 @@ class Layers:
             + ("head tied to it" if self.tied else f"head {counts['head']:,}")
             + f", norm and the like {counts['norm']:,}"
         )
-        return text + (f", outside the text model (never trained) {counts['outside']:,}" if counts["outside"] else "")
+        if not counts["outside"]:
+            return text
+        return text + f", outside the text model (never trained) {counts['outside']:,}: {self._outside_names()}"
+
+    def _outside_names(self) -> str:
+        """The outermost modules that hold nothing but what is outside, and single parameters."""
+        inside = [name for part, own in self.parts().items() if part != "outside" for name in own]
+        names = list[str]()
+        for name in self.parts()["outside"]:
+            steps = name.split(".")
+            starts = (".".join(steps[:i]) for i in range(1, len(steps)))
+            whole = next((s for s in starts if not any(n.startswith(s + ".") for n in inside)), name)
+            if whole not in names:
+                names.append(whole)
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
-    """See a Hugging Face causal model as embedding, decoder layers, final norm and head.
+    """See a Hugging Face model as embedding, decoder layers, final norm and head.
 
     It goes by structure, not by class names: the input and output embeddings are what the model says they are, and the
-    decoder layers are the one ``nn.ModuleList`` of equal, parameter-holding blocks that lies beside the input embedding
-    in the smallest module holding both. A mixture's experts lie deeper and a vision tower lies elsewhere.
+    decoder layers are the one ``nn.ModuleList`` of parameter-holding blocks that is next to the input embedding in the
+    smallest module holding both. A mixture's experts are deeper and a vision tower is elsewhere. Of an encoder-decoder
+    both lists are found, the encoder's first.
 
     Args:
-        model: A causal language model; also inside ``peft``.
-        decoder_name: Dotted path of the list of decoder layers, for a model that is not recognised.
-    Returns: ``Layers``; costs one walk over the modules.
+        model: A causal language model, one with another head, or an encoder-decoder; also inside ``peft``.
+        decoder_name: Dotted path of the list of layers, for a model that is not recognised; several with commas.
+    Returns: ``Layers``; costs one walk over the modules, and one class built on the meta device if something is frozen.
     Raises: UserError saying how to name the layers by hand, if there are none or the choice is not clear.
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -164,83 +214,35 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
         >>> layers.decoder_name, len(layers.decoder), layers.num_parameters()["embedding"]
         ('model.layers', 3, 1024)
     """
-    embedding = _embedding_of(model, "get_input_embeddings")
+    embedding = embedding_of(model, "get_input_embeddings")
     if embedding is None:
         raise UserError(f"{type(model).__name__} names no input embedding: LISA needs a causal language model")
     names = {id(module): name for name, module in model.named_modules()}
     if id(embedding) not in names:
         raise UserError(f"the input embedding of {type(model).__name__} is not a module of it: LISA cannot train it")
-    if decoder_name is None:
-        decoder_name = _decoder_list(model, names[id(embedding)])
-    found = dict(model.named_modules()).get(decoder_name)
-    if not isinstance(found, nn.ModuleList) or len(found) == 0:
-        raise UserError(
-            f"'{decoder_name}' is no list of layers in {type(model).__name__}: give decoder_name=<its dotted path>"
-        )
-    trunk_name = _common_parent(names[id(embedding)], decoder_name)
+    lists = decoder_name.split(",") if decoder_name else decoder_lists(model, names[id(embedding)])
+    modules, decoder = dict(model.named_modules()), list[nn.Module]()
+    for name in lists:
+        found = modules.get(name)
+        if not isinstance(found, nn.ModuleList) or len(found) == 0:
+            raise UserError(
+                f"'{name}' is no list of layers in {type(model).__name__}: give decoder_name=<its dotted path>"
+            )
+        decoder += found
+    trunk_module = owner_of_forward(model, common_parent(names[id(embedding)], *lists))
+    head = embedding_of(model, "get_output_embeddings")
+    kept = [embedding, *decoder, *([head] if head is not None else [])]
     return Layers(
         model=model,
-        trunk_module=_owner_of_forward(model, trunk_name),
+        trunk_module=trunk_module,
         embedding=embedding,
-        decoder=tuple(found),
-        decoder_name=decoder_name,
-        head=_embedding_of(model, "get_output_embeddings"),
+        decoder=tuple(decoder),
+        decoder_name=",".join(lists),
+        head=head,
+        outside=tuple(outside_modules(model, trunk_module, kept)),
+        fixed=tuple(fixed_by_authors(model)),
     )
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage() is b.untyped_storage()
-
-
-def _embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        module = getattr(model, getter)()
-    except (AttributeError, NotImplementedError):  # how transformers says that a model has no such embedding
-        return None
-    return module if isinstance(module, nn.Module) else None
-
-
-def _decoder_list(model: nn.Module, embedding_name: str) -> str:
-    """The stack that shares the longest path with the embedding; the shallower, then the longer, of several."""
-    stacks: list[str] = [name for name, module in model.named_modules() if _is_stack(module)]
-    outer = [s for s in stacks if not any(s.startswith(other + ".") for other in stacks)]
-    depth = {s: len(_common_parent(embedding_name, s)) for s in outer}  # in characters: all begin alike
-    nearest = [s for s in outer if depth[s] == max(depth.values())]
-    if len(nearest) != 1:
-        what = "no decoder layers" if not nearest else f"several lists of layers ({', '.join(nearest)})"
-        raise UserError(
-            f"found {what} in {type(model).__name__}: name them by hand with "
-            "decoder_name=<dotted path of the nn.ModuleList>, for example decoder_name=model.layers"
-        )
-    return nearest[0]
-
-
-def _is_stack(module: nn.Module) -> bool:
-    """A list of blocks of one class, each with weight matrices inside submodules of its own."""
-    if not isinstance(module, nn.ModuleList) or len(module) == 0:
-        return False
-    blocks = list(module)
-    alike = all(type(block) is type(blocks[0]) for block in blocks)
-    return alike and any(True for _ in blocks[0].children()) and any(p.ndim >= 2 for p in blocks[0].parameters())
-
-
-def _common_parent(a: str, b: str) -> str:
-    common = []
-    for left, right in zip(a.split(".")[:-1], b.split(".")[:-1], strict=False):
-        if left != right:
-            break
-        common.append(left)
-    return ".".join(common)
-
-
-def _owner_of_forward(model: nn.Module, name: str) -> nn.Module:
-    """The outermost module below ``model`` on the way to ``name`` that is a model without a head.
-
-    OPT keeps its layers in ``model.decoder`` and a vision-language model in ``model.language_model``: for hidden states
-    either will do, for the count of the text model's parameters the inner one is meant.
-    """
-    module = model.get_submodule(name)
-    while name and isinstance(module, nn.ModuleList | nn.ModuleDict):
-        name = name.rpartition(".")[0]
-        module = model.get_submodule(name)
-    return module

@@ -19,7 +19,8 @@ from lisatune.config import LAYERWISE, OUR_OPTIMS, TrainConfig
 from lisatune.correction import InverseChance, active_chances
 from lisatune.data.loader import Batch
 from lisatune.distributed import Sharded, local, num_ranks, over_shards, total
-from lisatune.engine import LisaEngine, move_state
+from lisatune.engine import LisaEngine
+from lisatune.optim.suited import move_state
 from lisatune.errors import UserError
 from lisatune.evaluate import batch_loss
 from lisatune.inactive import InactiveUpdates

@@ -16,7 +16,7 @@ from lisatune.preflight import check_model_name
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
 ) -> tuple[torch.nn.Module, Any]:
-    """A causal language model, all of it trainable, in evaluation mode, and its tokenizer, on the CPU.
+    """A causal language model, trainable as its authors built it, in evaluation mode, and its tokenizer, on the CPU.
 
     Args:
         name: A Hugging Face folder, a ``.gguf`` file (its weights are de-quantised), or a hub name.
@@ -52,7 +52,6 @@ def load_model(
             f"{name}: the tokenizer has {len(tokenizer):,} tokens, the model only "
             f"{model.get_input_embeddings().num_embeddings:,}: they do not belong together"
         )
-    model.requires_grad_(True)
     return model, tokenizer
 
 

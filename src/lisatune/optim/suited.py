@@ -1,0 +1,67 @@
+"""Which optimizers keep LISA's promise, and how several are seen as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lisatune.errors import UserError
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+def each_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer, or several, such as Muon for the hidden matrices and AdamW for the rest."""
+    return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+
+
+def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
+    """Refuse an optimizer that would move frozen weights, or whose count of steps is not that of a layer.
+
+    Raises: UserError naming the optimizer and what to use instead.
+    """
+    kind = _innermost(optimizer)
+    name = type(kind).__name__
+    if not hasattr(kind, "param_groups"):
+        raise UserError(f"{name} is no optimizer: give one torch.optim.Optimizer, or a list of several")
+    if isinstance(kind, torch.optim.LBFGS):
+        raise UserError("LBFGS moves all parameters along one direction, frozen ones too: use AdamW or SGD with LISA")
+    if any("weight_sum" in group for group in kind.param_groups):
+        raise UserError(
+            f"{name} counts steps for all parameters together, so a layer that is sampled late makes steps many times "
+            "too long: use AdamW with a learning rate schedule"
+        )
+    if isinstance(kind, torch.optim.RAdam) and state_policy != "keep":
+        raise UserError(
+            "RAdam warms up again whenever state is dropped, so decoder layers would hardly move: use AdamW, or "
+            "state_policy=keep"
+        )
+
+
+def _innermost(optimizer: Any) -> Any:
+    """What accelerate and others have wrapped."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def drop_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> None:
+    """Forget what ``optimizer`` holds of ``parameter``.
+
+    Raises: UserError if it does not let go, as an optimizer made of several may not.
+    """
+    optimizer.state.pop(parameter, None)
+    if parameter in optimizer.state:
+        raise UserError(
+            f"{type(optimizer).__name__} keeps optimizer state that cannot be dropped: give its optimizers as a list"
+        )
+
+
+def move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, device: torch.device) -> None:
+    """Move the moments of ``parameter``; step counters are left where the optimizer wants them."""
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.ndim > 0:
+            state[key] = value.to(device)

@@ -1,0 +1,1 @@
+"""What ``LisaCallback`` needs of ``transformers.Trainer``: its processes, its checkpoint, its log."""

@@ -1,0 +1,87 @@
+"""The settings of ``LisaCallback``, checked, kept in the Trainer's checkpoint, and made into an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lisatune.engine import LisaEngine, StatePolicy
+from lisatune.errors import UserError
+from lisatune.layers import Trains, find_layers
+from lisatune.modules import split_layers
+from lisatune.samplers import make_sampler
+
+
+@dataclass(frozen=True)
+class LisaSettings:
+    """What a user may set; see ``LisaCallback``."""
+
+    num_active: int = 2
+    interval_steps: int = 20
+    seed: int = 0
+    state_policy: StatePolicy = "reset_layers"
+    decoder_name: str | None = None
+    train_embedding: Trains = True
+    train_head: Trains = True
+    sampler: str = "uniform"
+    sampler_options: dict[str, Any] = field(default_factory=dict)
+    sampled_unit: str = "layers"
+
+    def __post_init__(self) -> None:
+        if self.num_active < 1:
+            raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
+        if self.interval_steps < 1:
+            raise UserError(f"interval_steps is {self.interval_steps}: a set of layers lives at least 1 step")
+        if self.sampled_unit not in ENGINES:
+            raise UserError(f"sampled_unit is '{self.sampled_unit}': choose one of {', '.join(ENGINES)}")
+
+    def engine(self, model: nn.Module) -> LisaEngine:
+        """LISA for ``model``."""
+        return ENGINES[self.sampled_unit](self, model)
+
+    def as_saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps; plain values, as JSON gives them back."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    def check_saved(self, saved: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint that was made with other settings.
+
+        Raises: UserError naming the first that differs, and both values.
+        """
+        for name, now in self.as_saved().items():
+            before = saved.get(name, now)
+            if before != now:
+                raise UserError(
+                    f"the checkpoint was made with {name}={before}, but LisaCallback has {name}={now}: other layers would "
+                    f"train than in a run never stopped; set {name}={before}, or train without resume_from_checkpoint"
+                )
+
+
+def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
+    """Whole decoder layers, or pieces of them."""
+    layers: Any = find_layers(model, settings.decoder_name)
+    if settings.sampled_unit != "layers":
+        layers = split_layers(layers, settings.sampled_unit)  # type: ignore[arg-type]
+    trains = {"train_embedding": settings.train_embedding, "train_head": settings.train_head}
+    pool = layers.pool(**trains)
+    options = settings.sampler_options | ({"names": pool} if settings.sampler == "weighted" else {})
+    if settings.num_active > len(pool):
+        unit = "decoder layers" if settings.sampled_unit == "layers" else settings.sampled_unit
+        raise UserError(f"num_active is {settings.num_active}, but the model has {len(pool)} {unit}: choose fewer")
+    sampler = make_sampler(
+        settings.sampler, num_layers=len(pool), num_active=settings.num_active, seed=settings.seed,
+        interval_steps=settings.interval_steps, **options,
+    )  # fmt: skip
+    return LisaEngine(layers, sampler, settings.interval_steps, settings.state_policy, **trains)
+
+
+ENGINES: dict[str, Callable[[LisaSettings, nn.Module], LisaEngine]] = {
+    "layers": layer_engine,
+    "halves": layer_engine,
+    "modules": layer_engine,
+}
