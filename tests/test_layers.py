@@ -148,5 +148,3 @@ def test_layers_can_be_named_by_hand():
     assert find_layers(model, "model.layers").decoder_name == "model.layers"
     with pytest.raises(UserError, match=r"'model\.layer' is no list of layers"):
         find_layers(model, "model.layer")
-
-

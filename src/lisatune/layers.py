@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.errors import UserError
-from lisatune.structure import common_parent, decoder_lists, embedding_of, fixed_by_authors, outside_modules, owner_of_forward
+from lisatune.structure import (
+    common_parent,
+    decoder_lists,
+    embedding_of,
+    fixed_by_authors,
+    outside_modules,
+    owner_of_forward,
+)
 
 Trains = bool | Literal["sampled"]  # of embedding and head: in every interval, in none, or when drawn like a layer
 

@@ -20,7 +20,6 @@ from lisatune.correction import InverseChance, active_chances
 from lisatune.data.loader import Batch
 from lisatune.distributed import Sharded, local, num_ranks, over_shards, total
 from lisatune.engine import LisaEngine
-from lisatune.optim.suited import move_state
 from lisatune.errors import UserError
 from lisatune.evaluate import batch_loss
 from lisatune.inactive import InactiveUpdates
@@ -33,6 +32,7 @@ from lisatune.modules import split_layers
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.library import make_library_optimizer
 from lisatune.optim.moments import StateBits
+from lisatune.optim.suited import move_state
 from lisatune.samplers import make_sampler
 from lisatune.zeroth_order import ZerothOrder
 

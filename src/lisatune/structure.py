@@ -12,7 +12,9 @@ from torch import nn
 from lisatune.errors import UserError
 
 Stacks = nn.ModuleList | nn.Sequential
-NAME_THEM = "name them by hand with decoder_name=<dotted path of the nn.ModuleList>, for example decoder_name=model.layers"
+NAME_THEM = (
+    "name them by hand with decoder_name=<dotted path of the nn.ModuleList>, for example decoder_name=model.layers"
+)
 
 
 def decoder_lists(model: nn.Module, embedding_name: str) -> list[str]:
@@ -46,7 +48,8 @@ def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
 
 def _nearest_list(model: nn.Module, embedding_name: str, owner: str = "") -> str:
     """The list that shares the longest path with the embedding. Lists inside other lists do not count."""
-    stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and is_stack(module)]
+    modules = model.named_modules()
+    stacks: list[str] = [name for name, m in modules if isinstance(m, nn.ModuleList) and is_stack(m)]
     outer = [s for s in stacks if not any(s.startswith(other + ".") for other in stacks)]
     depth = {s: len(common_parent(embedding_name, s)) for s in outer}  # in characters: all begin alike
     nearest = [s for s in outer if depth[s] == max(depth.values())]

@@ -13,8 +13,8 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def each_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
-    """One optimizer, or several, such as Muon for the hidden matrices and AdamW for the rest."""
-    return tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    """One optimizer, or several, such as Muon for the hidden matrices and AdamW for the rest; without their wrappers."""
+    return tuple(_innermost(one) for one in (optimizer if isinstance(optimizer, Sequence) else [optimizer]))
 
 
 def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
@@ -22,18 +22,17 @@ def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
 
     Raises: UserError naming the optimizer and what to use instead.
     """
-    kind = _innermost(optimizer)
-    name = type(kind).__name__
-    if not hasattr(kind, "param_groups"):
+    name = type(optimizer).__name__
+    if not hasattr(optimizer, "param_groups"):
         raise UserError(f"{name} is no optimizer: give one torch.optim.Optimizer, or a list of several")
-    if isinstance(kind, torch.optim.LBFGS):
+    if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError("LBFGS moves all parameters along one direction, frozen ones too: use AdamW or SGD with LISA")
-    if any("weight_sum" in group for group in kind.param_groups):
+    if any("weight_sum" in group for group in optimizer.param_groups):
         raise UserError(
             f"{name} counts steps for all parameters together, so a layer that is sampled late makes steps many times "
             "too long: use AdamW with a learning rate schedule"
         )
-    if isinstance(kind, torch.optim.RAdam) and state_policy != "keep":
+    if isinstance(optimizer, torch.optim.RAdam) and state_policy != "keep":
         raise UserError(
             "RAdam warms up again whenever state is dropped, so decoder layers would hardly move: use AdamW, or "
             "state_policy=keep"
