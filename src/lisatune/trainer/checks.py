@@ -50,11 +50,12 @@ def check_causal(layers: Layers) -> str:
 
 def check_checkpointing(model: nn.Module, train_embedding: Trains) -> None:
     """Refuse reentrant checkpoints above a frozen embedding: their inputs have no gradient, so they give none."""
+    if train_embedding is True:
+        return
     for module in model.modules():
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if train_embedding is not True and getattr(module, "gradient_checkpointing", False):
-            if options.get("use_reentrant", False):
-                raise UserError(
-                    f"gradient checkpointing with use_reentrant=True gives no gradients if train_embedding={train_embedding}: "
-                    'set gradient_checkpointing_kwargs={"use_reentrant": False}'
-                )
+        if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant", False):
+            raise UserError(
+                f"gradient checkpointing with use_reentrant=True gives no gradients if train_embedding={train_embedding}: "
+                'set gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
