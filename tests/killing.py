@@ -1,9 +1,13 @@
-"""Train a run to its end although it is killed so many times; python killing.py MODEL DATA FOLDER KILLS."""
+"""Train a run to its end although it is killed so many times; python killing.py MODEL DATA FOLDER KILLS.
+
+Of five kills one comes soon after the start, two while a checkpoint is written, and two at some time after one was.
+"""
 
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +21,7 @@ from lisatune.files import checkpoint_steps
 from lisatune.preflight import preflight
 from lisatune.run import Run, build
 from lisatune.train import fit
+from patience import wait_until
 
 SETTINGS = {
     "num_active": 1, "interval_steps": 3, "save_steps": 1, "max_steps": 150, "learning_rate": 1e-2, "max_length": 64,
@@ -43,6 +48,49 @@ def start(run: Run) -> int:
         os._exit(1)
 
 
+def newest(output: Path) -> int:
+    """Step of the newest checkpoint; 0 if there is none."""
+    return (checkpoint_steps(output) or [0])[0] if output.exists() else 0
+
+
+def is_writing(output: Path) -> bool:
+    """Whether a checkpoint is half written."""
+    return any((output / "checkpoints").glob(".writing-*"))
+
+
+def caught_writing(child: int, output: Path) -> bool:
+    """Stop ``child`` for a moment if it seems to be writing; whether it is, and stays stopped."""
+    if not is_writing(output):
+        return False
+    os.kill(child, signal.SIGSTOP)
+    os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if is_writing(output):
+        return True
+    os.kill(child, signal.SIGCONT)
+    return False
+
+
+def kill(child: int, output: Path, way: int, moments: random.Random, per_step: float) -> bool:
+    """Kill ``child`` in one of five ways; False if the run had come to its end before."""
+    before = newest(output)
+    if way:
+        wait_until(lambda: newest(output) > before or ended(child), pause=0.0005)
+    if way in (1, 2):
+        wait_until(lambda: ended(child) or caught_writing(child, output), pause=0.0005)
+    else:
+        time.sleep(moments.uniform(0, 2 * per_step))
+    if ended(child):
+        assert os.waitpid(child, 0)[1] == 0
+        return False
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def ended(child: int) -> bool:
+    """Whether ``child`` has ended; it stays to be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def main(model: str, data: str, folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
     begun = time.monotonic()
@@ -52,19 +100,13 @@ def main(model: str, data: str, folder: Path, kills: int) -> None:
     output = folder / "killed"
     run, told = make(model, data, output), {"kills": 0, "while_writing": 0, "went_on": 0}
     while told["kills"] < kills:
-        before = (checkpoint_steps(output) or [0])[0] if output.exists() else 0
-        child = start(run)
-        if moments.random() < 0.8 and before < SETTINGS["max_steps"] - 20:  # most die in the loop, some before it
-            while not output.exists() or (checkpoint_steps(output) or [0])[0] <= before:
-                assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
-                time.sleep(0.0005)
-        time.sleep(moments.uniform(0, 2 * per_step))
-        os.kill(child, signal.SIGKILL)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
+        before = newest(output)
+        if not kill(start(run), output, told["kills"] % 5, moments, per_step):
+            shutil.rmtree(output)  # it was faster than we: there is nothing left to kill, so it begins once more
+            continue
         told["kills"] += 1
-        if output.exists():
-            told["while_writing"] += any((output / "checkpoints").glob(".writing-*"))
-            told["went_on"] += (checkpoint_steps(output) or [0])[0] > before
+        told["while_writing"] += is_writing(output)
+        told["went_on"] += newest(output) > before
     assert os.waitpid(start(run), 0)[1] == 0
     print(json.dumps(told))
 

@@ -9,13 +9,13 @@ HANG_SECONDS = (
 )  # the slowest process of any test takes seconds, and a minute or two on a machine that is overrun
 
 
-def wait_until(happened, process=None):
-    """Return when ``happened()`` is true; fail if ``process`` ends before, or after ``HANG_SECONDS``."""
+def wait_until(happened, process=None, pause=0.01):
+    """Return when ``happened()`` is true, looked at every ``pause`` seconds; fail if ``process`` ends or it hangs."""
     limit = time.monotonic() + HANG_SECONDS
     while not happened():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < limit, "it hangs"
-        time.sleep(0.01)
+        time.sleep(pause)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from conftest import make_llama
 from lisatune.config import build_config
 from lisatune.distributed import gathered, joined, rank
+from patience import wait_until
 from test_plan import WIDE, measured_peak
 
 
@@ -21,14 +21,22 @@ def settled(collective):
     """
 
     def call(*args, async_op=False, **kwargs):
-        work = collective(*args, async_op=True, **kwargs)
         if async_op:
-            return work
+            return collective(*args, async_op=True, **kwargs)
+        work = collective(*args, async_op=True, **kwargs)
         work.wait()
-        time.sleep(0.02)
+        wait_until(gloo_sleeps, pause=0.001)
+        del work  # with its buffers, which nobody else holds any more
         return None
 
     return call
+
+
+def gloo_sleeps():
+    """Whether all threads in which Gloo works wait for more to do, as the system says."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if "gloo_runloop" in (task / "comm").read_text()]
+    assert tasks
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "S" for task in tasks)
 
 
 def main(path):

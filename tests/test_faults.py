@@ -70,8 +70,8 @@ def test_killed_at_fifty_moments(model_folder, data_file, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
     assert told["kills"] == 50
-    assert told["while_writing"] > 0
-    assert told["went_on"] > 10
+    assert told["while_writing"] >= 20
+    assert told["went_on"] >= 40
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")

@@ -1,6 +1,6 @@
 """Forecasts against what PyTorch's allocator really gave out, and against arithmetic."""
 
-import time
+import resource
 
 import pytest
 import torch
@@ -123,11 +123,11 @@ def test_everything_trained_at_8b_in_18_gib_and_no_more_than_lora():
     assert streamed.peak_bytes < 6 * 2**30
 
 
-def test_a_plan_takes_seconds_whatever_the_size():
-    """A bound on hanging, not a benchmark."""
-    started = time.perf_counter()
+def test_a_plan_holds_nothing_whatever_the_size():
+    """The weights alone would take 16 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plan_memory(LLAMA_8B, method="full", max_length=1024, per_device_train_batch_size=1)
-    assert time.perf_counter() - started < 60
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
 
 
 def test_a_model_that_cannot_run_on_meta_says_so_and_names_its_formula():
