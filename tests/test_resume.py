@@ -26,6 +26,7 @@ def tmp_path(memory_path):
 
 
 STEPS = 14
+SLICES = {"sampled_unit": "slices", "num_slices": 3, "num_active": 1}
 WAYS = {
     "LISA": {},
     "another set in every step": {"interval_steps": 1, "num_active": 1},
@@ -53,6 +54,12 @@ WAYS = {
     "LARS": {"optim": "lars", "learning_rate": 0.1},
     "SGD": {"optim": "sgd", "learning_rate": 0.5},
     "MeZO": {"method": "mezo", "learning_rate": 1e-4},
+    "slices": SLICES | {"interval_steps": 1},
+    "slices with moments": SLICES
+    | {"num_active": 2, "dtype": "bfloat16", "optim": "adamw_8bit", "train_norms": "sampled"},
+    "slices, moments kept": SLICES | {"state_policy": "keep", "train_embedding": True, "train_head": True},
+    "slices, step in backward": SLICES
+    | {"interval_steps": 1, "dtype": "bfloat16", "optimizer_in_backward": True, "max_grad_norm": 0},
     "full": {"method": "full", "lr_scheduler_type": "cosine", "warmup_steps": 3},
 }
 

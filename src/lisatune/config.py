@@ -54,10 +54,27 @@ class TrainConfig(BaseModel):
     sampler_options: dict[str, Any] = Field(
         {}, description="Of the sampler, for example {weights: weights.json}, {layers: [0, 5]} or {temperature: 0.5}."
     )
-    sampled_unit: Literal["layers", "halves", "modules"] = Field(
+    sampled_unit: Literal["layers", "halves", "modules", "slices"] = Field(
         "layers",
-        description="What is drawn: decoder layers, their attention and MLP halves, or single matrices (MISA).",
+        description="What is drawn: decoder layers, their attention and MLP halves, single matrices (MISA), or a block of rows "
+        "of every matrix (slices).",
     )
+    num_slices: int = Field(
+        15, ge=1, description="Blocks that each matrix is cut into, of which num_active train at a time."
+    )
+    train_norms: bool | Literal["sampled"] = Field(
+        True,
+        description="Of slices: train norms and biases whole in every step, never (false), or in slices (sampled).",
+    )
+    embedding_lr_ratio: float = Field(
+        1.0,
+        gt=0,
+        description="Learning rate of the embedding, as a multiple of learning_rate. Of a tied pair, of both.",
+    )
+    head_lr_ratio: float | None = Field(
+        None, gt=0, description="The same for the head; 1 if not given, and that of the embedding if it is tied to it."
+    )
+    norm_lr_ratio: float = Field(1.0, gt=0, description="The same for norms and biases.")
     inverse_chance: bool = Field(
         False,
         description="Divide a drawn layer's updates by its chance to be drawn, so that they are those of full on average.",
@@ -95,9 +112,10 @@ class TrainConfig(BaseModel):
     mezo_epsilon: float = Field(1e-3, gt=0, description="How far a probe of mezo moves the weights.")
     mezo_directions: int = Field(1, ge=1, description="Directions that mezo probes in a step, two losses each.")
 
-    optim: Literal["adamw", "adamw_16bit", "adamw_8bit", "sgd", "lars", "lamb", "adafactor", "muon"] = Field(
+    optim: Literal["adamw", "adamw_16bit", "adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"] = Field(
         "adamw",
-        description="AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically), or another.",
+        description="AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically); sign (the gradient's "
+        "sign, no state); or another.",
     )
     momentum: float | None = Field(None, ge=0, lt=1, description="Of sgd and lars (0.9 if not given) and muon (0.95).")
     adapt_vectors: bool = Field(
@@ -205,11 +223,12 @@ class TrainConfig(BaseModel):
 
 LAYERWISE: tuple[Method, ...] = ("lisa", "fixed", "badam")  # train some layers at a time
 FIRST_ORDER: tuple[Method, ...] = (*LAYERWISE, "lora", "full")
-OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit")
+OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit", "sign")
 
 ONLY_FOR: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(("num_active", "interval_steps", "state_policy", "train_embedding", "train_head"), LAYERWISE),
     **dict.fromkeys(("sampler", "sampler_options", "sampled_unit", "inverse_chance", "inactive_learning_rate"), LAYERWISE),
+    **dict.fromkeys(("embedding_lr_ratio", "head_lr_ratio", "norm_lr_ratio"), (*LAYERWISE, "full")),
     **dict.fromkeys([n for n in TrainConfig.model_fields if n.startswith("lora_")], ("lora",)),
     **dict.fromkeys(("mezo_epsilon", "mezo_directions"), ("mezo",)),
     **dict.fromkeys(
@@ -224,6 +243,8 @@ ONLY_FOR: dict[str, tuple[Method, ...]] = {
 
 TASK_SETTINGS = ("eval_every", "eval_limit", "eval_data_dir")  # that play a part with eval_tasks alone
 
+ONLY_FOR_SLICES = ("num_slices", "train_norms")
+
 ONLY_FOR_OPTIM = {"momentum": ("sgd", "lars", "muon"), "adapt_vectors": ("lars", "lamb")}
 
 # what a method is, where it is LISA with other settings; the user's own win
@@ -231,6 +252,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fixed": {"sampler": "fixed"},
     "badam": {"sampler": "sweep", "num_active": 1, "train_embedding": False, "train_head": False},
 }
+
+# what is usual for a unit that is drawn; a method's settings and the user's own win
+UNIT_PRESETS: dict[str, dict[str, Any]] = {
+    "slices": {
+        "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
+    },
+}  # fmt: skip
+
+SLICES_SAMPLERS = ("sweep", "uniform", "round_robin", "fixed")
 
 
 def _on_cpu(config: TrainConfig) -> str:
@@ -243,6 +273,8 @@ def _nothing_in_blocks(config: TrainConfig) -> str:
     if config.method == "lora":
         return "has no effect with method=lora, which trains neither embedding nor head: leave it out"
     both = config.train_embedding is False and config.train_head is False
+    if config.sampled_unit == "slices" and config.train_embedding is not True and config.train_head is not True:
+        return "has no effect with sampled_unit=slices, which makes the gradients of a few rows alone: leave it out"
     return "has no effect while embedding and head are frozen: leave it out" if both else ""
 
 
@@ -268,6 +300,8 @@ def _needs_checkpoints(config: TrainConfig) -> str:
 def _not_streamed(config: TrainConfig) -> str:
     if config.method == "full":
         return "has no effect with method=full, where no layer is frozen: leave it out"
+    if config.sampled_unit == "slices":
+        return "has no effect with sampled_unit=slices, where no layer is frozen: leave it out"
     if config.state_policy == "keep":
         return "cannot go with state_policy=keep, whose moments follow layers that have not moved yet: choose another"
     if config.gradient_checkpointing is not True:
@@ -312,7 +346,9 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     settings = {name: value for name, value in settings.items() if value is not None}
     try:
         method = settings.get("method")
-        preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
+        unit = settings.get("sampled_unit")
+        preset = UNIT_PRESETS.get(unit, {}) if isinstance(unit, str) else {}
+        preset = preset | (PRESETS.get(method, {}) if isinstance(method, str) else {})
         config = TrainConfig.model_validate(preset | dict(settings))
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
@@ -368,8 +404,15 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
             raise UserError(
                 f"{name} has no effect with method={config.method}: leave it out, or set method={methods[0]}"
             )
+    for name in ONLY_FOR_SLICES:
+        if name in settings and config.sampled_unit != "slices":
+            raise UserError(
+                f"{name} has no effect with sampled_unit={config.sampled_unit}: leave it out, or set slices"
+            )
     if config.method in LAYERWISE:
         _check_sampling(config)
+    if config.method in LAYERWISE and config.sampled_unit == "slices":
+        _check_slices(config)
     _check_optim(config, settings)
     for name, needed in REFUSALS.items():
         if getattr(config, name) and (reason := needed(config)):
@@ -409,8 +452,9 @@ def _refuse_without_effect(config: TrainConfig, settings: Mapping[str, Any]) -> 
 ON_ONE_PROCESS: dict[str, tuple[Any, ...]] = {
     "method": ("mezo",),
     "sampler": ("gradient_norm",),
+    "sampled_unit": ("slices",),
     "state_policy": ("keep",),
-    "optim": ("adamw_8bit", "sgd", "lars", "lamb", "adafactor", "muon"),
+    "optim": ("adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"),
     **dict.fromkeys(
         (
             "inverse_chance", "activation_offloading", "vocabulary_blocks", "optimizer_in_backward", "offload_optimizer",
@@ -467,6 +511,21 @@ def _check_sampling(config: TrainConfig) -> None:
         raise UserError(
             "inverse_chance cannot go with optimizer_in_backward, which updates before the step: leave one of them out"
         )
+
+
+def _check_slices(config: TrainConfig) -> None:
+    if config.sampler not in SLICES_SAMPLERS:
+        raise UserError(
+            f"sampler={config.sampler} cannot draw slices, of which each matrix needs the same number: choose "
+            f"{', '.join(SLICES_SAMPLERS)}"
+        )
+    if config.num_active > config.num_slices:
+        raise UserError(
+            f"num_active is {config.num_active}, but there are {config.num_slices} slices: choose at most that many"
+        )
+    for name in ("inverse_chance", "inactive_learning_rate"):
+        if getattr(config, name):
+            raise UserError(f"{name} cannot go with sampled_unit=slices: leave it out, and set learning_rate itself")
 
 
 def _check_optim(config: TrainConfig, settings: Mapping[str, Any]) -> None:
@@ -584,6 +643,8 @@ def used_settings(config: TrainConfig) -> dict[str, Any]:
     for name, optims in ONLY_FOR_OPTIM.items():
         if config.optim not in optims:
             settings.pop(name, None)
+    if config.sampled_unit != "slices":
+        settings = {name: value for name, value in settings.items() if name not in ONLY_FOR_SLICES}
     if config.max_steps:
         del settings["num_train_epochs"]
     if not config.eval_tasks:

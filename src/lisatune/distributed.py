@@ -251,7 +251,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def first_element(tensor: Tensor) -> int:
-    """Where in the flat ``tensor`` the part that this process holds begins."""
+    """Where in the flat ``tensor`` the part that this process holds begins; of a slice, where it begins in the whole."""
+    if cut := getattr(tensor, "cut", None):
+        return int(cut.first_element(tensor))
     if not isinstance(tensor, DTensor):
         return 0
     shards = tensor.device_mesh["shard"]

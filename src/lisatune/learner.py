@@ -6,7 +6,7 @@ Training and the memory forecast both run this file, so the forecast forecasts w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -34,9 +34,11 @@ from lisatune.optim.library import make_library_optimizer
 from lisatune.optim.moments import StateBits
 from lisatune.optim.suited import move_state
 from lisatune.samplers import make_sampler
+from lisatune.slices.blocks import whole_of
+from lisatune.slices.engine import SliceEngine
 from lisatune.zeroth_order import ZerothOrder
 
-STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8}
+STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8, "sign": 32}  # sign has none
 
 
 class Outcome(NamedTuple):
@@ -76,7 +78,7 @@ class Learner:
     layers: Layers
     linear_head: bool
     optimizer: torch.optim.Optimizer
-    engine: LisaEngine | None
+    engine: LisaEngine | SliceEngine | None
     max_grad_norm: float
     row_gradients: RowGradients | None
     in_backward: StepInBackward | None
@@ -96,7 +98,8 @@ class Learner:
             self.follow_engine()
         if self.inactive:
             self.inactive.number = number
-            self.inactive.lr = self.inactive_ratio * self.optimizer.param_groups[0]["lr"]
+            group = self.optimizer.param_groups[0]
+            self.inactive.lr = self.inactive_ratio * group["lr"] / group.get("lr_ratio", 1.0)
         if self.zeroth_order:
             loss, norm = self.zeroth_order.probe(number, micro_batches, num_labelled)
         else:
@@ -222,16 +225,18 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     if sharded is None:
         linear_head = layers.head_is_linear()
     rows = _row_gradients(config, layers, linear_head=linear_head)
+    engine = make_engine(config, layers) if config.method in LAYERWISE else None
     zeroth_order = None
     if config.method == "mezo":
         zeroth_order = ZerothOrder(
-            layers, _groups(config, model), lr=config.learning_rate, epsilon=config.mezo_epsilon,
+            layers, _groups(config, layers, model), lr=config.learning_rate, epsilon=config.mezo_epsilon,
             num_directions=config.mezo_directions, seed=config.seed, linear_head=linear_head,
         )  # fmt: skip
         optimizer: torch.optim.Optimizer = zeroth_order.optimizer
     else:
-        parts = layers.parts()
-        optimizer = make_optimizer(config, model, rows, [*parts["embedding"].values(), *parts["head"].values()])
+        optimizer = make_optimizer(config, layers, model, rows)
+    if isinstance(engine, SliceEngine):
+        engine.adopt(optimizer)
     in_backward = None
     if config.optimizer_in_backward:
         assert isinstance(optimizer, AdamW)
@@ -240,10 +245,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     if config.inactive_learning_rate:
         inactive = InactiveUpdates(layers.decoder, config.inactive_learning_rate, config.seed)
         ratio = config.inactive_learning_rate / config.learning_rate
-    engine = None
-    if config.method in LAYERWISE:
-        engine = make_engine(config, layers)
-    elif host_layers:
+    if host_layers and engine is None:
         host_layers.place()  # LISA does so at its first step, when most layers are frozen
     return Learner(
         model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers, device,
@@ -255,11 +257,15 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
 def find_parts(config: TrainConfig, model: torch.nn.Module) -> Layers:
     """``find_layers``, and in pieces if ``config`` draws pieces of decoder layers."""
     layers = find_layers(model, config.decoder_name)
-    return layers if config.sampled_unit == "layers" else split_layers(layers, config.sampled_unit)
+    if config.sampled_unit == "layers" or config.sampled_unit == "slices":
+        return layers
+    return split_layers(layers, config.sampled_unit)
 
 
-def make_engine(config: TrainConfig, layers: Layers) -> LisaEngine:
+def make_engine(config: TrainConfig, layers: Layers) -> LisaEngine | SliceEngine:
     """LISA as ``config`` says."""
+    if config.sampled_unit == "slices":
+        return _slice_engine(config, layers)
     pool = layers.pool(train_embedding=config.train_embedding, train_head=config.train_head)
     if taken := config.sampler_options.keys() & {"name", "num_layers", "num_active", "interval_steps", "seed"}:
         raise UserError(f"sampler_options: {min(taken)} is none of them, give it as a setting of its own or not at all")
@@ -274,18 +280,26 @@ def make_engine(config: TrainConfig, layers: Layers) -> LisaEngine:
     )  # fmt: skip
 
 
+def _slice_engine(config: TrainConfig, layers: Layers) -> SliceEngine:
+    sampler = make_sampler(
+        config.sampler, num_layers=config.num_slices, num_active=config.num_active,
+        interval_steps=config.interval_steps, seed=config.seed, **config.sampler_options,
+    )  # fmt: skip
+    return SliceEngine(
+        layers, sampler, config.interval_steps, config.state_policy, train_embedding=config.train_embedding,
+        train_head=config.train_head, train_norms=config.train_norms,
+    )  # fmt: skip
+
+
 def make_optimizer(
-    config: TrainConfig,
-    model: torch.nn.Module,
-    row_gradients: RowGradients | None = None,
-    vocabulary: Collection[Tensor] = (),
+    config: TrainConfig, layers: Layers, model: torch.nn.Module, row_gradients: RowGradients | None = None
 ) -> torch.optim.Optimizer:
     """The optimizer of ``config`` over all parameters that ask for a gradient now; weight decay on matrices alone.
 
-    Of AdamW PyTorch's own where float32 and no lever is asked for, ours for the rest. ``vocabulary``: the parameters of
-    embedding and head, which are no hidden matrices.
+    Of AdamW PyTorch's own where float32 and no lever is asked for, ours for the rest.
     """
-    groups = _groups(config, model)
+    groups, parts = _groups(config, layers, model), layers.parts()
+    vocabulary = [*parts["embedding"].values(), *parts["head"].values()]  # which are no hidden matrices
     if config.optim not in OUR_OPTIMS:
         return make_library_optimizer(
             config.optim, groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
@@ -299,6 +313,7 @@ def make_optimizer(
         "eps": config.adam_epsilon,
     }
     levers = config.offload_optimizer or config.optimizer_in_backward or config.vocabulary_blocks
+    levers = levers or any(group["stateless"] for group in groups)
     if config.optim == "adamw" and not levers and trained[0].dtype == torch.float32:
         return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
     return AdamW(
@@ -307,13 +322,35 @@ def make_optimizer(
     )  # fmt: skip
 
 
-def _groups(config: TrainConfig, model: torch.nn.Module) -> list[dict[str, Any]]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def _groups(config: TrainConfig, layers: Layers, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first."""
+    parts = layers.parts()
+    part_of = {p: part for part in ("embedding", "head") for p in parts[part].values()}
+    head_ratio = config.embedding_lr_ratio if config.head_lr_ratio is None and layers.tied else config.head_lr_ratio
+    if layers.tied and head_ratio != config.embedding_lr_ratio:
+        raise UserError("embedding and head are one tensor in this model: leave head_lr_ratio out")
+    ratios = {"embedding": config.embedding_lr_ratio, "head": 1.0 if head_ratio is None else head_ratio}
+    groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
+    trained = [p for p in model.parameters() if p.requires_grad and whole_of(p) is p]
+    for p in sorted(trained, key=lambda p: p.ndim < 2):
+        ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else config.norm_lr_ratio
+        stateless = config.optim == "sign" or (hasattr(p, "cut_into") and _forgets(config))
+        groups.setdefault((p.ndim < 2, stateless, ratio), []).append(p)
+    return [
+        {
+            "params": own,
+            "weight_decay": 0.0 if vector else config.weight_decay,
+            "lr_ratio": ratio,
+            "stateless": stateless,
+        }
+        for (vector, stateless, ratio), own in groups.items()
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _forgets(config: TrainConfig) -> bool:
+    """Whether no slice trains for longer than a step, so that Adam has nothing to remember of it."""
+    changes = config.num_active < config.num_slices and config.sampler != "fixed"
+    return config.optim in STATE_BITS and config.interval_steps == 1 and changes and config.state_policy != "keep"
 
 
 class MetaAdamW(torch.optim.AdamW):

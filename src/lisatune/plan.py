@@ -22,6 +22,7 @@ from lisatune.amounts import gib
 from lisatune.config import LAYERWISE, TrainConfig, build_config, check_num_ranks
 from lisatune.data.loader import Batch
 from lisatune.distributed import local, num_ranks
+from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.learner import STATE_BITS, Learner, find_parts, make_learner
@@ -30,6 +31,7 @@ from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
 from lisatune.memory.wire import Wire
 from lisatune.preflight import check_model_name
 from lisatune.samplers import make_sampler
+from lisatune.slices.blocks import whole_of
 
 ATTENTION = "lisatune_plan"
 PARTS = ("decoder", "embedding", "head")
@@ -191,7 +193,7 @@ def _worst_draws(config: TrainConfig, layers: Layers) -> list[tuple[int, ...]]:
     With the embedding frozen the backward pass ends at the lowest active layer, so one with layer 0 can need more; and
     where parts differ in size, the largest ones.
     """
-    if config.method not in LAYERWISE:
+    if config.method not in LAYERWISE or config.sampled_unit == "slices":  # slices are equal to a row
         return [()]
     options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
     pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
@@ -283,7 +285,7 @@ def _plan_draw(
         learner = make_learner(config, model, torch.device("meta"))
         parts = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
         _book_weights(ledger, learner, parts)
-        if learner.engine:
+        if isinstance(learner.engine, LisaEngine):
             learner.engine.sampler = _Draw(len(learner.engine.pool), drawn)
         _watch(ledger, learner, parts)
         try:
@@ -293,7 +295,7 @@ def _plan_draw(
         except Exception as error:  # whatever a model's own code does that needs data
             cannot_run = True
             remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
-    trained = [p for p in parts if p.requires_grad]
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
     plan = Plan(
         method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder), drawn=drawn,
         num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
@@ -327,7 +329,7 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
 
     def gradient(p: Tensor) -> None:
         if p.grad is not None:
-            ledger.book(p.grad, f"gradients/{parts[p]}")  # type: ignore[index]
+            ledger.book(p.grad, f"gradients/{parts[whole_of(p)]}")  # type: ignore[index]
 
     if learner.sharded:  # FSDP2 gathers weights in hooks of its own
         for layer in learner.layers.decoder:
@@ -338,7 +340,7 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
     learner.layers.trunk_module.register_forward_hook(doing("loss"))
     learner.optimizer.register_step_pre_hook(doing("step"))
     learner.optimizer.register_step_post_hook(doing("other"))
-    for p in parts:
+    for p in learner.model.parameters():
         if p.is_floating_point():
             asked = p.requires_grad
             p.requires_grad_(True)
@@ -360,7 +362,7 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
         for p, state in learner.optimizer.state.items():
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_meta:
-                    ledger.book(value, f"state/{owner[p]}")
+                    ledger.book(value, f"state/{owner[whole_of(p)]}")
     if not learner.sharded:
         return {}
     one, two = wires

@@ -21,6 +21,8 @@ from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
 from lisatune.shards import Shards, without_rank
+from lisatune.slices.blocks import whole_of
+from lisatune.slices.engine import SliceEngine
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
@@ -103,14 +105,14 @@ class Snapshots:
             self._base = self._hash_base()
         changed = learner.touched
         self._ever |= changed
-        state = learner.optimizer.state
         tensors: dict[str, dict[str, Tensor]] = {}
         unchanged: set[str] = set()
         scalars: dict[str, Any] = {}
         for part, parameters in self._trainable().items():
+            states = self._states(parameters)
             names = {
                 f"weights-{part}": part in self._ever,
-                f"state-{part}": any(state.get(p) for p in parameters.values()),
+                f"state-{part}": any(state for _, state in states.values()),
             }
             for name, present in names.items():
                 if not present:
@@ -122,11 +124,11 @@ class Snapshots:
                 else:
                     tensors[name] = {
                         f"{key}:{n}": self._to_save(as_shard(value, p))
-                        for n, p in parameters.items()
-                        for key, value in state.get(p, {}).items()
+                        for n, (p, state) in states.items()
+                        for key, value in state.items()
                         if isinstance(value, Tensor)
                     }
-            held = {n: _scalars_of(state.get(p, {})) for n, p in parameters.items()}
+            held = {n: _scalars_of(state) for n, (_, state) in states.items()}
             if any(held.values()):
                 scalars[part] = {n: values for n, values in held.items() if values}
         content = State(
@@ -189,10 +191,14 @@ class Snapshots:
                         entry, _, n = key.partition(":")
                         held.setdefault(n, {})[entry] = file.get_tensor(key)
             for n, values in held.items():
-                if n not in trainable[part]:
+                if n.partition("[")[0] not in trainable[part]:
                     raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
                 try:
-                    learner.place_state(trainable[part][n], values | state.scalars.get(part, {}).get(n, {}))
+                    values |= state.scalars.get(part, {}).get(n, {})
+                    if isinstance(learner.engine, SliceEngine) and n not in trainable[part]:
+                        learner.engine.place_state(n, values, learner.place_state)
+                    else:
+                        learner.place_state(trainable[part][n], values)
                 except (KeyError, TypeError, AttributeError, RuntimeError) as error:
                     raise Damaged(f"{checkpoint.folder}: {name} is not of this optimizer ({error})") from error
         for group, counters in zip(learner.optimizer.param_groups, state.counters, strict=False):
@@ -203,10 +209,17 @@ class Snapshots:
 
     def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parts to those of their parameters that the optimizer holds."""
-        held = {id(p) for group in self.learner.optimizer.param_groups for p in group["params"]}
+        held = {id(whole_of(p)) for group in self.learner.optimizer.param_groups for p in group["params"]}
         parts = self.learner.layers.parts()
         found = {part: {n: p for n, p in own.items() if id(p) in held} for part, own in parts.items()}
         return {part: own for part, own in found.items() if own}
+
+    def _states(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        """Names, those of ``parameters`` or of slices of them, to who has optimizer state, and it."""
+        learner = self.learner
+        if isinstance(learner.engine, SliceEngine):
+            return learner.engine.states(parameters, learner.optimizer)
+        return {n: (p, learner.optimizer.state.get(p, {})) for n, p in parameters.items()}
 
     def _to_save(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the CPU; a copy if training goes on while it is written."""
@@ -277,7 +290,7 @@ def _sampler_state(learner: Learner) -> dict[str, Any] | None:
     return None if state is None else state()
 
 
-def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine) -> None:
+def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine | SliceEngine) -> None:
     """Refuse a draw that names no layer of this model, and the state of a sampler that has none."""
     learns = hasattr(engine.sampler, "load_state_dict")
     if state.drawn is None or any(i >= len(engine.pool) for i in state.drawn) or learns != (state.sampler is not None):

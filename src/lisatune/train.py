@@ -46,6 +46,7 @@ from lisatune.progress import training_progress
 from lisatune.run import Run, build
 from lisatune.shards import write_whole_files
 from lisatune.signals import StopSignal, stop_signals
+from lisatune.slices.engine import SliceEngine
 from lisatune.snapshot import Snapshots, Standing, environment, read_state_of
 from lisatune.tracking import Metrics
 
@@ -339,11 +340,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
     """Set and return the learning rate of ``step``; a switch of layers does not touch it."""
     rate = learning_rate_at(config, step, num_steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_ratio", 1.0)
     return rate
 
 
-def _sampled_parts(engine: LisaEngine | None) -> list[str] | None:
+def _sampled_parts(engine: LisaEngine | SliceEngine | None) -> list[str] | None:
     """What was drawn beside whole decoder layers: embedding, head, pieces of layers."""
     if engine is None or engine.drawn is None or len(engine.pool) == len(engine.layers.decoder):
         return None

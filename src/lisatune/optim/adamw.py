@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from lisatune.distributed import first_element, local
 from lisatune.errors import UserError
 from lisatune.memory.row_gradient import RowGradients
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
-from lisatune.optim.rounding import random_bits, round_stochastically
+from lisatune.optim.rounding import random_bits, random_bits_of, round_stochastically
+from lisatune.slices.blocks import whole_of
 
 # On a CPU, 8-bit blocks of 2**20 take 0.8 of the time of 2**22, which leave its cache. Smaller ones are faster still
 # (2**18: 0.6), but have many more waits of threads for each other, of 5 ms each when the cores are shared.
@@ -43,6 +44,8 @@ class AdamW(torch.optim.Optimizer):
         state_bits: 32, 16 or 8 bits for each moment; ``Moments`` tells how.
         offload_state: Keep the moments in host memory, and bring those of one block at a time.
         row_gradients: Where gradients of embedding and head lie that are made a block at a time; they add to ``p.grad``.
+        stateless: Keep no moments, so that each step is the first one from zero, ``p -= lr * g / (abs(g) + eps)``: the
+            gradient's sign, or less where it is not large against ``eps``. Also an entry of a group of parameters.
         block_elements: The most elements worked on at a time, rounded up to whole rows that end at a multiple of 256; on
             a CPU 2**20 at most, where more is slower.
     Raises: UserError for other ``state_bits``, and for a parameter that is not contiguous.
@@ -71,6 +74,7 @@ class AdamW(torch.optim.Optimizer):
         state_bits: StateBits = 32,
         offload_state: bool = False,
         row_gradients: RowGradients | None = None,
+        stateless: bool = False,
         block_elements: int = 2**22,
     ) -> None:
         self.seed = seed
@@ -78,7 +82,8 @@ class AdamW(torch.optim.Optimizer):
         self.row_gradients = RowGradients() if row_gradients is None else row_gradients
         self.block_elements = block_elements
         self._places: dict[Tensor, tuple[int, int]] = {}  # of a parameter: its group's number, its own
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "num_steps": 0})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "stateless": stateless}
+        super().__init__(params, defaults | {"num_steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer`` does."""
@@ -101,9 +106,13 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            together = []
             for p in group["params"]:
-                if p.grad is not None or p in self.row_gradients:
+                if group["stateless"] and p.grad is not None and p not in self.row_gradients:
+                    together.append(p)
+                elif p.grad is not None or p in self.row_gradients:
                     self.update(p)
+            self._update_together(group, together)
             group["num_steps"] += 1
         return loss
 
@@ -115,16 +124,20 @@ class AdamW(torch.optim.Optimizer):
             p: A parameter of this optimizer, with ``p.grad``, row gradients or both, which are left as they are.
             sq_norm: If given, the sum of the gradient's squares is added to it: scalar, float32, on the device of ``p``.
         """
-        number, index = self._places[p]
-        group, state = self.param_groups[number], self.state[p]
+        number, index = self._places[whole_of(p)]
+        group = self.param_groups[number]
+        if group["stateless"]:
+            self._update_stateless(p, group, sq_norm)
+            return
+        state = self.state[p]
         if not state:
             state["step"] = torch.zeros(())
             state.update(self.moments.zeros(local(p)))
         state["step"] += 1
         t = state["step"].item()
         beta1, beta2 = group["betas"]
-        weights, width, first_of_all = local(p.detach()).view(-1), _width(p), first_element(p)
-        noise = f"{self.seed} {group['num_steps']} {index}"
+        width, first_of_all = _width(p), first_element(p)
+        noise = f"moments {self.seed} {group['num_steps']} {index}"
         for start, stop, held in self.moments.walk(state, self._spans(local(p)), p.device):
             grad = self._gradient(p, start // width, stop // width).view(-1)
             if sq_norm is not None:
@@ -133,27 +146,76 @@ class AdamW(torch.optim.Optimizer):
             first.lerp_(grad, 1 - beta1)
             second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denominator = (second / (1 - beta2**t)).sqrt_().add_(group["eps"])
-            weight = weights[start:stop].float()  # of float32 the weights themselves
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight = self._decayed(p, start, stop, group)
             weight.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**t))
             del grad, denominator  # two blocks less while the rest is rounded
-            if p.dtype == torch.bfloat16:
-                bits = random_bits(f"weight {noise}", first_of_all + start, first_of_all + stop, p.device)
-                weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
-            if p.dtype != torch.float32:
-                weights[start:stop] = weight
+            self._write(p, start, weight, group)
             if self.moments.bits == 32:
                 self.moments.store(held, first, second, None)
             else:
-                bits = random_bits(f"moments {noise}", first_of_all + start, first_of_all + stop, p.device)
+                bits = random_bits(noise, first_of_all + start, first_of_all + stop, p.device)
                 self.moments.store(held, first, second, bits)
+
+    def _update_stateless(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
+        width = _width(p)
+        for start, stop in self._spans(local(p)):
+            grad = self._gradient(p, start // width, stop // width).view(-1)
+            if sq_norm is not None:
+                sq_norm += torch.dot(grad, grad)
+            weight = self._decayed(p, start, stop, group)
+            weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
+            del grad
+            self._write(p, start, weight, group)
+
+    def _decayed(self, p: Tensor, start: int, stop: int, group: dict[str, Any]) -> Tensor:
+        """The weights ``start`` to ``stop`` after their decay, float32, (n,); of float32 the weights themselves."""
+        return local(p.detach()).view(-1)[start:stop].float().mul_(1 - group["lr"] * group["weight_decay"])
+
+    def _write(self, p: Tensor, start: int, weight: Tensor, group: dict[str, Any]) -> None:
+        """Put ``weight``, float32, (n,), where the weights begin at ``start``."""
+        if p.dtype == torch.bfloat16:
+            ((name, first),) = self._streams([p], group)
+            bits = random_bits(name, first + start, first + start + len(weight), p.device)
+            weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
+        if p.dtype != torch.float32:
+            local(p.detach()).view(-1)[start : start + len(weight)] = weight
+
+    def _update_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """As ``_update_stateless`` for each, but of many small parameters at a time: few kernels of a GPU, to the bit."""
+        for some in _bundles(parameters, self._most(parameters)):
+            weights = [local(p.detach()).view(-1) for p in some]
+            grads = [local(p.grad).reshape(-1) for p in some]  # type: ignore[arg-type]
+            if some[0].dtype == torch.float32:
+                denominators = torch._foreach_abs(grads)
+                torch._foreach_add_(denominators, group["eps"])
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_addcdiv_(weights, grads, denominators, value=-group["lr"])
+                continue
+            weight, grad = torch.cat(weights).float(), torch.cat(grads).float()
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
+            if some[0].dtype == torch.bfloat16:
+                del grad  # a bundle less while the rest is rounded
+                streams = zip(self._streams(some, group), weights, strict=True)
+                bits = random_bits_of([(name, first, first + len(w)) for (name, first), w in streams], weight.device)
+                weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
+            torch._foreach_copy_(weights, list(torch.split(weight, [len(w) for w in weights])))
+
+    def _streams(self, parameters: list[Tensor], group: dict[str, Any]) -> list[tuple[str, int]]:
+        """The stream of noise for each parameter, and where in it the parameter begins."""
+        step = f"weight {self.seed} {group['num_steps']}"
+        return [(f"{step} {self._places[whole_of(p)][1]}", first_element(p)) for p in parameters]
+
+    def _most(self, parameters: list[Tensor]) -> int:
+        """Elements to work on at a time."""
+        on_cpu = bool(parameters) and parameters[0].device.type == "cpu"
+        return min(self.block_elements, CPU_ELEMENTS) if on_cpu else self.block_elements
 
     def _spans(self, p: Tensor) -> list[Span]:
         """The elements of ``p`` in blocks of whole rows, each of which begins at a multiple of 256 elements."""
         width = _width(p)
         unit = width * (GROUP // math.gcd(width, GROUP))
-        most = min(self.block_elements, CPU_ELEMENTS) if p.device.type == "cpu" else self.block_elements
-        size = max(1, most // unit) * unit
+        size = max(1, self._most([p]) // unit) * unit
         spans = [(start, min(start + size, p.numel())) for start in range(0, p.numel(), size)]
         return spans[:2] + spans[-1:] if p.is_meta and len(spans) > 3 else spans  # a forecast: they all hold the same
 
@@ -210,6 +272,21 @@ class AdamW(torch.optim.Optimizer):
                 )
             held.copy_(local(saved[name]))
         self.state[p] = state
+
+
+def _bundles(parameters: list[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """``parameters`` in their order, together as far as they are of one type and device and have ``most`` elements."""
+    bundle: list[Tensor] = []
+    size = 0
+    for p in parameters:
+        kind = p.dtype, p.device
+        if bundle and (size + p.numel() > most or kind != (bundle[0].dtype, bundle[0].device)):
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(p)
+        size += p.numel()
+    if bundle:
+        yield bundle
 
 
 def _width(p: Tensor) -> int:

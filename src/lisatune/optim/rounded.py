@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lisatune.distributed import first_element
 from lisatune.errors import UserError
 from lisatune.optim.rounding import random_bits, round_stochastically
+from lisatune.slices.blocks import whole_of
 
 
 class RoundedOptimizer(torch.optim.Optimizer, ABC):
@@ -59,9 +61,10 @@ class RoundedOptimizer(torch.optim.Optimizer, ABC):
 
     def write(self, p: Tensor, start: int, values: Tensor, num_steps: int) -> None:
         """Put ``values``, float32, shape (n,), into the elements of ``p`` from ``start`` on, in step ``num_steps``."""
-        stop = start + len(values)
+        stop, first = start + len(values), first_element(p)
         if p.dtype == torch.bfloat16:
-            bits = random_bits(f"weight {self.seed} {num_steps} {self.places[p]}", start, stop, p.device)
+            name = f"weight {self.seed} {num_steps} {self.places[whole_of(p)]}"
+            bits = random_bits(name, first + start, first + stop, p.device)
             values = round_stochastically(values, bits.bitwise_and_(0xFFFF))
         p.detach().view(-1)[start:stop] = values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +29,43 @@ def random_bits(name: str, start: int, stop: int, device: torch.device) -> Tenso
         >>> torch.equal(whole[4:], random_bits("a", 4, 10, device)), torch.equal(whole, random_bits("b", 0, 10, device))
         (True, False)
     """
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    first, second = (int.from_bytes(half, "little") for half in (digest[:4], digest[4:]))
+    first, second = _keys(name)
     x = torch.arange(stop - start, dtype=torch.int32, device=device)
+    return _mixed(x.add_(_signed(first + start)), _signed(second))
+
+
+def random_bits_of(streams: Sequence[tuple[str, int, int]], device: torch.device) -> Tensor:
+    """What ``random_bits`` gives for each of ``streams``, name, start and stop, one after the other; in one pass.
+
+    For many short pieces, of which each would cost a GPU 14 small kernels.
+
+    Example:
+        >>> device = torch.device("cpu")
+        >>> bits = random_bits_of([("a", 2, 5), ("b", 0, 2)], device)
+        >>> torch.equal(bits[:3], random_bits("a", 2, 5, device)), torch.equal(bits[3:], random_bits("b", 0, 2, device))
+        (True, True)
+    """
+    keys, lengths, position = [], [], 0
+    for name, start, stop in streams:
+        first, second = _keys(name)
+        keys.append((_signed(first + start - position), _signed(second)))
+        lengths.append(stop - start)
+        position += stop - start
+    # the CPU does not wait for the copy, nor for the device to add up the lengths
+    at_hand = [torch.tensor(numbers).to(device, non_blocking=True) for numbers in (keys, lengths)]
+    spread = at_hand[0].to(torch.int32).repeat_interleave(at_hand[1], dim=0, output_size=position)
+    x = torch.arange(position, dtype=torch.int32, device=device).add_(spread[:, 0])
+    return _mixed(x, spread[:, 1])
+
+
+def _keys(name: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _mixed(x: Tensor, key: Tensor | int) -> Tensor:
     # int32 wraps around, which is what a hash wants; its shift copies the sign, which is masked away
-    x.add_(_signed(first + start))
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D)).add_(_signed(second))
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D)).add_(key)
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 

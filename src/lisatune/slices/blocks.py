@@ -97,15 +97,20 @@ class Cut:
 
     def is_in_place(self) -> bool:
         """Whether the slots still share the parameter's memory; a move of the model to another device ends it."""
-        start, size = self.weight.data_ptr(), self.weight.element_size() * self.width
-        pairs = zip(self.slots, self.rows, strict=True)
-        return all(slot.data_ptr() == start + size * first for slot, (first, last) in pairs if first < last)
+        storage = self.weight.untyped_storage()
+        return all(slot.untyped_storage() is storage for slot in self.slots)
 
 
 def cut_of(tensor: Tensor | None) -> Cut | None:
     """The cut of a whole parameter, while blocks of it train; else None."""
     cut: Cut | None = getattr(tensor, "cut_into", None)
     return cut if cut is not None and cut.blocks else None
+
+
+def whole_of(parameter: Tensor) -> Tensor:
+    """The parameter that ``parameter`` is a block of; itself if it is whole."""
+    cut: Cut | None = getattr(parameter, "cut", None)
+    return parameter if cut is None else cut.weight
 
 
 class Slots(nn.Module):

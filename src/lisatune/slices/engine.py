@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -197,6 +198,38 @@ class SliceEngine:
             group["params"][:] = [new for p in others for new in slots.get(id(p), [p])]
         for cut in self.cuts.values():
             optimizer.state.pop(cut.weight, None)
+
+    def states(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        """Optimizer state of ``parameters``, by names, with its owner: of slices ``NAME[BLOCK]``, kept ones too."""
+        found: dict[str, tuple[Tensor, dict[str, Any]]] = {}
+        for name, parameter in parameters.items():
+            cut = self.cuts.get(name)
+            if cut is None:
+                found[name] = parameter, optimizer.state.get(parameter, {})
+                continue
+            for slot, block in zip(cut.slots, cut.blocks or (None,) * len(cut.slots), strict=True):
+                if block is not None:
+                    found[f"{name}[{block}]"] = slot, optimizer.state.get(slot, {})
+        found |= {f"{n}[{block}]": (parameters[n], s) for (n, block), s in self._kept.items() if n in parameters}
+        return found
+
+    def place_state(
+        self, name: str, saved: dict[str, Any], place: Callable[[nn.Parameter, dict[str, Any]], None]
+    ) -> None:
+        """Put the saved state of the slice ``NAME[BLOCK]`` where it belongs; ``place`` gives a parameter its state.
+
+        Raises: KeyError if there is no such slice, or it neither trains nor is kept.
+        """
+        tensor, _, number = name.removesuffix("]").partition("[")
+        cut, block = self.cuts[tensor], int(number)
+        if block in cut.blocks:
+            place(cut.slots[cut.blocks.index(block)], saved)
+        elif self.state_policy == "keep" and block < cut.num_slices:
+            self._kept[tensor, block] = saved
+        else:
+            raise KeyError(name)
 
     def _tensors(self) -> dict[str, tuple[str, nn.Parameter]]:
         return {name: (part, p) for part, own in self.layers.parts().items() for name, p in own.items()}

@@ -53,7 +53,7 @@ def whole_weight(cut: Cut) -> Tensor:
 def _cast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """All three in autocast's type, if it is on; of the weight no graph is kept, because it is frozen."""
     kind = input.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return input, weight.detach(), bias
     dtype = torch.get_autocast_dtype(kind)
     return input.to(dtype), weight.detach().to(dtype), None if bias is None else bias.to(dtype)
