@@ -21,12 +21,13 @@ import torch
 from results import write_page
 from transformers import AutoModelForCausalLM
 
-from lisatune.checkpoint import Checkpoints
-from lisatune.config import build_config
+from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
-from lisatune.learner import Learner, make_learner
-from lisatune.plan import model_config
-from lisatune.snapshot import Snapshots, Standing
+from lisatune.learner import Learner
+from lisatune.plan.forecast import model_config
+from lisatune.run.checkpoint import Checkpoints
+from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.settings.config import build_config
 
 MIB = 2**20
 SHAPE = Path(__file__).parent / "shapes" / "smollm2-135m.json"

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.layers import Layers, find_layers
-from lisatune.sampling import UniformSampler
+from lisatune.samplers.uniform import UniformSampler
 
 SHARED = Path(__file__).parents[2] / "shared"
 NUM_LAYERS, NUM_ACTIVE, WIDTH, ROWS, RIDGE = 8, 2, 6, 512, 1e-2
@@ -443,7 +443,7 @@ def publish(name: str, text: str, panels: Sequence[tuple[str, str, str, Sequence
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from lisatune.analysis.plots import INK, STYLE
+    from lisatune.pages.plots import INK, STYLE
 
     page = write_page(name, text, __doc__ or "")
     page.write_text(page.read_text(encoding="utf-8").replace("(FIGURE)", f"({page.stem}.svg)"), encoding="utf-8")

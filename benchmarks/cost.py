@@ -22,11 +22,11 @@ from results import write_page
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
-from lisatune.learner import make_learner
 from lisatune.memory.measure import state_bytes
-from lisatune.models import pick_device
-from lisatune.plan import model_config, plan_config, plan_run
+from lisatune.models.load import pick_device
+from lisatune.plan.forecast import model_config, plan_config, plan_run
 
 SHAPES = Path(__file__).parent / "shapes"
 FREE = {"max_grad_norm": 0}

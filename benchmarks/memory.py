@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from results import write_page
 
-from lisatune.learner import make_learner
-from lisatune.memory.fake_ranks import fake_ranks
+from lisatune.assemble import make_learner
 from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
-from lisatune.plan import Plan, model_config, plan_config, plan_run
+from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 
 SHAPES = Path(__file__).parent / "shapes"
 GB = 10**9

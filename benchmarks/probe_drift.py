@@ -2,7 +2,7 @@
 
 python benchmarks/probe_drift.py [--steps 1000] [--epsilon 1e-3] [--deviation 0.02]
 
-The weights should come back each time; what is left is rounding, as a share of their norm. `lisatune.zeroth_order` calls
+The weights should come back each time; what is left is rounding, as a share of their norm. `lisatune.methods.mezo` calls
 modules on moved copies instead, so there is nothing to come back from.
 """
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from results import write_page
 
-from lisatune.analysis.comparison_table import notes_of, table_of
-from lisatune.files import replace_folder
-from lisatune.grid import short_text
+from lisatune.common.files import replace_folder
+from lisatune.compare.grid import short_text
+from lisatune.compare.table import notes_of, table_of
 
 SHARED = Path(__file__).parents[2] / "shared"
 GSM8K = SHARED / "data/gsm8k/train.jsonl.gz"
@@ -106,7 +106,7 @@ def unpacked(model: Path, runs: Path) -> Path:
     """``model``, as a folder if it is a .gguf file: that takes seconds to read, in every run."""
     if model.suffix != ".gguf":
         return model
-    from lisatune.models import load_model, save_model
+    from lisatune.models.load import load_model, save_model
 
     folder = runs / model.stem
     if not folder.exists():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lisatune import LisaEngine, UniformSampler, find_layers  # LISA
+from lisatune import LisaEngine, UniformSampler, find_layers
 
 
 def main(model_name: str, text_file: str, num_steps: int = 60) -> list[float]:

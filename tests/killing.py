@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lisatune.config import build_config
-from lisatune.files import checkpoint_steps
-from lisatune.preflight import preflight
-from lisatune.run import Run, build
+from lisatune.common.run_folder import checkpoint_steps
+from lisatune.run.build import Run, build
+from lisatune.run.preflight import preflight
+from lisatune.settings.config import build_config
 from lisatune.train import fit
 from patience import wait_until
 

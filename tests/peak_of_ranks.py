@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from conftest import make_llama
-from lisatune.config import build_config
-from lisatune.distributed import gathered, joined, rank
+from lisatune.processes.collectives import gathered, rank
+from lisatune.processes.group import joined
+from lisatune.settings.config import build_config
 from patience import wait_until
 from test_plan import WIDE, measured_peak
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from conftest import VOCABULARY, make_llama
 from frequencies import assert_frequencies
 from lisatune import LisaEngine, UserError, find_layers
-from lisatune.adaptive import GradientNormSampler
-from lisatune.importance import gradient_sq_norms
-from lisatune.weighted import WeightedSampler
+from lisatune.samplers.gradient_norm import GradientNormSampler
+from lisatune.samplers.scores import gradient_sq_norms
+from lisatune.samplers.weighted import WeightedSampler
 
 
 def make_sampler(num_layers=6, num_active=2, interval_steps=3, seed=0, **options):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lisatune import UserError
-from lisatune.checkpoint import Checkpoints, Damaged, read_manifest
-from lisatune.files import checkpoint_steps, only_run, replace_folder, write_whole
+from lisatune.common.files import replace_folder, write_whole
+from lisatune.common.run_folder import checkpoint_steps, only_run
+from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest
 
 
 def tensors(value, *names):

@@ -14,13 +14,13 @@ import yaml
 from rich.console import Console
 
 from lisatune import UserError
-from lisatune.analysis.comparison_table import notes_of, show
-from lisatune.compare import _wait_for, compare, run_in_child
+from lisatune.common.run_folder import only_run
+from lisatune.common.signals import StopSignal
+from lisatune.compare.grid import command, plan_grid, read_grid
+from lisatune.compare.results import interval, read_run, student_t
+from lisatune.compare.runner import _wait_for, compare, run_in_child
+from lisatune.compare.table import notes_of, show
 from lisatune.errors import Stopped
-from lisatune.files import only_run
-from lisatune.grid import command, plan_grid, read_grid
-from lisatune.signals import StopSignal
-from lisatune.standings import interval, read_run, student_t
 from patience import HANG_SECONDS, started, wait_until
 
 NEEDED = {"model": "m", "data": "d", "eval_rows": 6, "max_steps": 8}
@@ -71,7 +71,7 @@ def final(loss):
 @pytest.fixture
 def faked(model_folder, data_file, tmp_path, monkeypatch):
     """Compares with invented numbers; what ran is in ``faked.ran``. Pages have tests of their own."""
-    monkeypatch.setattr("lisatune.compare._write_page", lambda folder, console: None)
+    monkeypatch.setattr("lisatune.compare.runner._write_page", lambda folder, console: None)
 
     def run(numbers, *words, output="cmp", **more):
         fake = Fake(numbers)
@@ -510,7 +510,7 @@ def steady(value):
 
 
 def test_a_comparison_that_is_cut_short_ends_like_one_that_never_was(model_folder, data_file, memory_path, monkeypatch):
-    monkeypatch.setattr("lisatune.compare._write_page", lambda folder, console: None)
+    monkeypatch.setattr("lisatune.compare.runner._write_page", lambda folder, console: None)
     monkeypatch.setattr("lisatune.train._report", lambda folder, console: None)
     words = [*TINY, "max_steps=4", "eval_steps=2", "methods=lisa,full", "learning_rate=1e-3,1e-2", "seed=0,1"]
     words += ["num_active=1", "interval_steps=2"]
@@ -544,8 +544,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from lisatune.compare import compare
-from lisatune.grid import read_grid
+from lisatune.compare.runner import compare
+from lisatune.compare.grid import read_grid
 from lisatune.errors import Stopped
 assert "torch" not in sys.modules
 sys.executable = sys.argv[1]

@@ -5,9 +5,9 @@ import torch
 
 from conftest import VOCABULARY, make_llama
 from lisatune import AdamW, LisaEngine, UniformSampler, UserError, find_layers
-from lisatune.correction import InverseChance, active_chances
-from lisatune.memory.backward_step import StepInBackward
-from lisatune.weighted import WeightedSampler
+from lisatune.levers.inverse_chance import InverseChance, active_chances
+from lisatune.levers.optimizer_in_backward import StepInBackward
+from lisatune.samplers.weighted import WeightedSampler
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from conftest import make_llama, make_tokenizer
 from lisatune.cli import main
-from lisatune.config import build_config, check_num_ranks
 from lisatune.data.loader import Batch
 from lisatune.errors import UserError
-from lisatune.memory.fake_ranks import fake_ranks
-from lisatune.plan import plan_config, plan_run
+from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.forecast import plan_config, plan_run
+from lisatune.settings.config import build_config, check_num_ranks
 from lisatune.train import train
 from test_plan import WIDE
 from torchrun import torchrun

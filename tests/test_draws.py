@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from frequencies import plausible
-from lisatune import draws
-from lisatune.draws import draw_by_weights, hashed, inclusion_by_weights
+from lisatune.samplers import draws
+from lisatune.samplers.draws import draw_by_weights, hashed, inclusion_by_weights
 
 
 def chances_of_sets(weights, num_drawn):

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from lisatune import UserError
-from lisatune.checkpoint import Checkpoints
-from lisatune.files import only_run
+from lisatune.common.run_folder import only_run
+from lisatune.run.checkpoint import Checkpoints
 from patience import HANG_SECONDS, started, wait_until
 from test_resume import metrics, run, weights
 

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 import hostile
 from conftest import make_llama
 from lisatune import UserError, learner
-from lisatune.checkpoint import Checkpoints, Damaged, read_manifest, read_state
-from lisatune.config import build_config, read_settings
+from lisatune.common.run_folder import check_output
 from lisatune.data.formats import parse_row, read_rows
 from lisatune.data.loader import Batch
 from lisatune.data.tokenize import Encoder
 from lisatune.layers import find_layers
-from lisatune.preflight import check_model_name, check_output
-from lisatune.snapshot import Snapshots, Standing
+from lisatune.models.names import check_model_name
+from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest, read_state
+from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.settings.config import build_config, read_settings
 
 CASES = {"row": 3500, "file": 2500, "settings": 2500, "checkpoint": 1500, "forged": 150}
 

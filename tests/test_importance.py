@@ -6,7 +6,7 @@ from torch import nn
 
 from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
-from lisatune.importance import (
+from lisatune.samplers.scores import (
     MeanWeightNorms,
     gradient_sq_norms,
     input_norms,
@@ -14,7 +14,7 @@ from lisatune.importance import (
     outlier_scores,
     weight_norm_ratio,
 )
-from lisatune.weighted import WeightedSampler
+from lisatune.samplers.weighted import WeightedSampler
 
 
 def ids(seed=0, rows=2):
@@ -49,7 +49,7 @@ def test_ratio_refuses_runs_that_do_not_go_together(lora, full, message):
 
 def test_norms_of_untrained_adapters_are_those_of_the_papers_figure():
     """Rank 128 on all seven matrices: sqrt(7) * sqrt(128 / 3) = 17.3 whatever the width, and no training is in it."""
-    from lisatune.adapters import add_adapters
+    from lisatune.methods.lora import add_adapters
 
     model = make_llama(hidden_size=64, intermediate_size=128)
     model = add_adapters(model, rank=128, alpha=32, dropout=0.0, targets="all-linear")

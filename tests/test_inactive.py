@@ -6,8 +6,8 @@ from torch import nn
 
 from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
-from lisatune.inactive import InactiveUpdates
-from lisatune.memory.checkpointing import checkpoint_layers
+from lisatune.levers.frozen_steps import InactiveUpdates
+from lisatune.levers.gradient_checkpointing import checkpoint_layers
 
 IDS = torch.randint(3, VOCABULARY, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -93,7 +93,7 @@ def test_blocks_change_nothing(monkeypatch):
     for model in (a, b):
         layers = find_layers(model)
         if model is b:
-            monkeypatch.setattr("lisatune.inactive.BLOCK", 100)
+            monkeypatch.setattr("lisatune.levers.frozen_steps.BLOCK", 100)
         InactiveUpdates(layers.decoder, lr=0.1)
         for layer in layers.decoder:
             layer.requires_grad_(False)

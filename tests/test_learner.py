@@ -5,9 +5,9 @@ import torch
 
 from conftest import VOCABULARY, make_llama
 from lisatune import UserError
-from lisatune.config import build_config
+from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
-from lisatune.learner import make_learner
+from lisatune.settings.config import build_config
 
 CPU = torch.device("cpu")
 LEVERS = {

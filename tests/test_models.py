@@ -6,7 +6,7 @@ import torch
 
 from conftest import make_llama, make_tokenizer
 from lisatune import UserError
-from lisatune.models import load_model, pick_device
+from lisatune.models.load import load_model, pick_device
 
 
 def test_weights_load_in_the_type_asked_for(model_folder):

@@ -3,8 +3,8 @@ import torch
 
 from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
-from lisatune.importance import gradient_sq_norms
-from lisatune.modules import split_layers
+from lisatune.pieces import split_layers
+from lisatune.samplers.scores import gradient_sq_norms
 
 SEVEN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip

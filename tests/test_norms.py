@@ -14,19 +14,21 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import make_llama, make_tokenizer
-from lisatune import UserError, find_layers, start_weights
-from lisatune.adapters import add_adapters
-from lisatune.checkpoint import Checkpoints
-from lisatune.config import build_config, used_settings, write_config
-from lisatune.importance import MeanWeightNorms
-from lisatune.models import load_model
-from lisatune.modules import split_layers
-from lisatune.norms import NormRecorder
-from lisatune.preflight import preflight
-from lisatune.ranks import effective_rank, product_norm, product_singular_values, stable_rank
-from lisatune.run import build
-from lisatune.snapshot import Snapshots, Standing
-from lisatune.train import seed_step, set_learning_rate
+from lisatune import UserError, find_layers
+from lisatune.methods.lora import add_adapters
+from lisatune.models.load import load_model
+from lisatune.pieces import split_layers
+from lisatune.run.build import build
+from lisatune.run.checkpoint import Checkpoints
+from lisatune.run.preflight import preflight
+from lisatune.run.schedule import set_learning_rate
+from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.samplers.scores import MeanWeightNorms
+from lisatune.settings.config import build_config, used_settings, write_config
+from lisatune.study import start_weights
+from lisatune.study.matrix_rank import effective_rank, product_norm, product_singular_values, stable_rank
+from lisatune.study.recorder import NormRecorder
+from lisatune.train import seed_step
 
 PAPER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 

@@ -8,11 +8,11 @@ import transformers as hf
 
 from conftest import VOCABULARY, make_llama
 from lisatune import UserError, plan_memory
+from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
-from lisatune.fit import climb, forecast, largest
-from lisatune.learner import make_learner
 from lisatune.memory.measure import state_bytes, tensor_bytes
-from lisatune.plan import plan_config, plan_run
+from lisatune.plan.forecast import plan_config, plan_run
+from lisatune.plan.ladder import climb, forecast, largest
 
 LLAMA_8B = hf.LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -210,7 +210,7 @@ def test_a_budget_tells_how_far_it_reaches(model_folder):
     assert [p.method for p in told.plans] == ["lisa", "lora"]
     rows = told.reach["rows of a micro-batch"]
     config = plan_config({**settings, "model": "-"}, "cpu")
-    from lisatune.plan import model_config
+    from lisatune.plan.forecast import model_config
 
     assert plan_run(config, model_config(str(model_folder)), "cpu", rows=rows).peak_bytes <= told.budget
     assert plan_run(config, model_config(str(model_folder)), "cpu", rows=rows + 1).peak_bytes > told.budget

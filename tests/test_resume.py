@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from conftest import VOCABULARY, make_llama
 from lisatune import UserError
-from lisatune.checkpoint import Checkpoints
-from lisatune.config import build_config
+from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
 from lisatune.errors import Stopped
-from lisatune.learner import make_learner
-from lisatune.snapshot import Snapshots, Standing
+from lisatune.run.checkpoint import Checkpoints
+from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.settings.config import build_config
 from lisatune.train import train
 
 
@@ -335,8 +335,8 @@ def test_checkpoints_in_minutes_and_their_number(model_folder, data_file, tmp_pa
 
 def test_other_processes_and_versions_are_told_of(model_folder, data_file, tmp_path, monkeypatch):
     run(model_folder, data_file, tmp_path / "run", 3, monkeypatch)
-    monkeypatch.setattr("lisatune.snapshot.version", lambda package: "0.1")
-    monkeypatch.setattr("lisatune.snapshot.environment", lambda device: {"torch": "0.1"})
+    monkeypatch.setattr("lisatune.run.snapshot.version", lambda package: "0.1")
+    monkeypatch.setattr("lisatune.run.snapshot.environment", lambda device: {"torch": "0.1"})
     monkeypatch.setattr("lisatune.train.environment", lambda device: {"torch": "0.1"})
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True)
     assert f"torch was {torch.__version__}, now it is 0.1: weights equal to the bit need the same" in said

@@ -4,10 +4,13 @@ import pytest
 
 from frequencies import assert_frequencies
 from lisatune import UniformSampler, UserError
-from lisatune.adaptive import GradientNormSampler
 from lisatune.samplers import SAMPLERS, make_sampler
-from lisatune.sampling import BernoulliSampler, FixedSampler, RoundRobinSampler, SweepSampler
-from lisatune.weighted import WeightedSampler
+from lisatune.samplers.bernoulli import BernoulliSampler
+from lisatune.samplers.fixed import FixedSampler
+from lisatune.samplers.gradient_norm import GradientNormSampler
+from lisatune.samplers.round_robin import RoundRobinSampler
+from lisatune.samplers.sweep import SweepSampler
+from lisatune.samplers.weighted import WeightedSampler
 
 COMMON = {"num_layers": 4, "num_active": 2, "interval_steps": 5, "seed": 3}
 

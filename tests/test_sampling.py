@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from frequencies import assert_frequencies, plausible
 from lisatune import UniformSampler, UserError
-from lisatune.sampling import BernoulliSampler, FixedSampler, RoundRobinSampler, SweepSampler
+from lisatune.samplers.bernoulli import BernoulliSampler
+from lisatune.samplers.fixed import FixedSampler
+from lisatune.samplers.round_robin import RoundRobinSampler
+from lisatune.samplers.sweep import SweepSampler
 
 
 @given(num_layers=st.integers(1, 80), interval=st.integers(0, 10**6), seed=st.integers(0, 2**32), data=st.data())

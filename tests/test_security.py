@@ -16,12 +16,12 @@ from rich.console import Console
 import lisatune
 from conftest import make_tokenizer
 from lisatune import UserError
-from lisatune.checkpoint import Checkpoints, Damaged, read_manifest
-from lisatune.config import TrainConfig, build_config, read_settings
 from lisatune.data.formats import Example
 from lisatune.data.tokenize import Encoder
-from lisatune.models import load_model
-from lisatune.plan import model_config
+from lisatune.models.load import load_model
+from lisatune.plan.forecast import model_config
+from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest
+from lisatune.settings.config import TrainConfig, build_config, read_settings
 from lisatune.train import train
 
 SOURCES = sorted(Path(lisatune.__file__).parent.rglob("*.py"))
@@ -143,7 +143,7 @@ def test_pickled_weights_are_refused_unread(model, mark, monkeypatch):
         load_model(str(model))
     assert not mark.exists()
     torch.save({"lm_head.weight": torch.zeros(1)}, model / "pytorch_model.bin")
-    monkeypatch.setattr("lisatune.models.check_model_name", lambda name: None)  # the second lock, of its own
+    monkeypatch.setattr("lisatune.models.load.check_model_name", lambda name: None)  # the second lock, of its own
     with pytest.raises(UserError, match="no file named model.safetensors"):
         load_model(str(model))
 
@@ -260,7 +260,7 @@ def write_run(folder, text="layer", **summary):
 
 def report(folder):
     pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-    from lisatune.analysis.report import write_report
+    from lisatune.run.report import write_report
 
     return write_report(folder).read_text()
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from conftest import make_llama, make_tokenizer
 from lisatune import UserError
-from lisatune.config import build_config
-from lisatune.learner import clip_gradients
-from lisatune.losses import told
-from lisatune.models import load_model
-from lisatune.train import learning_rate_at, train
+from lisatune.common.loss_names import told
+from lisatune.models.load import load_model
+from lisatune.optim.build import clip_gradients
+from lisatune.run.schedule import learning_rate_at
+from lisatune.settings.config import build_config
+from lisatune.train import train
 
 
 def run(model_folder, data_file, output, **settings):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from frequencies import assert_frequencies
 from lisatune import UniformSampler, UserError
-from lisatune.weighted import WeightedSampler, parse_weights, read_weights
+from lisatune.samplers.weighted import WeightedSampler, parse_weights, read_weights
 
 
 @pytest.mark.parametrize("num_active", [0, 1, 2, 4, 5])

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from conftest import VOCABULARY, make_llama
-from lisatune import LisaEngine, UniformSampler, UserError, find_layers, zeroth_order
+from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.data.loader import Batch
-from lisatune.evaluate import batch_loss
-from lisatune.memory.checkpointing import checkpoint_layers
+from lisatune.levers.gradient_checkpointing import checkpoint_layers
+from lisatune.levers.offload_frozen import HostLayers
+from lisatune.loss import batch_loss
 from lisatune.memory.ledger import Ledger
 from lisatune.memory.measure import tensor_bytes
-from lisatune.memory.streaming import HostLayers
-from lisatune.zeroth_order import RandomDirections, ZerothOrder
+from lisatune.methods import mezo as zeroth_order
+from lisatune.methods.mezo import RandomDirections, ZerothOrder
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

@@ -32,10 +32,11 @@ def main(path):
     import torch
     from rich.console import Console
 
-    from lisatune.config import build_config
-    from lisatune.distributed import joined, rank, restarted
     from lisatune.learner import Learner
-    from lisatune.memory.wire import Wire
+    from lisatune.plan.wire import Wire
+    from lisatune.processes.collectives import rank
+    from lisatune.processes.group import joined, restarted
+    from lisatune.settings.config import build_config
     from lisatune.train import train
 
     torch.set_num_threads(1)

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from lisatune.engine import LisaEngine
     from lisatune.errors import UserError
     from lisatune.layers import Layers, find_layers
-    from lisatune.memory.cross_entropy import linear_cross_entropy
+    from lisatune.loss import linear_cross_entropy
     from lisatune.optim.adamw import AdamW
-    from lisatune.plan import plan_memory
-    from lisatune.sampling import Sampler, UniformSampler
+    from lisatune.plan.forecast import plan_memory
+    from lisatune.samplers.base import Sampler
+    from lisatune.samplers.uniform import UniformSampler
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,12 +35,12 @@ _HOME = {
     "Layers": "layers",
     "LisaCallback": "callback",
     "LisaEngine": "engine",
-    "Sampler": "sampling",
-    "UniformSampler": "sampling",
+    "Sampler": "samplers.base",
+    "UniformSampler": "samplers.uniform",
     "UserError": "errors",
     "find_layers": "layers",
-    "linear_cross_entropy": "memory.cross_entropy",
-    "plan_memory": "plan",
+    "linear_cross_entropy": "loss",
+    "plan_memory": "plan.forecast",
 }
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lisatune.distributed import num_ranks
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains
+from lisatune.processes.collectives import num_ranks
 from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
 from lisatune.trainer.settings import LisaSettings
 

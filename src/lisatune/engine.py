@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lisatune.errors import UserError
-from lisatune.importance import gradient_sq_norms
 from lisatune.layers import Layers, Trains
 from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, move_state
-from lisatune.sampling import Sampler
+from lisatune.samplers.base import Sampler
+from lisatune.samplers.scores import gradient_sq_norms
 
 StatePolicy = Literal["reset_layers", "reset_all", "keep"]
 

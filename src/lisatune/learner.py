@@ -14,29 +14,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lisatune.adapters import add_adapters
-from lisatune.config import LAYERWISE, OUR_OPTIMS, TrainConfig
-from lisatune.correction import InverseChance, active_chances
 from lisatune.data.loader import Batch
-from lisatune.distributed import Sharded, local, num_ranks, over_shards, total
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
-from lisatune.evaluate import batch_loss
-from lisatune.inactive import InactiveUpdates
-from lisatune.layers import Layers, find_layers
-from lisatune.memory.backward_step import StepInBackward
-from lisatune.memory.checkpointing import checkpoint_layers
-from lisatune.memory.row_gradient import RowGradients, watch_embedding
-from lisatune.memory.streaming import HostLayers, rest_to_device
-from lisatune.modules import split_layers
+from lisatune.layers import Layers
+from lisatune.levers.frozen_steps import InactiveUpdates
+from lisatune.levers.inverse_chance import InverseChance, active_chances
+from lisatune.levers.offload_frozen import HostLayers
+from lisatune.levers.optimizer_in_backward import StepInBackward
+from lisatune.loss import batch_loss
+from lisatune.methods.mezo import ZerothOrder
 from lisatune.optim.adamw import AdamW
-from lisatune.optim.library import make_library_optimizer
+from lisatune.optim.build import clip_gradients
 from lisatune.optim.moments import StateBits
+from lisatune.optim.row_gradients import RowGradients
 from lisatune.optim.suited import move_state
+from lisatune.processes.collectives import total
+from lisatune.processes.sharded import Sharded
 from lisatune.samplers import make_sampler
-from lisatune.slices.blocks import whole_of
+from lisatune.settings.config import TrainConfig
 from lisatune.slices.engine import SliceEngine
-from lisatune.zeroth_order import ZerothOrder
 
 STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8, "sign": 32}  # sign has none
 
@@ -197,89 +194,6 @@ def _check_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: di
             raise UserError(f"the saved {name[:80]} is not of the shape {tuple(shape)}, so it is of another parameter")
 
 
-def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learner:
-    """Set ``model`` up for the method and the levers of ``config``, in the one order that works, and move it to ``device``.
-
-    Adapters first, since they add parameters; the optimizer before anything is frozen, since it has to hold every
-    parameter that will ever train; checkpoints before streaming, which goes inside of them.
-    """
-    layers = find_parts(config, model)
-    if config.method == "lora":
-        model = add_adapters(
-            model, rank=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
-            targets=config.lora_target_modules, use_rslora=config.lora_use_rslora, use_dora=config.lora_use_dora,
-        )  # fmt: skip
-        layers = find_layers(layers.model, config.decoder_name)  # a head that got an adapter is another module now
-    if config.gradient_checkpointing:
-        count = None if config.gradient_checkpointing is True else config.gradient_checkpointing
-        checkpoint_layers(layers.decoder, count, offload=config.activation_offloading)
-    host_layers, sharded = None, None
-    if num_ranks() > 1:
-        linear_head = layers.head_is_linear()  # needs whole weights; the device never sees them all
-        sharded = Sharded(layers, config.dp_shard_size, device)
-    elif config.offload_frozen:
-        rest_to_device(model, layers.decoder, device)
-        host_layers = HostLayers(layers.decoder, device)
-    else:
-        model.to(device)
-    if sharded is None:
-        linear_head = layers.head_is_linear()
-    rows = _row_gradients(config, layers, linear_head=linear_head)
-    engine = make_engine(config, layers) if config.method in LAYERWISE else None
-    zeroth_order = None
-    if config.method == "mezo":
-        zeroth_order = ZerothOrder(
-            layers, _groups(config, layers, model), lr=config.learning_rate, epsilon=config.mezo_epsilon,
-            num_directions=config.mezo_directions, seed=config.seed, linear_head=linear_head,
-        )  # fmt: skip
-        optimizer: torch.optim.Optimizer = zeroth_order.optimizer
-    else:
-        optimizer = make_optimizer(config, layers, model, rows)
-    if isinstance(engine, SliceEngine):
-        engine.adopt(optimizer)
-    in_backward = None
-    if config.optimizer_in_backward:
-        assert isinstance(optimizer, AdamW)
-        in_backward = StepInBackward(optimizer)
-    inactive, ratio = None, 0.0
-    if config.inactive_learning_rate:
-        inactive = InactiveUpdates(layers.decoder, config.inactive_learning_rate, config.seed)
-        ratio = config.inactive_learning_rate / config.learning_rate
-    if host_layers and engine is None:
-        host_layers.place()  # LISA does so at its first step, when most layers are frozen
-    return Learner(
-        model, layers, linear_head, optimizer, engine, config.max_grad_norm, rows, in_backward, host_layers, device,
-        config.bad_grad_norm or math.inf, InverseChance(optimizer) if config.inverse_chance else None, zeroth_order,
-        inactive, ratio, sharded,
-    )  # fmt: skip
-
-
-def find_parts(config: TrainConfig, model: torch.nn.Module) -> Layers:
-    """``find_layers``, and in pieces if ``config`` draws pieces of decoder layers."""
-    layers = find_layers(model, config.decoder_name)
-    if config.sampled_unit == "layers" or config.sampled_unit == "slices":
-        return layers
-    return split_layers(layers, config.sampled_unit)
-
-
-def make_engine(config: TrainConfig, layers: Layers) -> LisaEngine | SliceEngine:
-    """LISA as ``config`` says."""
-    if config.sampled_unit == "slices":
-        return _slice_engine(config, layers)
-    pool = layers.pool(train_embedding=config.train_embedding, train_head=config.train_head)
-    if taken := config.sampler_options.keys() & {"name", "num_layers", "num_active", "interval_steps", "seed"}:
-        raise UserError(f"sampler_options: {min(taken)} is none of them, give it as a setting of its own or not at all")
-    options = config.sampler_options | ({"names": pool} if config.sampler == "weighted" else {})
-    sampler = make_sampler(
-        config.sampler, num_layers=len(pool), num_active=config.num_active, interval_steps=config.interval_steps,
-        seed=config.seed, **options,
-    )  # fmt: skip
-    return LisaEngine(
-        layers, sampler, config.interval_steps, config.state_policy,
-        train_embedding=config.train_embedding, train_head=config.train_head,
-    )  # fmt: skip
-
-
 def _slice_engine(config: TrainConfig, layers: Layers) -> SliceEngine:
     sampler = make_sampler(
         config.sampler, num_layers=config.num_slices, num_active=config.num_active,
@@ -291,107 +205,7 @@ def _slice_engine(config: TrainConfig, layers: Layers) -> SliceEngine:
     )  # fmt: skip
 
 
-def make_optimizer(
-    config: TrainConfig, layers: Layers, model: torch.nn.Module, row_gradients: RowGradients | None = None
-) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over all parameters that ask for a gradient now; weight decay on matrices alone.
-
-    Of AdamW PyTorch's own where float32 and no lever is asked for, ours for the rest.
-    """
-    groups, parts = _groups(config, layers, model), layers.parts()
-    vocabulary = [*parts["embedding"].values(), *parts["head"].values()]  # which are no hidden matrices
-    if config.optim not in OUR_OPTIMS:
-        return make_library_optimizer(
-            config.optim, groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon, momentum=config.momentum, adapt_vectors=config.adapt_vectors, vocabulary=vocabulary,
-            seed=config.seed,
-        )  # fmt: skip
-    trained = groups[0]["params"]
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
-    levers = config.offload_optimizer or config.optimizer_in_backward or config.vocabulary_blocks
-    levers = levers or any(group["stateless"] for group in groups)
-    if config.optim == "adamw" and not levers and trained[0].dtype == torch.float32:
-        return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
-    return AdamW(
-        groups, **options, seed=config.seed, state_bits=STATE_BITS[config.optim], offload_state=config.offload_optimizer,
-        row_gradients=row_gradients,
-    )  # fmt: skip
-
-
-def _groups(config: TrainConfig, layers: Layers, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first."""
-    parts = layers.parts()
-    part_of = {p: part for part in ("embedding", "head") for p in parts[part].values()}
-    head_ratio = config.embedding_lr_ratio if config.head_lr_ratio is None and layers.tied else config.head_lr_ratio
-    if layers.tied and head_ratio != config.embedding_lr_ratio:
-        raise UserError("embedding and head are one tensor in this model: leave head_lr_ratio out")
-    ratios = {"embedding": config.embedding_lr_ratio, "head": 1.0 if head_ratio is None else head_ratio}
-    groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
-    trained = [p for p in model.parameters() if p.requires_grad and whole_of(p) is p]
-    for p in sorted(trained, key=lambda p: p.ndim < 2):
-        ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else config.norm_lr_ratio
-        stateless = config.optim == "sign" or (hasattr(p, "cut_into") and _forgets(config))
-        groups.setdefault((p.ndim < 2, stateless, ratio), []).append(p)
-    return [
-        {
-            "params": own,
-            "weight_decay": 0.0 if vector else config.weight_decay,
-            "lr_ratio": ratio,
-            "stateless": stateless,
-        }
-        for (vector, stateless, ratio), own in groups.items()
-    ]
-
-
 def _forgets(config: TrainConfig) -> bool:
     """Whether no slice trains for longer than a step, so that Adam has nothing to remember of it."""
     changes = config.num_active < config.num_slices and config.sampler != "fixed"
     return config.optim in STATE_BITS and config.interval_steps == 1 and changes and config.state_policy != "keep"
-
-
-class MetaAdamW(torch.optim.AdamW):
-    """What PyTorch's fused AdamW holds, for a forecast: two moments and no temporaries; it does not run on meta."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Make the moments of whatever has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-
-def _row_gradients(config: TrainConfig, layers: Layers, *, linear_head: bool) -> RowGradients | None:
-    if not config.vocabulary_blocks:
-        return None
-    if not linear_head:
-        raise UserError(
-            f"vocabulary_blocks: the logits of {type(layers.model).__name__} are more than a product with its head, so "
-            "the head's gradient cannot be made in blocks: leave vocabulary_blocks out"
-        )
-    rows = RowGradients()
-    watch_embedding(layers.embedding, rows)
-    return rows
-
-
-def clip_gradients(
-    optimizer: torch.optim.Optimizer, max_norm: float, row_gradients: RowGradients | None = None
-) -> Tensor:
-    """Scale all gradients down to the global norm ``max_norm`` (0: leave them); returns the norm before, a scalar."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # in float32, whatever the gradients are: torch's get_total_norm would round the norm to bfloat16
-    norms: list[Tensor] = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in parameters]
-    if row_gradients is not None:
-        norms += [row_gradients.sq_norm(p).sqrt() for p in row_gradients.parameters()]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    if num_ranks() > 1:
-        norm = over_shards(norm.square(), parameters[0]).sqrt()
-    if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        if row_gradients is not None:
-            row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch does
-    return norm

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,39 +14,38 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lisatune.checkpoint import Checkpoints
-from lisatune.config import TrainConfig, check_num_ranks, differences, read_settings, used_settings, write_config
+from lisatune.common.files import write_whole
+from lisatune.common.loss_names import named_losses
+from lisatune.common.progress import training_progress
+from lisatune.common.run_folder import check_output, finished, only_run
+from lisatune.common.signals import StopSignal, stop_signals
+from lisatune.data.examples import HeldOut
 from lisatune.data.formats import Example
 from lisatune.data.loader import Batch
-from lisatune.distributed import (
-    barrier,
-    gathered,
-    joined,
-    most,
-    num_ranks,
-    rank,
-    restarted,
-    together,
-    whole,
-)  # fmt: skip
 from lisatune.engine import LisaEngine
 from lisatune.errors import Stopped, UserError
-from lisatune.files import only_run, replace_folder, write_whole
-from lisatune.fit import explain_out_of_memory
-from lisatune.layers import find_layers
 from lisatune.learner import Outcome
-from lisatune.losses import named_losses
 from lisatune.memory.measure import state_bytes
-from lisatune.models import save_model, save_model_config
-from lisatune.norms import NormRecorder
-from lisatune.preflight import HeldOut, check_output, finished, preflight
-from lisatune.progress import training_progress
-from lisatune.run import Run, build
-from lisatune.shards import write_whole_files
-from lisatune.signals import StopSignal, stop_signals
+from lisatune.plan.ladder import explain_out_of_memory
+from lisatune.processes.collectives import barrier, gathered, most, num_ranks, rank, together
+from lisatune.processes.group import joined, restarted
+from lisatune.run.build import Run, build
+from lisatune.run.checkpoint import Checkpoints
+from lisatune.run.metrics import Metrics
+from lisatune.run.preflight import preflight
+from lisatune.run.saving import SaveTimes, save_trained
+from lisatune.run.schedule import set_learning_rate
+from lisatune.run.snapshot import Snapshots, Standing, environment, read_state_of
+from lisatune.settings.config import (
+    TrainConfig,
+    check_num_ranks,
+    differences,
+    read_settings,
+    used_settings,
+    write_config,
+)
 from lisatune.slices.engine import SliceEngine
-from lisatune.snapshot import Snapshots, Standing, environment, read_state_of
-from lisatune.tracking import Metrics
+from lisatune.study.recorder import NormRecorder
 
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -140,7 +137,7 @@ def _loop(
 ) -> dict[str, Any]:
     """One optimizer step: one draw at most, one divisor for all its micro-batches, one update."""
     config, learner, num_steps = run.config, run.learner, run.data.num_steps
-    folder, saves = Path(config.output), _Saves(config)
+    folder, saves = Path(config.output), SaveTimes(config)
     started = time.perf_counter() - standing.train_seconds
     with (
         Metrics(config, folder, standing.step) as metrics,
@@ -219,7 +216,7 @@ def _loop(
     summary |= {"scores": scores} if scores else {}
     if run.data.streamed:
         console.print(f"train: {run.data.streamed.describe()}", highlight=False)
-    _save(run, folder)
+    save_trained(run, folder)
     if rank() == 0:
         write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         _report(folder, console)
@@ -239,23 +236,6 @@ def seed_step(seed: int, step: int) -> None:
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     random.seed(number)
     torch.manual_seed(number)
-
-
-class _Saves:
-    """Says when a checkpoint is due."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self.steps = config.save_steps
-        minutes = config.save_minutes or (None if config.save_steps else 10)
-        self.seconds = math.inf if minutes is None else 60 * minutes
-        self.last = time.monotonic()
-
-    def due(self, num_steps: int) -> bool:
-        now = time.monotonic()
-        if now - self.last < self.seconds and not (self.steps and num_steps % self.steps == 0):
-            return False
-        self.last = now
-        return True
 
 
 def _go_on(run: Run, snapshots: Snapshots, console: Console, allow_changes: bool) -> Standing:
@@ -320,30 +300,6 @@ def _bad_step(config: TrainConfig, standing: Standing, batch: Batch, outcome: Ou
     )
 
 
-def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0): transformers' schedules, as a pure function.
-
-    Example:
-        >>> from lisatune.config import build_config
-        >>> config = build_config({"model": "m", "data": "d", "output": "o", "learning_rate": 1.0, "warmup_steps": 2})
-        >>> [learning_rate_at(config, step, num_steps=6) for step in range(6)]
-        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
-    """
-    if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.learning_rate * max(0.0, factor[config.lr_scheduler_type])
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, num_steps: int) -> float:
-    """Set and return the learning rate of ``step``; a switch of layers does not touch it."""
-    rate = learning_rate_at(config, step, num_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_ratio", 1.0)
-    return rate
-
-
 def _sampled_parts(engine: LisaEngine | SliceEngine | None) -> list[str] | None:
     """What was drawn beside whole decoder layers: embedding, head, pieces of layers."""
     if engine is None or engine.drawn is None or len(engine.pool) == len(engine.layers.decoder):
@@ -351,55 +307,9 @@ def _sampled_parts(engine: LisaEngine | SliceEngine | None) -> list[str] | None:
     return [engine.pool[i] for i in engine.drawn if not engine.pool[i].removeprefix("layers.").isdecimal()]
 
 
-def _save(run: Run, folder: Path) -> None:
-    if run.learner.sharded:
-        _save_shards(run, folder)
-        return
-    model = run.learner.model
-    if run.config.method == "lora":
-        shutil.rmtree(folder / ".adapter.new", ignore_errors=True)  # of a run that was killed here
-        model.save_pretrained(folder / ".adapter.new")
-        replace_folder(folder / ".adapter.new", folder / "adapter")
-        if run.learner.host_layers:
-            model.to("cpu")  # adapters are merged where the weights are
-            run.learner.host_layers.remove(torch.device("cpu"))
-        model = model.merge_and_unload()
-    model.requires_grad_(True)
-    shutil.rmtree(folder / ".model.new", ignore_errors=True)
-    save_model(model, run.tokenizer, folder / ".model.new")
-    replace_folder(folder / ".model.new", folder / "model")
-
-
-def _save_shards(run: Run, folder: Path) -> None:
-    """As ``_save``, where no process holds the whole model."""
-    model = run.learner.model
-    if run.config.method == "lora":
-        adapter = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name}
-        if rank() == 0:
-            shutil.rmtree(folder / ".adapter.new", ignore_errors=True)
-            model.save_pretrained(folder / ".adapter.new", state_dict=adapter)
-            replace_folder(folder / ".adapter.new", folder / "adapter")
-        model = model.merge_and_unload()
-    new = folder / ".model.new"
-    if rank() == 0:
-        shutil.rmtree(new, ignore_errors=True)
-        save_model_config(model, run.tokenizer, new)
-    barrier()
-    parts = find_layers(model, run.config.decoder_name).parts()
-    files = {part: {n: p.detach() for n, p in own.items()} for part, own in parts.items() if own}
-    kept = model.state_dict().keys()
-    if buffers := {name: buffer for name, buffer in model.named_buffers() if name in kept}:
-        files["buffers"] = buffers
-    write_whole_files(new, files)
-    if rank() == 0:
-        for file in new.glob("*.safetensors"):
-            file.chmod(0o644)
-        replace_folder(new, folder / "model")
-
-
 def _report(folder: Path, console: Console) -> None:
     try:
-        from lisatune.analysis.report import write_report
+        from lisatune.run.report import write_report
     except ImportError:
         console.print(
             "no report.html, which needs matplotlib: pip install 'lisatune[report]', then lisatune report RUN"

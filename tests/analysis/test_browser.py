@@ -8,7 +8,7 @@ from html import unescape
 
 import pytest
 
-from lisatune.analysis.report import write_report
+from lisatune.run.report import write_report
 from patience import HANG_SECONDS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -9,9 +9,9 @@ import pytest
 from lisatune import UserError
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-from lisatune.analysis.comparison import heat_map_names, write_comparison
-from lisatune.grid import plan_grid
-from lisatune.standings import Measured, results
+from lisatune.compare.grid import plan_grid
+from lisatune.compare.page import heat_map_names, write_comparison
+from lisatune.compare.results import Measured, results
 
 EVIL = "$x_1$ <script>alert(1)</script> & \"q\" 'p'"
 NEEDED = {"model": "models/<b>tiny<i>", "data": "d", "eval_rows": 6, "max_steps": 8}

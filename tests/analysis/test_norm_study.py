@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lisatune import UserError
-from lisatune.analysis.norms import MOST_COLUMNS, _columns, read_norms, show, skewness_of, study, tables, write_page
+from lisatune.study.study import MOST_COLUMNS, _columns, read_norms, show, skewness_of, study, tables, write_page
 
 PARTS = ["embedding", "layers.0", "layers.1", "layers.2", "norm", "head"]
 

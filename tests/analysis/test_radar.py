@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-from lisatune.analysis.radar import radar
+from lisatune.pages.radar import radar
 
 CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 

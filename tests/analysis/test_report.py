@@ -6,9 +6,9 @@ import pytest
 from lisatune import UserError
 
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-from lisatune.analysis.report import write_report
-from lisatune.tasks.record import Conditions, Record
-from lisatune.tasks.score import Score
+from lisatune.evaluation.tasks.record import Conditions, Record
+from lisatune.evaluation.tasks.score import Score
+from lisatune.run.report import write_report
 
 SUMMARY = {
     "method": "lisa", "steps": 2, "tokens": 10, "eval_loss_before": 2.0, "eval_loss_after": 1.0, "train_seconds": 3.0,

@@ -7,8 +7,8 @@ import torch
 from conftest import make_llama
 from lisatune.data.loader import Loader, collate
 from lisatune.data.tokenize import IGNORED, Encoded
-from lisatune.evaluate import batch_loss
 from lisatune.layers import find_layers
+from lisatune.loss import batch_loss
 
 
 def document(*ids, learnt_from=0):

@@ -3,8 +3,8 @@ import torch
 
 from conftest import make_llama
 from lisatune import AdamW, LisaEngine, UniformSampler, UserError, find_layers, linear_cross_entropy
-from lisatune.memory.backward_step import StepInBackward
-from lisatune.memory.row_gradient import RowGradients, watch_embedding
+from lisatune.levers.optimizer_in_backward import StepInBackward
+from lisatune.optim.row_gradients import RowGradients, watch_embedding
 
 IDS = torch.randint(0, 128, (4, 10), generator=torch.Generator().manual_seed(0))
 

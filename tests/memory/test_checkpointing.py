@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 from conftest import VOCABULARY, make_llama
 from lisatune import UserError, find_layers
+from lisatune.levers.gradient_checkpointing import checkpoint_layers, is_checkpointed
 from lisatune.memory import offload
-from lisatune.memory.checkpointing import checkpoint_layers, is_checkpointed
 from lisatune.memory.ledger import Ledger
 
 ROWS, POSITIONS, WIDTH = 2, 8, 32

@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lisatune import UserError, linear_cross_entropy
-from lisatune.memory import cross_entropy
-from lisatune.memory.row_gradient import RowGradients
+from lisatune import loss as cross_entropy
+from lisatune.optim.row_gradients import RowGradients
 
 
 def plain(hidden, weight, labels, bias, divisor):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import make_llama
 from lisatune import AdamW, UserError, linear_cross_entropy
-from lisatune.memory.row_gradient import EmbeddingPart, RowGradients, watch_embedding
+from lisatune.optim.row_gradients import EmbeddingPart, RowGradients, watch_embedding
 
 IDS = torch.randint(0, 128, (3, 12), generator=torch.Generator().manual_seed(0))
 

@@ -7,11 +7,11 @@ from torch import nn
 
 from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
+from lisatune.levers.gradient_checkpointing import checkpoint_layers
+from lisatune.levers.offload_frozen import HostLayers, rest_to_device
 from lisatune.memory import offload
-from lisatune.memory.checkpointing import checkpoint_layers
 from lisatune.memory.ledger import Ledger
 from lisatune.memory.measure import tensor_bytes
-from lisatune.memory.streaming import HostLayers, rest_to_device
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

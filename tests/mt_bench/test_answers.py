@@ -7,10 +7,10 @@ import pytest
 from conftest import make_llama, make_tokenizer
 from lisatune.data.tokenize import PLAIN_TEMPLATE
 from lisatune.errors import UserError
-from lisatune.mt_bench import answers as module
-from lisatune.mt_bench.answers import Answerer, batches_of, digest_of, end_tokens, generate, render
-from lisatune.mt_bench.questions import Question
-from lisatune.mt_bench.records import Records
+from lisatune.evaluation.mt_bench import answers as module
+from lisatune.evaluation.mt_bench.answers import Answerer, batches_of, digest_of, end_tokens, generate, render
+from lisatune.evaluation.mt_bench.questions import Question
+from lisatune.evaluation.mt_bench.records import Records
 
 QUESTIONS = [Question(str(i), "maths", ("Hi! " * i, f"And {i}?")) for i in range(1, 6)]
 
@@ -35,7 +35,7 @@ def answerer(folder, memory_path):
 
 def one_by_one(folder, max_new_tokens):
     """The slow, clear equal: no batch, no padding, no records."""
-    from lisatune.models import load_model
+    from lisatune.models.load import load_model
 
     model, tokenizer = load_model(str(folder))
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -127,7 +127,7 @@ def test_a_conversation_that_fills_the_context(answerer, folder, tmp_path):
 
 def test_an_answer_ends_where_the_model_ends_it(folder):
     """At each of the ends that model and tokenizer name, not at the batch's; what comes after is padding."""
-    from lisatune.models import load_model
+    from lisatune.models.load import load_model
 
     model, tokenizer = load_model(str(folder))
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -160,7 +160,7 @@ def test_a_hub_name_that_is_not_there():
 
 
 def test_a_template_that_refuses_the_chat(folder):
-    from lisatune.models import load_model
+    from lisatune.models.load import load_model
 
     _, tokenizer = load_model(str(folder))
     tokenizer.chat_template = "{{ raise_exception('one turn only') }}"

@@ -11,7 +11,7 @@ import pytest
 from judge_server import Server, completion
 
 from lisatune.errors import UserError
-from lisatune.mt_bench.endpoint import TRIES, BudgetSpent, Endpoint, RequestRefused, check_key, check_url
+from lisatune.evaluation.mt_bench.endpoint import TRIES, BudgetSpent, Endpoint, RequestRefused, check_key, check_url
 from patience import HANG_SECONDS, wait_until
 
 BODY = {"messages": [{"role": "user", "content": "Grade this."}], "temperature": 0}

@@ -17,8 +17,8 @@ from rich.console import Console
 from conftest import make_llama, make_tokenizer
 from lisatune.data.tokenize import PLAIN_TEMPLATE
 from lisatune.errors import Stopped, UserError
-from lisatune.mt_bench.endpoint import Endpoint
-from lisatune.mt_bench.evaluation import draw, evaluate, names_of
+from lisatune.evaluation.mt_bench.endpoint import Endpoint
+from lisatune.evaluation.mt_bench.evaluation import draw, evaluate, names_of
 from patience import HANG_SECONDS, started, wait_until
 
 CATEGORIES = ["writing", "maths", "coding"]
@@ -98,7 +98,7 @@ def test_real_models_judged_by_a_real_model(run, judge, memory_path):
 
 def test_a_judge_that_knows_no_grade_is_counted(run, models):
     """An untrained model says nothing that can be parsed: no score comes of it, and the counts say why."""
-    from lisatune.models import load_model
+    from lisatune.models.load import load_model
 
     model, tokenizer = load_model(str(models / "first"))
     tokenizer.chat_template = PLAIN_TEMPLATE
@@ -253,7 +253,7 @@ def test_mistakes_are_one_sentence_without_waiting_for_torch(models, questions, 
 
     from lisatune.cli import app
 
-    monkeypatch.setitem(sys.modules, "lisatune.mt_bench.answers", None)  # what imports torch
+    monkeypatch.setitem(sys.modules, "lisatune.evaluation.mt_bench.answers", None)  # what imports torch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     given = ["mt-bench", str(models / "first"), "--questions", questions, "--judge-url", "http://localhost:1/v1"]
@@ -271,7 +271,7 @@ def test_an_unreachable_judge_is_told_of_before_any_answer_is_made(run, memory_p
 
 
 def test_two_at_once_in_one_folder(run, memory_path):
-    from lisatune.files import only_run
+    from lisatune.common.run_folder import only_run
 
     (memory_path / "out").mkdir()
     refused = pytest.raises(UserError, match="another process works in")

@@ -5,9 +5,9 @@ import pytest
 from judge_server import Server, completion
 
 from lisatune.errors import UserError
-from lisatune.mt_bench.endpoint import LONGEST_WAIT_SECONDS, Endpoint
-from lisatune.mt_bench.judge import NUM_THREADS, Judge
-from lisatune.mt_bench.records import Records
+from lisatune.evaluation.mt_bench.endpoint import LONGEST_WAIT_SECONDS, Endpoint
+from lisatune.evaluation.mt_bench.judge import NUM_THREADS, Judge
+from lisatune.evaluation.mt_bench.records import Records
 from patience import HANG_SECONDS, wait_until
 
 PROMPTS = [f"prompt {i}" for i in range(12)]

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from lisatune.errors import UserError
-from lisatune.mt_bench.questions import Question, read_questions
+from lisatune.evaluation.mt_bench.questions import Question, read_questions
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lisatune.errors import UserError
-from lisatune.mt_bench.records import Records, key_of
+from lisatune.evaluation.mt_bench.records import Records, key_of
 
 
 def test_what_was_added_is_there_again(tmp_path):

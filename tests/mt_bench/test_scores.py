@@ -3,9 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
-from lisatune.mt_bench.questions import Question
-from lisatune.mt_bench.scores import notes_of, score, show
-from lisatune.mt_bench.verdicts import Verdict
+from lisatune.evaluation.mt_bench.questions import Question
+from lisatune.evaluation.mt_bench.scores import notes_of, score, show
+from lisatune.evaluation.mt_bench.verdicts import Verdict
 
 QUESTIONS = [
     Question(str(i), category, ("a", "b")) for i, category in enumerate(["writing", "maths", "writing", "maths"])

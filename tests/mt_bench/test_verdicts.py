@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisatune.mt_bench.questions import Question
-from lisatune.mt_bench.verdicts import judge_prompt, read_verdict
+from lisatune.evaluation.mt_bench.questions import Question
+from lisatune.evaluation.mt_bench.verdicts import judge_prompt, read_verdict
 
 
 @pytest.mark.parametrize(

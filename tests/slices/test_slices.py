@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from conftest import VOCABULARY, make_llama
 from lisatune import UniformSampler, UserError, find_layers
-from lisatune.memory.cross_entropy import linear_cross_entropy
+from lisatune.loss import linear_cross_entropy
 from lisatune.memory.measure import state_bytes
-from lisatune.sampling import BernoulliSampler, FixedSampler, SweepSampler
+from lisatune.samplers.bernoulli import BernoulliSampler
+from lisatune.samplers.fixed import FixedSampler
+from lisatune.samplers.sweep import SweepSampler
 from lisatune.slices.blocks import Cut, block_rows
 from lisatune.slices.engine import SliceEngine
 

@@ -13,12 +13,12 @@ pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from conftest import make_llama, make_tokenizer
 from lisatune import UserError
-from lisatune.analysis.comparison_table import table_of
 from lisatune.cli import app
-from lisatune.grid import plan_grid
-from lisatune.standings import read_run, results
-from lisatune.tasks.score import Score, difference
-from lisatune.tasks.scorer import Scorer
+from lisatune.compare.grid import plan_grid
+from lisatune.compare.results import read_run, results
+from lisatune.compare.table import table_of
+from lisatune.evaluation.tasks.score import Score, difference
+from lisatune.evaluation.tasks.scorer import Scorer
 from patience import HANG_SECONDS
 from small_tasks import write_tasks
 from test_resume import run

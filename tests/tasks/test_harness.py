@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from lisatune import UserError
-from lisatune.tasks.harness import find_tasks, load_tasks, task_names
+from lisatune.evaluation.tasks.harness import find_tasks, load_tasks, task_names
 from small_tasks import write_tasks
 
 

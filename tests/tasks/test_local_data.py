@@ -3,7 +3,7 @@
 import pytest
 
 from lisatune import UserError
-from lisatune.tasks.local_data import read_data_set
+from lisatune.evaluation.tasks.local_data import read_data_set
 from small_tasks import write_tasks
 
 

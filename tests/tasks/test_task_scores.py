@@ -10,9 +10,9 @@ pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from conftest import make_llama, make_tokenizer
 from lisatune import UserError
-from lisatune.models import load_model
-from lisatune.tasks.score import numbers
-from lisatune.tasks.scorer import Scorer
+from lisatune.evaluation.tasks.score import numbers
+from lisatune.evaluation.tasks.scorer import Scorer
+from lisatune.models.load import load_model
 from small_tasks import SENTENCES, SUBJECTS, write_tasks
 
 

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from lisatune import UserError
-from lisatune.config import build_config, used_settings
-from lisatune.grid import plan_grid, read_grid
-from lisatune.preflight import preflight
+from lisatune.compare.grid import plan_grid, read_grid
+from lisatune.run.preflight import preflight
+from lisatune.settings.config import build_config, used_settings
 from small_tasks import write_tasks
 from test_resume import metrics, run, weights
 
@@ -52,7 +52,7 @@ def test_scoring_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_fil
 
 
 def test_trackers_have_a_number_for_each_task(model_folder, data_file, tmp_path, tasks, monkeypatch):
-    import lisatune.tracking as module
+    import lisatune.run.metrics as module
 
     seen = []
     monkeypatch.setattr(module, "_make_tracker", lambda *_: lambda numbers, step: seen.append((step, numbers)))

@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lisatune.amounts import gib
-from lisatune.config import build_config
+from lisatune.common.amounts import gib
 from lisatune.errors import UserError
-from lisatune.evaluate import answers
-from lisatune.models import load_model
-from lisatune.preflight import preflight
+from lisatune.models.chat import answers
+from lisatune.models.load import load_model
+from lisatune.run.preflight import preflight
+from lisatune.settings.config import build_config
 
 HERE = Path(__file__).parent
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -33,7 +33,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     training row, how many are answered to the letter.
     Raises: UserError if ``output`` holds something already or the model is not to be had.
     """
-    from lisatune.run import build
+    from lisatune.run.build import build
     from lisatune.train import fit
 
     config = build_config(
@@ -105,7 +105,7 @@ def _ask(loaded: tuple[Any, Any], rows: list[dict[str, str]], console: Console) 
 
 def _rewrite_report(output: Path, console: Console) -> None:
     try:
-        from lisatune.analysis.report import write_report
+        from lisatune.run.report import write_report
     except ImportError as error:
         raise UserError("the demo's report needs matplotlib: pip install 'lisatune[report]'") from error
     console.print(f"report: {write_report(output)}", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lisatune.distributed import local
+from lisatune.processes.tensors import local
 
 CUDA_GRANULARITY = 512  # the CUDA caching allocator rounds every block up to a multiple of this many bytes
 HOST = "host"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lisatune.distributed import local
+from lisatune.processes.tensors import local
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

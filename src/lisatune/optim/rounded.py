@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisatune.distributed import first_element
 from lisatune.errors import UserError
 from lisatune.optim.rounding import random_bits, round_stochastically
+from lisatune.processes.tensors import first_element
 from lisatune.slices.blocks import whole_of
 
 

@@ -9,11 +9,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lisatune.draws import hashed
 from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
-from lisatune.sampling import FixedSampler, RoundRobinSampler, Sampler, SweepSampler, UniformSampler
+from lisatune.samplers.base import Sampler
+from lisatune.samplers.draws import hashed
+from lisatune.samplers.fixed import FixedSampler
+from lisatune.samplers.round_robin import RoundRobinSampler
+from lisatune.samplers.sweep import SweepSampler
+from lisatune.samplers.uniform import UniformSampler
 from lisatune.slices.blocks import Cut, Slots
 from lisatune.slices.modules import SlicedForward
 

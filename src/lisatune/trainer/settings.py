@@ -12,7 +12,7 @@ from torch import nn
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
-from lisatune.modules import split_layers
+from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
 
 

@@ -1,1 +1,0 @@
-"""Reads the files of a finished run and draws them."""

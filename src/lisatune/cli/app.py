@@ -1,0 +1,72 @@
+"""The command line: a table of commands, and what becomes of a user's mistake. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import command, num_started, number_started, without_nproc
+from lisatune.cli.chat import chat
+from lisatune.cli.compare import compare
+from lisatune.cli.demo import demo
+from lisatune.cli.eval import evaluate
+from lisatune.cli.export import export
+from lisatune.cli.mt_bench import mt_bench
+from lisatune.cli.norms import norms
+from lisatune.cli.plan import plan
+from lisatune.cli.report import report
+from lisatune.cli.settings import settings
+from lisatune.cli.train import train
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "plan": plan,
+    "compare": compare,
+    "chat": chat,
+    "eval": evaluate,
+    "export": export,
+    "report": report,
+    "norms": norms,
+    "mt-bench": mt_bench,
+    "settings": settings,
+    "demo": demo,
+}
+TAKES_SETTINGS = ("train", "plan", "compare")
+
+
+app = typer.Typer(
+    help="Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for name, run_command in COMMANDS.items():
+    epilog = "All settings with their defaults: lisatune settings" if name in TAKES_SETTINGS else None
+    app.command(name, epilog=epilog)(run_command)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit status 2."""
+    console = Console(stderr=True)
+    name = "lisatune" if number_started() == 0 else f"lisatune (rank {number_started()})"
+    try:
+        if num_started() > 1 and sys.argv[1:2] != ["train"]:
+            raise UserError("several processes can only train: start this command once, without torchrun")
+        app()
+    except UserError as error:
+        console.print(f"{name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Stopped as stopped:
+        if number_started() == 0:
+            console.print(f"lisatune: {stopped}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(128 + stopped.signal)

@@ -1,0 +1,38 @@
+"""`lisatune chat`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import command, num_started, number_started, without_nproc
+from lisatune.cli.common import AsJson, console, quiet_libraries
+
+
+
+def chat(
+    run: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once, instead of talking.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")] = "auto",
+) -> None:
+    """Speak with a trained model."""
+    from lisatune.models.names import check_model_name
+
+    inside = Path(run).expanduser() / "model"
+    check_model_name(str(inside) if inside.is_dir() else run)
+    quiet_libraries()
+    from lisatune.models.chat import chat
+
+    chat(run, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, device=device)

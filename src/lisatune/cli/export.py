@@ -1,0 +1,59 @@
+"""`lisatune export`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import command, num_started, number_started, without_nproc
+from lisatune.cli.common import AsJson, console, quiet_libraries
+
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="A run's folder, a delta's, a model's, or a .gguf file.")],
+    output: Annotated[Path, typer.Argument(help="The new folder, or the new file with --gguf.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is stored by default.")] = None,
+    delta: Annotated[
+        bool,
+        typer.Option("--delta", help="Only the weights that the run has changed; export makes a model of them again."),
+    ] = False,
+    gguf: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="For llama.cpp: f32, f16, bf16 or q8_0. Needs 'lisatune\\[export]'."),
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository too.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand on what was trained: a plain folder, only what changed, or a GGUF file."""
+    from lisatune.common.amounts import gib
+    from lisatune.models.export_check import check_export
+
+    check_export(run, dtype=dtype, delta=delta, gguf=gguf, push_to=push_to)
+    quiet_libraries()
+    from lisatune.models.export import export_delta, export_gguf, export_model, push
+
+    if delta:
+        told = export_delta(run, output)
+    elif gguf is not None:
+        told = export_gguf(run, output, gguf)
+    else:
+        told = export_model(run, output, dtype)
+    if push_to is not None:
+        told["pushed"] = push(output, push_to)
+    if as_json:
+        print(json.dumps(told))
+        return
+    share = f", {told['tensors']} of {told['of']} tensors, of {gib(told['of_bytes'])}" if delta else ""
+    console.print(f"{output}: {gib(told['bytes'])}{share}", highlight=False, soft_wrap=True)

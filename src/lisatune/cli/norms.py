@@ -1,0 +1,41 @@
+"""`lisatune norms`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import command, num_started, number_started, without_nproc
+from lisatune.cli.common import AsJson, console, quiet_libraries
+
+
+
+def norms(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]...", help="Folders of runs with norm_steps.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Page to write; norms.html in the first run's folder by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How far each layer moved, of several runs side by side, and norms.html."""
+    from lisatune.study.study import read_norms, show, study, write_page
+
+    found = [read_norms(run) for run in runs]
+    told = study(found)
+    if as_json:
+        print(json.dumps(told))
+        return
+    Console().print(show(told))
+    try:
+        print(write_page(found, output or runs[0] / "norms.html"))
+    except ImportError:
+        console.print("no norms.html, which needs matplotlib: pip install 'lisatune[report]'", markup=False)

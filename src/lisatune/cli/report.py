@@ -1,0 +1,37 @@
+"""`lisatune report`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import command, num_started, number_started, without_nproc
+from lisatune.cli.common import AsJson, console, quiet_libraries
+
+
+
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run or of a comparison.")]) -> None:
+    """Write report.html of a finished run or of a comparison."""
+    compared = (run / "comparison.json").is_file()
+    if not compared and not (run / "summary.json").is_file():
+        raise UserError(f"{run}: holds no finished run (no summary.json)")
+    quiet_libraries()
+    try:
+        if compared:
+            from lisatune.compare.page import write_comparison as write
+        else:
+            from lisatune.run.report import write_report as write
+    except ImportError as error:
+        from lisatune.errors import missing_package
+
+        raise missing_package("matplotlib", "the report", "report") from error
+    print(write(run))

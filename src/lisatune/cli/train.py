@@ -1,0 +1,131 @@
+"""`lisatune train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import command, num_started, number_started, without_nproc
+from lisatune.cli.common import AsJson, console, quiet_libraries
+
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which win over the file's.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder, if there is one.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="With --resume: although settings or data have changed.")
+    ] = False,
+    save_every: Annotated[
+        str | None,
+        typer.Option(metavar="N steps|minutes", help="How often to write a checkpoint; 10 minutes by default."),
+    ] = None,
+    keep: Annotated[int | None, typer.Option(metavar="N", help="How many checkpoints to keep.")] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(metavar="MEMORY", help="Pull the levers that make the run fit, for example 24GiB.")
+    ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Processes (GPUs) of this host; for several hosts use torchrun."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model with LISA, LoRA or all parameters."""
+    from lisatune.common.amounts import parse_bytes
+    from lisatune.run.preflight import preflight
+    from lisatune.settings.config import build_config, read_settings
+
+    settings = read_settings(config, overrides or [])
+    named: dict[str, Any] = {"model": model, "data": data, "output": output, "log_to": log_to}
+    named["save_total_limit"] = keep
+    named |= {} if save_every is None else parse_period(save_every)
+    checked = build_config(settings | {name: value for name, value in named.items() if value is not None})
+    memory_bytes = None if fit is None else parse_bytes(fit)
+    if memory_bytes is not None and (nproc or num_started()) > 1:
+        raise UserError("--fit works on one process alone: leave it out, or start one")
+    if allow_changes and not resume:
+        raise UserError("--allow-changes has no effect without --resume: add it, or leave this out")
+    resume = resume or offer_to_go_on(Path(checked.output))
+    if nproc is not None and num_started() == 1:
+        words = command(nproc, without_nproc(sys.argv[1:]))
+        os.execv(words[0], words)
+    # several processes have to meet before one of them may give up
+    examples = preflight(checked, resume=resume) if num_started() == 1 else None
+    quiet_libraries()
+    from lisatune.train import train as train_run
+
+    summary = train_run(
+        checked,
+        console=console,
+        resume=resume,
+        allow_changes=allow_changes,
+        memory_bytes=memory_bytes,
+        examples=examples,
+    )
+    if number_started() > 0:
+        return
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print_summary(summary, checked.output)
+
+
+def parse_period(text: str) -> dict[str, float]:
+    """``100 steps`` or ``10 minutes`` as settings."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(steps?|minutes?)\s*", text)
+    if match is None:
+        raise UserError(f"--save-every '{text}' is not a period: write for example '100 steps' or '10 minutes'")
+    return {"save_steps" if match[2].startswith("step") else "save_minutes": float(match[1])}
+
+
+def offer_to_go_on(folder: Path) -> bool:
+    """Ask whether to go on with a run that was stopped; only a person can be asked."""
+    from lisatune.common.run_folder import describe_run
+
+    if num_started() > 1 or not sys.stdin.isatty():
+        return False
+    if not (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
+        return False
+    return typer.confirm(
+        f"{folder} holds {describe_run(folder).partition(':')[0]}. Go on with it?", default=True, err=True
+    )
+
+
+def print_summary(summary: dict[str, Any], output: str) -> None:
+    """The end of a run, for people."""
+    from lisatune.common.amounts import gib
+    from lisatune.common.loss_names import told
+
+    table = Table(show_header=False)
+    for label, text in told(summary):
+        table.add_row(label, text)
+    if summary.get("skipped_steps"):
+        table.add_row("steps left out", f"{summary['skipped_steps']:,}, whose loss or gradient was bad")
+    table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps, {summary['train_seconds']:.0f} s")
+    base, own = summary["base_bytes"], summary["peak_bytes"] - summary["base_bytes"]
+    table.add_row(
+        "memory",
+        f"peak {gib(own)}, predicted {gib(summary['planned_peak_bytes'])}"
+        + (f" (and {gib(base)} of the process beside it)" if base else "")
+        + f", optimizer state {gib(summary['state_bytes'])}",
+    )
+    console.print(table)
+    console.print(f"speak with it: lisatune chat {output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What everything stands on: files, amounts, progress, signals. Needs no torch."""

@@ -1,0 +1,143 @@
+"""A comparison as tables and notes, for a terminal."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lisatune.common.amounts import gib
+from lisatune.compare.grid import short_text
+
+
+def show(result: Mapping[str, Any]) -> RenderableType:
+    """The comparison as one table (or several, if a terminal is narrow), and what has to be known beside it."""
+    return Group(Tables(*table_of(result)), *(Text(note) for note in notes_of(result)))
+
+
+@dataclass
+class Tables:
+    """As many columns beside each other as there is room for, the first one each time; no number is cut off."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        widths = [max(len(row[i]) for row in (self.head, *self.rows)) + 3 for i in range(len(self.head))]
+        begin = 1
+        while begin < len(widths):
+            end = begin + 1
+            while end < len(widths) and 1 + widths[0] + sum(widths[begin : end + 1]) <= options.max_width:
+                end += 1
+            table = Table(self.head[0])
+            for name in self.head[begin:end]:
+                table.add_column(Text(name), justify="right", no_wrap=True)
+            for row in self.rows:
+                table.add_row(Text(row[0]), *(Text(cell) for cell in row[begin:end]))
+            yield table
+            begin = end
+
+
+def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and cells, for the terminal and the page."""
+    entries, equal = result["contenders"], result["equal"]
+    done = [entry for entry in entries if entry["status"] == "finished"]
+    names = [name for name in result["search"] if any(name in e["chosen"] for e in done)]
+    unequal = len({round(entry["tokens"]) for entry in done}) > 1
+    tasks = list(dict.fromkeys(task for entry in done for task in entry["scores"]))
+    timed = equal["fastest"] and any(entry["equal_time"] for entry in done)
+    head = [
+        "",
+        *(name.replace("_", " ") for name in names),
+        "held-out loss",
+        f"against {result['reference']}" if done else "against the first",
+    ]
+    head += [f"at {_mean(equal['tokens']):,.0f} tokens"] if unequal else []
+    head += [f"at {_mean(equal['seconds']):,.3g} s"] if timed else []
+    head += [*tasks, "peak", "predicted", "optimizer", "tokens/s", "s"]
+    rows = []
+    for entry in entries:
+        if entry["status"] != "finished":
+            rows.append([entry["name"], entry["status"], *[""] * (len(head) - 2)])
+            continue
+        row = [entry["name"]]
+        for name in names:
+            edge = f" ({entry['edge'][name]})" if name in entry["edge"] else ""
+            row.append(f"{short_text(entry['chosen'][name])}{edge}" if name in entry["chosen"] else "")
+        row += [_pm(entry["eval_loss"]), "" if entry is done[0] else _difference(entry["difference"])]
+        row += [_pm(entry["equal_tokens"])] if unequal else []
+        row += [_pm(entry["equal_time"])] if timed else []
+        row += [_pm(entry["scores"].get(task)) for task in tasks]
+        planned = entry["planned_peak_bytes"]
+        row += [gib(entry["peak_bytes"]), gib(planned) if planned else "", gib(entry["state_bytes"])]
+        row += [
+            f"{entry['tokens_per_second']:,.0f}",
+            f"{entry['train_seconds']:,.{0 if entry['train_seconds'] >= 10 else 1}f}",
+        ]
+        rows.append(row)
+    return head, rows
+
+
+def notes_of(result: Mapping[str, Any]) -> list[str]:
+    """What the table's numbers are, and what is the matter with them."""
+    entries, equal, seeds = result["contenders"], result["equal"], result["seeds"]
+    done = [entry for entry in entries if entry["status"] == "finished"]
+    searched = ", ".join(result["search"])
+    notes = []
+    if done and len(seeds) > 1:
+        notes.append(
+            f"Loss: mean over {len(seeds)} seeds, ± 95% (Student's t); for each seed {searched} was chosen by the others. A * "
+            "marks a difference, seed by seed, whose interval excludes 0; one in twenty does so by chance."
+        )
+    elif done:
+        notes.append(f"One seed: no interval, and {searched} was chosen by the loss that is shown, which flatters it.")
+    for entry in done:
+        for name, edge in entry["edge"].items():
+            notes.append(
+                f"{entry['name']}: {name}={short_text(entry['chosen'][name])} is at the edge of the grid, the {edge} that was "
+                "tried; the best may lie beyond. Add values, and finished runs are kept."
+            )
+        choices = list(dict.fromkeys(json.dumps(c) for c in entry["chosen_by_seed"].values()))
+        if len(choices) > 1:
+            shown = [" ".join(f"{n}={short_text(v)}" for n, v in json.loads(choice).items()) for choice in choices]
+            notes.append(f"{entry['name']}: the seeds do not agree on {searched} ({' or '.join(shown)}).")
+    for entry in entries:
+        for name, failure in entry["failed"].items():
+            notes.append(f"{name} failed: {failure}")
+    if equal["fastest"] and len(done) > 1:
+        if all(entry["equal_time"] for entry in done):
+            notes.append(
+                f"Equal time: the loss when {equal['fastest']} had ended; the others were in the middle of their schedule of "
+                "learning rates, which is to their disadvantage unless it is constant."
+            )
+        else:
+            notes.append("Equal time needs losses on the way: give eval_steps.")
+    if done:
+        best = [f"{m}: {name or 'nothing fits'}" for m, name in equal["best_within_bytes"].items()]
+        notes.append(f"Equal memory, best within {gib(equal['bytes'])}: {'; '.join(best)}.")
+    left = sum(run["status"] == "unfinished" for run in result["runs"])
+    if left:
+        notes.append(f"{left} of {len(result['runs'])} runs are not finished.")
+    return notes
+
+
+def _mean(values: Mapping[Any, float]) -> float:
+    return statistics.fmean(values.values()) if values else 0.0
+
+
+def _pm(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    half = "" if value["high"] is None else f" ± {value['high'] - value['mean']:.4f}"
+    return f"{value['mean']:.4f}{half}"
+
+
+def _difference(value: Mapping[str, Any]) -> str:
+    half = "" if value["high"] is None else f" ± {value['high'] - value['mean']:.4f}"
+    return f"{value['mean']:+.4f}{half}{'*' if value['excludes_zero'] else ''}"

@@ -1,0 +1,1 @@
+"""Scores: benchmark tasks and MT-Bench."""

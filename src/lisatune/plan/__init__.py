@@ -1,0 +1,1 @@
+"""Memory forecasts, and what to do to fit."""

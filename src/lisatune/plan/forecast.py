@@ -1,0 +1,408 @@
+"""The peak of a run, predicted: its own step, run on the meta device, with every byte booked.
+
+No weight is loaded and no GPU is needed. The model is built on PyTorch's meta device, where tensors have shapes and no
+data; the levers, the optimizer and LISA are put on as for training; two optimizer steps are taken, and a ``Ledger``
+follows each storage as autograd, checkpoints and the optimizer make it and let it go.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.assemble import find_parts, make_learner
+from lisatune.common.amounts import gib
+from lisatune.data.loader import Batch
+from lisatune.engine import LisaEngine
+from lisatune.errors import UserError
+from lisatune.layers import Layers
+from lisatune.learner import STATE_BITS, Learner
+from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
+from lisatune.models.names import check_model_name
+from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.wire import Wire
+from lisatune.processes.collectives import num_ranks
+from lisatune.processes.tensors import local
+from lisatune.samplers import make_sampler
+from lisatune.settings.config import LAYERWISE, TrainConfig, build_config, check_num_ranks
+from lisatune.slices.blocks import whole_of
+
+ATTENTION = "lisatune_plan"
+PARTS = ("decoder", "embedding", "head")
+TEMPORARIES = ("loss", "backward", "step", "other")
+WHERE = {"activations": "in the forward pass", GATHERED: "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
+         "step": "in the optimizer's step", "other": "between the passes"}  # fmt: skip
+LEFT_OUT = {
+    "cuda": "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, and what fragmentation wastes",
+    "cpu": "not counted: Python and its libraries, and what the allocator keeps for later",
+}
+FORMULA = (
+    "weights, gradients and optimizer state counted; activations by the formula of Korthikanti et al. (arXiv:2205.05198, "
+    "34 bytes a token, unit of width and layer in 16 bits), loss by 12 bytes a token and vocabulary entry"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted peak of a run, in bytes, and what it consists of at that moment.
+
+    ``bytes_of`` has the keys ``weights``, ``gradients`` and ``state`` for each of ``decoder`` (with the norm and all that
+    is not a vocabulary matrix), ``embedding`` and ``head``, as in ``weights/head``, then ``gathered`` (weights that other
+    processes hold, while they are needed), ``activations`` and ``temporaries`` (of the loss, the backward pass and the
+    step). A tied pair counts as ``embedding``. Of several processes these are the first one's, which has the largest
+    shards, and ``sent_bytes_of`` what it sends the others in a step: ``weights`` and ``gradients``, if they stand in a ring.
+    """
+
+    method: str
+    rows: int
+    tokens: int
+    num_layers: int
+    num_parameters: int
+    num_trained: int
+    peak_bytes: int
+    bytes_of: dict[str, int]
+    drawn: tuple[int, ...] = ()
+    host_bytes: int = 0
+    peak_at: str = ""
+    device: str = "cuda"
+    settings: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
+    num_ranks: int = 1
+    sent_bytes_of: dict[str, int] = field(default_factory=dict)
+
+    def total(self, kind: str) -> int:
+        """Bytes of ``weights``, ``gradients``, ``state``, ``gathered``, ``activations`` or ``temporaries``."""
+        return sum(size for name, size in self.bytes_of.items() if name.partition("/")[0] == kind)
+
+    def sent(self) -> str:
+        """What a process sends in a step, in words."""
+        return ", ".join(f"{gib(size)} of {kind}" for kind, size in self.sent_bytes_of.items() if size) or "nothing"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def describe(self) -> str:
+        """Three lines for people."""
+        share = 100 * self.num_trained / self.num_parameters
+        kinds = {"weights": "weights", "gradients": "gradients", "state": "optimizer state",
+                 "gathered": "gathered weights", "activations": "activations", "temporaries": "temporaries"}  # fmt: skip
+        sizes = " + ".join(
+            f"{name} {gib(self.total(kind))}" for kind, name in kinds.items() if kind != GATHERED or self.total(kind)
+        )
+        each = f" of each of {self.num_ranks} processes" if self.num_ranks > 1 else ""
+        host = f"; {gib(self.host_bytes)} in host memory" if self.host_bytes else ""
+        return (
+            f"{self.method} on {self.device}, weights and gradients {self.settings.get('dtype')}, optimizer state "
+            f"{STATE_BITS.get(self.settings.get('optim', 'adamw'), 32)} bits: trains {self.num_trained:,} of "
+            f"{self.num_parameters:,} parameters at a time ({share:.1f}%)\n"
+            f"predicted peak{each} {gib(self.peak_bytes)} {self.peak_at}, batch {self.rows} x {self.tokens} tokens: {sizes}{host}\n"
+            + (f"each sends {self.sent()} in a step\n" if self.num_ranks > 1 else "")
+            + (f"{self.remark}; " if self.remark else "")
+            + LEFT_OUT[self.device]
+        )
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+def plan_memory(model: str | Any, *, device: str = "cuda", nproc: int = 1, **settings: Any) -> Plan:
+    """Predict the peak memory of a run, of each process if there are several.
+
+    Args:
+        model: A Hugging Face folder, a ``config.json``, a hub name, or a transformers config.
+        device: ``cuda`` or ``cpu``: whose attention kernel and whose allocator to think of.
+        nproc: Processes that train together; ``dp_shard_size`` of them share each weight.
+        settings: Those of ``lisatune train``, by name: ``method``, ``num_active``, ``max_length``, ... Weights are
+            bfloat16 on ``cuda`` unless ``dtype`` says otherwise.
+    Returns: The plan of the draw of layers that needs most, all tokens labelled, rows full.
+    Raises: UserError for settings that cannot be.
+    Cost: 1 to 7 seconds, whatever the size of the model.
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        ...                      num_attention_heads=2)
+        >>> plan = plan_memory(config, num_active=1, max_length=8, per_device_train_batch_size=1)
+        >>> plan.num_trained, plan.total("gradients") <= 2 * plan.num_trained + 512 * 20
+        (4656, True)
+    """
+    with fake_ranks(nproc):
+        return plan_run(plan_config(settings, device), model_config(model), device)
+
+
+def plan_config(settings: dict[str, Any], device: str = "cuda") -> TrainConfig:
+    """``settings`` as those of a run on ``device`` whose model, data and output do not matter."""
+    if device not in LEFT_OUT:
+        raise UserError(f"device={device}: a plan is made for cuda or for cpu")
+    config = build_config({"model": "-", "data": "-", "output": "-", "device": device} | settings)
+    check_num_ranks(config, num_ranks())
+    return config
+
+
+def model_config(model: str | Any, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder, a ``config.json``, a hub name; any other object is taken for one."""
+    if not isinstance(model, str):
+        return model
+    from transformers import AutoConfig
+
+    path = Path(model).expanduser()
+    if not (path.is_file() and path.suffix == ".json"):
+        check_model_name(model)
+    if path.suffix == ".gguf":
+        raise UserError(f"{model}: a plan is made from a config.json; give a folder, a config.json or a hub name")
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds, none of them ours
+        raise UserError(
+            f"{model}: no config of a model can be read there ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def plan_run(
+    config: TrainConfig, hf_config: Any, device: str = "cuda", *, rows: int | None = None, tokens: int | None = None
+) -> Plan:
+    """Predict the peak of the run ``config`` of a model with ``hf_config``; see ``plan_memory``.
+
+    It is that of this process among those that there are, inside training as inside ``fake_ranks``.
+
+    Args:
+        config: The run.
+        hf_config: The model's transformers config.
+        device: ``cuda`` or ``cpu``.
+        rows: Of a micro-batch; by default as in ``config``.
+        tokens: Of a row; by default ``max_length``.
+    """
+    dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
+    config = config.model_copy(update={"dtype": dtype})
+    rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
+    layers = find_parts(config, _meta_model(hf_config, config, device))
+    with fake_ranks(num_ranks()):
+        plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
+    return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def _worst_draws(config: TrainConfig, layers: Layers) -> list[tuple[int, ...]]:
+    """The draws of which one needs most: as a rule the top layers, whose gradients lie beside everybody's activations.
+
+    With the embedding frozen the backward pass ends at the lowest active layer, so one with layer 0 can need more; and
+    where parts differ in size, the largest ones.
+    """
+    if config.method not in LAYERWISE or config.sampled_unit == "slices":  # slices are equal to a row
+        return [()]
+    options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
+    pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
+    if gamma > len(pool):
+        unit = "decoder layers" if config.sampled_unit == "layers" else config.sampled_unit
+        raise UserError(f"num_active is {gamma}, but the model has {len(pool)} {unit}: choose fewer")
+    if config.sampler == "fixed":
+        return [
+            make_sampler("fixed", num_layers=len(pool), num_active=gamma, seed=config.seed, **config.sampler_options)(0)
+        ]
+    if config.sampler == "bernoulli":  # 99 of 100 draws have no more
+        chances = config.sampler_options.get("probabilities") or [gamma / len(pool)] * len(pool)
+        mean, variance = sum(chances), sum(p * (1 - p) for p in chances)
+        gamma = min(len(pool), math.ceil(mean + 2.33 * math.sqrt(variance)))
+    by_size = sorted(range(len(pool)), key=lambda i: (-counts[pool[i]], -i))
+    draws = {tuple(sorted(by_size[:gamma]))}
+    if gamma and config.train_embedding is not True:
+        draws |= {tuple(sorted({0, *by_size[: gamma - 1]})), tuple(range(len(layers.decoder)))[-gamma:]}
+    return sorted(draws)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The same draw in each interval."""
+
+    num_layers: int
+    drawn: tuple[int, ...]
+
+    def __call__(self, interval: int) -> tuple[int, ...]:
+        return self.drawn
+
+    def inclusion(self, interval: int) -> tuple[float, ...]:
+        return (0.5,) * self.num_layers  # any below 1, for which a correction needs its memory
+
+
+def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, partial(_attention, on_cpu=device == "cpu"))
+
+    def build(attention: str | None) -> nn.Module:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), dtype=getattr(torch, config.dtype), attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+            )  # fmt: skip
+        return model
+
+    try:
+        try:
+            return build(ATTENTION)
+        except KeyError:  # an older class (Falcon) has a table of its own of attentions
+            return build(None)
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no causal language model can be built from this {type(hf_config).__name__}: {reason}"
+        ) from error
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, *, on_cpu: bool, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What PyTorch's fused attention makes and keeps; on meta it would choose the one that keeps all scores."""
+    if kwargs.get("softcap") is not None:
+        raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
+    if on_cpu and dropout:  # then there is no fused one
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
+        )
+        return out.transpose(1, 2).contiguous(), None
+    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
+    return out[0].transpose(1, 2).contiguous(), None
+
+
+def _plan_draw(
+    config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...]
+) -> Plan:
+    model = _meta_model(hf_config, config, device)
+    ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1)
+    remark = ""
+    if getattr(model.config, "_attn_implementation", None) != ATTENTION:
+        remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
+    cannot_run, sent = False, dict[str, int]()
+    with ledger:
+        learner = make_learner(config, model, torch.device("meta"))
+        parts = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
+        _book_weights(ledger, learner, parts)
+        if isinstance(learner.engine, LisaEngine):
+            learner.engine.sampler = _Draw(len(learner.engine.pool), drawn)
+        _watch(ledger, learner, parts)
+        try:
+            sent = _two_steps(ledger, learner, config, rows, tokens)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's own code does that needs data
+            cannot_run = True
+            remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
+    plan = Plan(
+        method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder), drawn=drawn,
+        num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
+        peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_bytes,
+        peak_at=WHERE.get(ledger.peak_label, ""), settings=config.model_dump(exclude={"model", "data", "output"}),
+        remark=remark, num_ranks=num_ranks(), sent_bytes_of=sent,
+    )  # fmt: skip
+    return _formula(plan, config, hf_config, learner, parts) if cannot_run else plan
+
+
+def _part(name: str) -> str:
+    return name if name in PARTS else "decoder"
+
+
+def _book_weights(ledger: Ledger, learner: Learner, parts: Mapping[Any, str]) -> None:
+    for p, part in parts.items():
+        ledger.book(p, f"weights/{part}")
+    for buffer in learner.model.buffers():
+        if buffer.is_meta:
+            ledger.book(buffer, "weights/decoder")
+
+
+def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> None:
+    """Tell the ledger what is being done, and which tensors are gradients."""
+
+    def doing(label: str) -> Any:
+        def hook(*_: Any) -> None:
+            ledger.label = label
+
+        return hook
+
+    def gradient(p: Tensor) -> None:
+        if p.grad is not None:
+            ledger.book(p.grad, f"gradients/{parts[whole_of(p)]}")  # type: ignore[index]
+
+    if learner.sharded:  # FSDP2 gathers weights in hooks of its own
+        for layer in learner.layers.decoder:
+            layer.register_forward_pre_hook(doing(GATHERED), prepend=True)
+            layer.register_forward_pre_hook(doing("activations"))
+        learner.sharded.register_forward_hook(doing("backward"))  # whose end is no node of autograd's graph
+    learner.layers.trunk_module.register_forward_pre_hook(doing("activations"))
+    learner.layers.trunk_module.register_forward_hook(doing("loss"))
+    learner.optimizer.register_step_pre_hook(doing("step"))
+    learner.optimizer.register_step_post_hook(doing("other"))
+    for p in learner.model.parameters():
+        if p.is_floating_point():
+            asked = p.requires_grad
+            p.requires_grad_(True)
+            p.register_post_accumulate_grad_hook(gradient)  # type: ignore[no-untyped-call]
+            p.requires_grad_(asked)
+
+
+def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int, tokens: int) -> dict[str, int]:
+    """The second step is the one that counts: the optimizer's state is there from its beginning. Returns bytes sent in a step."""
+    owner: dict[Tensor, str] = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
+    learner.model.train()
+    wires = []
+    for number, count in enumerate((1, min(2, config.gradient_accumulation_steps))):
+        ledger.reset_peak()
+        with Wire() as wire:
+            learner.step(number, (_meta_batch(rows, tokens) for _ in range(count)), rows * tokens)
+        wires.append(wire.sent_bytes_of)
+        _book_weights(ledger, learner, owner)  # again: of streamed layers some have moved to the device
+        for p, state in learner.optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_meta:
+                    ledger.book(value, f"state/{owner[whole_of(p)]}")
+    if not learner.sharded:
+        return {}
+    one, two = wires
+    more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second
+    sent = {kind: size + more * (size - one[kind]) for kind, size in two.items()}
+    return {
+        "weights": sent.get("all_gather", 0),
+        "gradients": sent.get("reduce_scatter", 0) + sent.get("all_reduce", 0),
+    }
+
+
+def _meta_batch(rows: int, tokens: int) -> Batch:
+    ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+    return Batch(ids, torch.empty_like(ids), torch.empty_like(ids), torch.empty_like(ids, dtype=torch.bool))
+
+
+def _bytes_of(peak: Any) -> dict[str, int]:
+    """Labels of the ledger as the rows of a plan, in their order."""
+    names = [f"{kind}/{part}" for kind in ("weights", "gradients", "state") for part in PARTS]
+    sizes = {name: peak.get(name, 0) for name in [*names, GATHERED, "activations"]}
+    return sizes | {"temporaries": sum(peak.get(name, 0) for name in TEMPORARIES)}
+
+
+def _formula(plan: Plan, config: TrainConfig, hf_config: Any, learner: Learner, parts: dict[nn.Parameter, str]) -> Plan:
+    """The plan of a model that cannot be run on meta; the levers that it can count are counted."""
+    sizes = dict.fromkeys(plan.bytes_of, 0)
+    bits = STATE_BITS.get(config.optim, 32)
+    for p, part in parts.items():
+        size = local(p).numel() * p.element_size()
+        sizes[f"weights/{part}"] += size
+        if p.requires_grad:
+            sizes[f"gradients/{part}"] += size
+            sizes[f"state/{part}"] += 0 if config.offload_optimizer else 2 * bits // 8 * local(p).numel()
+    text = hf_config.get_text_config()
+    num_layers, width, size = len(learner.layers.decoder), text.hidden_size, torch.finfo(learner.model.dtype).bits // 16
+    token_width = plan.rows * plan.tokens * width * size
+    checkpointed = num_layers if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
+    # a checkpointed layer keeps its input of 2 bytes; one layer at a time is made again
+    sizes["activations"] = token_width * (34 * (num_layers - checkpointed + bool(checkpointed)) + 2 * checkpointed)
+    sizes["temporaries"] = 12 * plan.rows * plan.tokens * text.vocab_size
+    return replace(plan, bytes_of=sizes, peak_bytes=sum(sizes.values()), peak_at="at the loss")

@@ -1,0 +1,296 @@
+"""Which levers make a run fit into a given memory, the cheapest in time first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lisatune.common.amounts import gib
+from lisatune.errors import UserError
+from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
+from lisatune.processes.collectives import num_ranks, rank
+from lisatune.settings.config import LAYERWISE, ONLY_FOR, OUR_OPTIMS, TrainConfig, build_config, check_num_ranks
+
+# what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
+UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
+
+# The order is that of their price in time for a model of billions and thousands of tokens a step, by arithmetic: none; that
+# of short moments, once a step; up to three more products with the head, 2 to 5% there; one more forward pass, up to a third;
+# smaller products; copies to host memory of moments once a step, of layer inputs and of all frozen layers twice a
+# micro-batch. With 135M parameters and 512 tokens a step on a CPU, where head and optimizer weigh more, benchmarks/cost.py
+# has 1.02 for the first, then 1.26, 1.18 and 1.23.
+# Of several processes the first is to split weights among all: on links that are quick enough, messages go while layers compute.
+LEVERS: tuple[tuple[str, Any], ...] = (
+    ("dp_shard_size", None),
+    ("optimizer_in_backward", True),
+    ("optim", "adamw_8bit"),
+    ("vocabulary_blocks", True),
+    ("gradient_checkpointing", True),
+    ("per_device_train_batch_size", None),
+    ("offload_optimizer", True),
+    ("activation_offloading", True),
+    ("offload_frozen", True),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One more lever pulled than on the rung before.
+
+    Args:
+        lever: The setting that was added, as one types it; empty on the first rung.
+        config: The run with all levers so far.
+        plan: Its forecast.
+    """
+
+    lever: str
+    config: TrainConfig
+    plan: Plan
+
+
+def budget_of(memory_bytes: int, device: str) -> int:
+    """What a forecast may come to on a device of ``memory_bytes``."""
+    return memory_bytes - UNCOUNTED_BYTES[device]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What ``lisatune plan`` tells: methods side by side and, for a given memory, what fits into it."""
+
+    plans: list[Plan]
+    budget: int | None = None
+    rungs: list[Rung] = field(default_factory=list)
+    reach: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        levers = [{"lever": rung.lever, "plan": rung.plan.as_dict()} for rung in self.rungs]
+        return {
+            "plans": [p.as_dict() for p in self.plans],
+            "budget": self.budget,
+            "levers": levers,
+            "reach": self.reach,
+        }
+
+
+def forecast(
+    settings: dict[str, Any],
+    methods: Sequence[str],
+    device: str = "cuda",
+    memory_bytes: int | None = None,
+    nproc: int = 1,
+) -> Forecast:
+    """Plans of ``methods`` with the same settings; with ``memory_bytes`` also the levers that make the first one fit.
+
+    A setting that plays no part in a method (``lora_r`` in LISA, ``vocabulary_blocks`` in LoRA) is left out for it. With
+    ``nproc`` processes, plans are those of one of them.
+
+    Raises: UserError for settings that cannot be, or if nothing fits.
+    """
+    settings = {name: value for name, value in settings.items() if name not in ("data", "output")}
+    hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
+    with fake_ranks(nproc):
+        configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
+        plans = [plan_run(config, hf_config, device) for config in configs]
+        if memory_bytes is None:
+            return Forecast(plans)
+        rungs = climb(configs[0], hf_config, memory_bytes, device)
+        return Forecast(
+            plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device)
+        )
+
+
+def _for_method(settings: dict[str, Any], method: str, *, alone: bool) -> dict[str, Any]:
+    chosen = settings | {"method": method}
+    if alone:  # then a setting without effect is a mistake
+        return chosen
+    chosen = {name: value for name, value in chosen.items() if method in ONLY_FOR.get(name, (method,))}
+    for lever in ("vocabulary_blocks", "offload_frozen"):
+        if (lever, method) in (("vocabulary_blocks", "lora"), ("offload_frozen", "full")):
+            chosen.pop(lever, None)
+    return chosen
+
+
+def climb(
+    config: TrainConfig, hf_config: Any, memory_bytes: int, device: str = "cuda", *, tokens: int | None = None
+) -> list[Rung]:
+    """Pull levers until the run fits; the last rung is the one that does.
+
+    A lever that the user has set, either way, stays as it is, and one that is refused with the rest is left out. Rows of
+    a micro-batch are halved, with twice the accumulation, so that a step stays the same. If checkpointing is what
+    makes the run fit, only as many layers are checkpointed as needed.
+
+    Args:
+        config: The run.
+        hf_config: The model's transformers config.
+        memory_bytes: Of the device; ``UNCOUNTED_BYTES`` of it are left for what a forecast does not count.
+        device: ``cuda`` or ``cpu``.
+        tokens: Of a row; by default ``max_length``.
+    Raises: UserError telling the smallest peak there is and what it would need, if nothing fits.
+    Cost: a forecast for each rung, and for halving the number of checkpointed layers.
+    """
+    budget = budget_of(memory_bytes, device)
+
+    def rung(lever: str, config: TrainConfig) -> Rung:
+        return Rung(lever, config, plan_run(config, hf_config, device, tokens=tokens))
+
+    rungs: list[Rung] = []
+    for next_rung in ladder(config, hf_config, device, tokens=tokens):
+        rungs.append(next_rung)
+        if next_rung.plan.peak_bytes <= budget:
+            break
+    last = rungs[-1]
+    if last.plan.peak_bytes > budget:
+        smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
+        levers = pulled(rungs[0], smallest) or "no lever is left to pull"
+        raise UserError(
+            f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} after what is not counted): the smallest peak "
+            f"of method={config.method} with rows of {smallest.plan.tokens} tokens is {gib(smallest.plan.peak_bytes)} "
+            f"({levers}), so take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
+            "max_length, or a smaller model"
+        )
+    if last.lever == "gradient_checkpointing=true":
+        rungs[-1] = _fewest_checkpoints(last, budget, rung)
+    return rungs
+
+
+def ladder(config: TrainConfig, hf_config: Any, device: str = "cuda", *, tokens: int | None = None) -> Iterator[Rung]:
+    """``config`` with one more lever at a time, in their order; each costs a forecast."""
+    for lever, tried in [("", config), *_more(config)]:
+        yield Rung(lever, tried, plan_run(tried, hf_config, device, tokens=tokens))
+
+
+@contextmanager
+def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, tokens: int) -> Iterator[None]:
+    """Turn the device's running out of memory into a UserError that names the levers left and what they would save."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        if not (isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text):
+            raise
+        if num_ranks() > 1:  # the others would wait for a forecast that they take no part in
+            raise UserError(
+                f"out of memory on {device} of rank {rank()} ({text.splitlines()[0][:200] if text else 'no more to be had'}): "
+                f"lisatune plan --nproc {num_ranks()} --gpu-memory MEMORY, with the same settings, tells what fits; "
+                "dp_shard_size and gradient_checkpointing=true save most"
+            ) from error
+        first, *more = ladder(config, hf_config, device, tokens=tokens)
+        levers, peak = [], first.plan.peak_bytes
+        for rung in more:
+            if rung.plan.peak_bytes < peak:
+                peak = rung.plan.peak_bytes
+                levers.append(f"{rung.lever} ({gib(peak)})")
+        advice = (
+            f"add levers until it fits, each with those before it: {', '.join(levers)}"
+            if levers
+            else "no lever is left"
+        )
+        raise UserError(
+            f"out of memory on {device} ({text.splitlines()[0][:200] if text else 'no more to be had'}); predicted was a peak "
+            f"of {gib(first.plan.peak_bytes)}: {advice}; or give --fit the memory that there is, or take a smaller max_length"
+        ) from error
+
+
+def pulled(first: Rung, last: Rung) -> str:
+    """The settings in which ``last`` differs from ``first``, as one types them."""
+    before, after = first.config.model_dump(), last.config.model_dump()
+    return " ".join(f"{name}={str(after[name]).lower()}" for name in after if after[name] != before[name])
+
+
+def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Configs with one more lever each."""
+    for name, value in LEVERS:
+        if name == "per_device_train_batch_size":
+            while config.per_device_train_batch_size % 2 == 0 and not config.optimizer_in_backward:
+                rows, times = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
+                config = _with(config, per_device_train_batch_size=rows, gradient_accumulation_steps=times)
+                yield f"per_device_train_batch_size={rows} gradient_accumulation_steps={times}", config
+            continue
+        if name in config.model_fields_set or (name == "optim" and config.optim not in OUR_OPTIMS):
+            continue
+        if name == "dp_shard_size" and num_ranks() == 1:
+            continue
+        try:
+            config = _with(config, **{name: num_ranks() if name == "dp_shard_size" else value})
+        except UserError:  # it has no effect with this method, or cannot go with what is set
+            continue
+        yield f"{name}={str(getattr(config, name)).lower()}", config
+
+
+def _with(config: TrainConfig, **more: Any) -> TrainConfig:
+    config = build_config(config.model_dump(exclude_unset=True) | more)
+    check_num_ranks(config, num_ranks())
+    return config
+
+
+def _fewest_checkpoints(last: Rung, budget: int, rung: Callable[[str, TrainConfig], Rung]) -> Rung:
+    few, enough, best = 0, last.plan.num_layers, last
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        tried = rung(f"gradient_checkpointing={middle}", _with(last.config, gradient_checkpointing=middle))
+        if tried.plan.peak_bytes <= budget:
+            enough, best = middle, tried
+        else:
+            few = middle
+    return best
+
+
+def reach(rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda") -> dict[str, int]:
+    """How far ``rung`` can be stretched within the same memory, each by itself: sequence, micro-batch, active layers."""
+    budget, config, plan = budget_of(memory_bytes, device), rung.config, rung.plan
+    limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+
+    def peak(config: TrainConfig = config, rows: int = plan.rows, tokens: int = plan.tokens) -> int:
+        return plan_run(config, hf_config, device, rows=rows, tokens=tokens).peak_bytes
+
+    longest = largest(lambda n: peak(tokens=n), budget, plan.tokens, unit=64 if plan.tokens >= 64 else 1, limit=limit)
+    found = {
+        "tokens of a row" + (" (all that the model's positions allow)" if longest == limit else ""): longest,
+        "rows of a micro-batch": largest(lambda n: peak(rows=n), budget, plan.rows),
+    }
+    if config.method in LAYERWISE:
+        found["active layers"] = largest(
+            lambda n: peak(config.model_copy(update={"num_active": n})),
+            budget,
+            config.num_active,
+            limit=plan.num_layers,
+        )
+    return found
+
+
+def largest(peak_of: Callable[[int], int], budget: int, start: int, *, unit: int = 1, limit: int | None = None) -> int:
+    """The largest multiple of ``unit``, at most ``limit``, at which a growing peak stays within ``budget``; or 0.
+
+    Peaks grow in straight lines with kinks, so a step along the line between two points lands near the answer.
+
+    Example:
+        >>> largest(lambda n: 100 + 7 * n, budget=1000, start=8)
+        128
+    """
+    low, low_peak = 0, peak_of(unit)
+    if low_peak > budget:
+        return 0
+    low, high, high_peak = unit, max(start, 2 * unit), None
+    for _ in range(12):
+        high = min(high, limit // unit * unit) if limit else high
+        high_peak = peak_of(high)
+        if high_peak <= budget:
+            if limit and high >= limit // unit * unit:
+                return high
+            slope = (high_peak - low_peak) / max(1, high - low)
+            low, low_peak = high, high_peak
+            step = int((budget - low_peak) / slope) if slope > 0 else high
+            high = low + max(unit, step // unit * unit)
+        else:
+            if high - low <= unit:
+                return low
+            slope = (high_peak - low_peak) / (high - low)
+            guess = low + int((budget - low_peak) / slope) // unit * unit
+            high = min(max(guess, low + unit), high - unit)
+    return low

@@ -1,0 +1,62 @@
+"""Joining the group of processes that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from lisatune.errors import UserError
+from lisatune.processes.collectives import num_ranks
+from lisatune.processes.launch import num_started
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that ``torchrun`` has started; without it, or if it has started one alone, do nothing.
+
+    A process that waits for one that is gone gives up after 10 minutes; one may be so much slower in reading the data.
+    """
+    if num_started() == 1 or dist.is_initialized():
+        yield
+        return
+    store, number, size = next(rendezvous("env://"))
+    if size == int(os.environ.get("LOCAL_WORLD_SIZE", "0")):
+        # torchrun keeps one store for all its attempts: a process would find the address of one that was killed
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=timedelta(minutes=10))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def local_device(device: torch.device) -> torch.device:
+    """``cuda`` as the GPU of this process among those of its host; any other device as it is.
+
+    Raises: UserError if the host has fewer GPUs than processes.
+    """
+    if num_ranks() == 1 or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise UserError(f"device={device} is one GPU for all processes: leave it out, and each takes its own")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"a host has {torch.cuda.device_count()} GPUs, and process {number} would need one more: start fewer with "
+            "--nproc-per-node"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)

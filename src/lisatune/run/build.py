@@ -1,0 +1,166 @@
+"""All the parts of a run, built from a config and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisatune.assemble import make_learner
+from lisatune.common.amounts import gib
+from lisatune.data.examples import HeldOut
+from lisatune.data.formats import Example
+from lisatune.errors import UserError
+from lisatune.evaluation.tasks.check import data_folder
+from lisatune.evaluation.tasks.harness import task_names
+from lisatune.evaluation.tasks.score import numbers
+from lisatune.evaluation.tasks.scorer import Scorer
+from lisatune.layers import Layers, find_layers
+from lisatune.learner import Learner
+from lisatune.memory.measure import PeakMeter, tensor_bytes
+from lisatune.models.load import check_saved_names, load_model, pick_device
+from lisatune.plan.forecast import Plan, plan_run
+from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
+from lisatune.processes.collectives import check_alike, num_ranks, together
+from lisatune.processes.group import local_device
+from lisatune.run.data import Data, prepare_data
+from lisatune.run.held_out import held_out_loss
+from lisatune.run.metrics import check_tracker
+from lisatune.settings.config import TrainConfig, build_config, used_settings
+
+PATHS = ("model", "data", "eval_data")  # where each host has them; what lies there is compared instead
+
+
+@dataclass
+class Run:
+    """All the parts of a run, built and checked, before its first step."""
+
+    config: TrainConfig
+    tokenizer: Any
+    learner: Learner
+    data: Data
+    plan: Plan
+    meter: PeakMeter
+    device: torch.device
+    scorer: Scorer | None
+
+    def task_scores(self) -> dict[str, float] | None:
+        """Scores on ``eval_tasks``, if there are any; the run goes on as if it had not been asked."""
+        if self.scorer is None:
+            return None
+        return numbers(self.scorer(self.learner.model, self.tokenizer))
+
+    def held_out_losses(self) -> dict[str, float]:
+        """Loss on the held-out rows, by the name that ``eval_data`` gives them; empty if there are none."""
+        learner = self.learner
+        return {
+            name: held_out_loss(
+                learner.layers, batches, linear_head=learner.linear_head, device=self.device, call=learner.call
+            )
+            for name, batches in self.data.held_out.items()
+        }
+
+
+def build(
+    config: TrainConfig,
+    examples: Iterable[Example],
+    held_out: HeldOut,
+    *,
+    console: Console,
+    loaded: tuple[Any, Any] | None = None,
+    memory_bytes: int | None = None,
+) -> Run:
+    """Load the model (or take ``loaded``, a model and its tokenizer), encode the data, and set the method up.
+
+    With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
+    """
+    with together():
+        check_tracker(config)
+        config, device = settle(config)
+        scorer = _scorer(config)
+        model, tokenizer = loaded or load_model(
+            config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
+        )
+        if num_ranks() > 1:
+            check_saved_names(model)
+    if config.full_determinism:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask for
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)  # of LoRA's adapters
+    layers = find_layers(model, config.decoder_name)
+    console.print(layers.describe(), highlight=False)
+    if tokenizer.chat_template is None:
+        console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
+    with together():
+        data = prepare_data(config, tokenizer, examples, held_out, console)
+    if num_ranks() > 1:
+        with together():
+            check_alike(_what_must_be_alike(config, data, model))
+    if memory_bytes is None:
+        plan = plan_run(config, model.config, device.type, tokens=data.longest)
+    else:
+        with console.status("looking for what fits"):
+            rungs = climb(config, model.config, memory_bytes, device.type, tokens=data.longest)
+        config, plan = rungs[-1].config, rungs[-1].plan
+        levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
+        console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
+    console.print(plan.describe(), highlight=False)
+    meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
+    with explain_out_of_memory(config, model.config, device.type, data.longest), together():
+        learner = make_learner(config, model, device)
+    if config.packing:
+        learner.call(_check_packing, learner.layers, device)
+    return Run(config, tokenizer, learner, data, plan, meter, device, scorer)
+
+
+def _scorer(config: TrainConfig) -> Scorer | None:
+    if not config.eval_tasks:
+        return None
+    return Scorer(task_names(config.eval_tasks), data_dir=data_folder(config), limit=config.eval_limit)
+
+
+def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
+    """``config`` with what ``auto`` stands for on this machine, and the device.
+
+    Raises: UserError for a device that is not there, or a lever that has no effect on it.
+    """
+    device = local_device(pick_device(config.device))
+    name = str(device) if num_ranks() == 1 else device.type  # each process has a GPU of its own
+    settings = config.model_dump(exclude_unset=True) | {"device": name}
+    if config.dtype == "auto":
+        settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
+    return build_config(settings), device
+
+
+def _what_must_be_alike(config: TrainConfig, data: Data, model: torch.nn.Module) -> dict[str, Any]:
+    settings = {name: value for name, value in used_settings(config).items() if name not in PATHS}
+    versions = {f"the version of {package}": version(package) for package in ("torch", "transformers")}
+    weights = {"the sum of the model's weights": _exact_sum(model)}
+    return settings | {f"the {name} data": held for name, held in data.identity.items()} | versions | weights
+
+
+def _exact_sum(model: torch.nn.Module) -> int:
+    """Sum of the weights' bits as whole numbers, which no order of adding changes."""
+    whole = {2: torch.int16, 4: torch.int32}
+    return sum(int(p.detach().view(whole[p.element_size()]).sum(dtype=torch.int64)) for p in model.parameters())
+
+
+@torch.no_grad()
+def _check_packing(layers: Layers, device: torch.device) -> None:
+    """Refuse packing for a model in which a packed document would see the one before; found by trying it."""
+    layers.model.eval()
+    first, second = torch.tensor([[1, 2, 3, 4]], device=device), torch.tensor([[5, 6, 7]], device=device)
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
+    together = layers.trunk(input_ids=packed, position_ids=positions)[:, 4:]
+    alone = layers.trunk(input_ids=second, position_ids=positions[:, 4:])
+    # rounding differs with the shapes; a leak changes the hidden states by a share of their size
+    if (together - alone).abs().max() > 0.02 * alone.abs().max():
+        raise UserError(
+            f"packing=true: {type(layers.model).__name__} would mix packed documents with each other; leave packing out"
+        )

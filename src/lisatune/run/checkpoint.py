@@ -1,0 +1,314 @@
+"""Checkpoints on the disk: whole or absent, and no dearer than what changed since the one before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lisatune.common.files import CHECKPOINTS, sync
+from lisatune.common.run_folder import checkpoint_steps
+from lisatune.errors import UserError
+from lisatune.processes.collectives import barrier, gathered, num_ranks, rank, together
+from lisatune.processes.shard_files import without_rank, write_shards
+
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # of a file in a checkpoint: no path, nothing hidden
+MOST_JSON_BYTES = 2**28
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written."""
+
+
+class FileRecord(BaseModel):
+    """What a file of a checkpoint must be."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """``manifest.json``: the files of a checkpoint, except itself."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: int = Field(ge=1, le=1)
+    step: int = Field(ge=1)
+    files: dict[str, FileRecord]
+
+
+class Checkpoint(NamedTuple):
+    """A whole one, every byte of it checked."""
+
+    folder: Path
+    manifest: Manifest
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run, ``checkpoints/checkpoint-<step>`` in its folder.
+
+    A checkpoint is a folder of safetensors files, ``state.json``, and ``manifest.json`` with the size and the SHA-256
+    of each. It is written beside, flushed to the disk and then renamed, so that it is there whole or not at all. A file
+    that has not changed since the checkpoint before is a second name (a hard link) for that one's; each folder is complete
+    by itself, can be copied or removed, and only what changed costs time and room. Where the file system
+    has no hard links, it is copied. The price: bytes that rot in a file are rotten in every checkpoint that shares it.
+
+    Args:
+        folder: Of the run.
+        keep: How many are kept, at least 1; with 2 or more there is one to go back to if the newest is damaged.
+        background: Write in a thread while training goes on; tensors given to ``save`` must not change then.
+
+    Of several processes each writes the shards that it holds, into a folder that all have to see, and rank 0 the rest: a file
+    is then one for each process, ``<name>-rank<number>``.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, background: bool = False) -> None:
+        self.folder = folder / CHECKPOINTS
+        self.keep = keep
+        self.background = background
+        self._run = folder
+        self._last: tuple[Path, Manifest] | None = None
+        self._thread = ThreadPoolExecutor(1) if background else None
+        self._writing: Future[None] | None = None
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder} is a link, which a run does not follow: put the folder itself there")
+
+    def save(
+        self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any]
+    ) -> None:
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep``.
+
+        Args:
+            step: Optimizer steps that are done.
+            tensors: File names without ``.safetensors`` to tensors on the CPU.
+            unchanged: Names of files that are as in the checkpoint saved or read last.
+            state: For JSON; floats come back to the bit.
+        Raises: OSError if it cannot be written, from the next call if in the background; what was there before is
+            untouched.
+        """
+        self.wait()
+        if self._thread is None:
+            self._save(step, tensors, unchanged, state)
+        else:
+            self._writing = self._thread.submit(self._save, step, tensors, unchanged, state)
+
+    def wait(self) -> None:
+        """Wait for what is being written, and raise what it raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def latest(self, tell: Callable[[str], None]) -> Checkpoint | None:
+        """The newest whole checkpoint, or None if there is none at all; rank 0 looks, and tells the others.
+
+        Args:
+            tell: Is told of each one that is damaged and passed over.
+        Raises: Damaged if there are some, but none is whole.
+        Cost: all its bytes are read and hashed.
+        """
+        with together():
+            found = self._latest(tell) if rank() == 0 else None
+        found = cast("Checkpoint | None", gathered(found)[0])
+        self._last = None if found is None else (found.folder, found.manifest)
+        return found
+
+    def _latest(self, tell: Callable[[str], None]) -> Checkpoint | None:
+        steps, damage = checkpoint_steps(self._run), None
+        for step in steps:
+            folder = self.folder / f"checkpoint-{step}"
+            try:
+                found = Checkpoint(folder, manifest := read_manifest(folder), read_state(folder))
+                if manifest.step != step:
+                    raise Damaged(f"{folder} is of step {manifest.step}")
+            except Damaged as error:
+                damage = error
+                tell(f"{error}; passed over")
+                continue
+            return found
+        if damage is not None:
+            raise Damaged(
+                f"no checkpoint of {self._run} is whole (the oldest: {damage}): start anew with another output, or put a "
+                "copy of a checkpoint back"
+            )
+        return None
+
+    def known(self) -> set[str]:
+        """Names of the files that ``unchanged`` may name."""
+        files = {} if self._last is None else self._last[1].files
+        return {without_rank(name.removesuffix(".safetensors")) for name in files}
+
+    def _save(
+        self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any]
+    ) -> None:
+        beside = self.folder / f".writing-{step}"
+        if rank() == 0:
+            self.folder.mkdir(exist_ok=True)
+            self._sweep()
+            beside.mkdir()
+        barrier()
+        if not beside.is_dir():
+            raise UserError(
+                f"{self.folder} is not seen by all processes: choose an output in a folder that hosts share"
+            )
+        try:
+            files = self._write(beside, tensors, unchanged)
+            if rank() > 0:
+                barrier()
+                self._last = self.folder / f"checkpoint-{step}", Manifest(format=1, step=step, files=files)
+                return
+            (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
+            files[STATE] = _record(beside / STATE)
+            manifest = Manifest(format=1, step=step, files=files)
+            (beside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            sync(beside / MANIFEST)
+            sync(beside)
+            target = self.folder / f"checkpoint-{step}"
+            self._discard(target)  # a damaged one, which was passed over
+            beside.rename(target)
+            sync(self.folder)
+            barrier()
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
+                raise OSError(int(said[1]), os.strerror(int(said[1])), str(beside)) from error
+            raise
+        self._last = target, manifest
+        steps = checkpoint_steps(self._run)
+        kept = [s for s in steps if s <= step][: self.keep]
+        for other in steps:
+            if other not in kept:  # older ones, and later ones that were passed over as damaged
+                self._discard(self.folder / f"checkpoint-{other}")
+
+    def _write(
+        self, beside: Path, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str]
+    ) -> dict[str, FileRecord]:
+        """The files of tensors, of all processes."""
+        files: dict[str, FileRecord] = {}
+        if rank() == 0 and self._last is not None:
+            names = [n for n in self._last[1].files if without_rank(n.removesuffix(".safetensors")) in unchanged]
+            files = {name: self._link(name, beside) for name in sorted(names)}
+        if num_ranks() == 1:
+            for name, held in tensors.items():
+                path = beside / f"{name}.safetensors"
+                save_file(held, path)
+                path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
+                files[path.name] = _record(path)
+            return files
+        files |= {path.name: _record(path) for path in write_shards(beside, tensors)}
+        return {name: record for own in gathered(files) for name, record in own.items()}
+
+    def _link(self, name: str, beside: Path) -> FileRecord:
+        assert self._last is not None
+        folder, manifest = self._last
+        try:
+            os.link(folder / name, beside / name, follow_symlinks=False)
+        except (OSError, NotImplementedError):  # no hard links here, or too many
+            shutil.copyfile(folder / name, beside / name, follow_symlinks=False)
+            sync(beside / name)
+        return manifest.files[name]
+
+    def _discard(self, folder: Path) -> None:
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            doomed = folder.with_name(f".removing-{folder.name}")  # so that no half of one is ever seen
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed has left half done."""
+        for left in [*self.folder.glob(".writing-*"), *self.folder.glob(".removing-*")]:
+            if left.is_symlink() or not left.is_dir():
+                left.unlink()
+            else:
+                shutil.rmtree(left)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint in ``folder``, after a look at every byte that it speaks of.
+
+    Raises: Damaged naming the file, if anything is missing, cut off, changed, a link, or not where it should be.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise Damaged(f"{folder} is not a folder of its own")
+    try:
+        manifest = Manifest.model_validate(_read_json(folder, MANIFEST))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damaged(
+            f"{folder / MANIFEST}: {'.'.join(map(str, first['loc']))[:80]}: {first['msg'].lower()}"
+        ) from error
+    if STATE not in manifest.files:
+        raise Damaged(f"{folder / MANIFEST}: names no {STATE}")
+    for name, expected in manifest.files.items():
+        if not NAME.fullmatch(name) or (name != STATE and not name.endswith(".safetensors")):
+            raise Damaged(f"{folder / MANIFEST}: {name[:80]!r} is not the name of a checkpoint's file")
+        path = folder / name
+        _check_plain(path)
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise Damaged(f"{path} has {size:,} bytes instead of {expected.bytes:,}")
+        if _digest(path) != expected.sha256:
+            raise Damaged(f"{path} is not what was written (its SHA-256 differs)")
+    return manifest
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What ``save`` was given as ``state``.
+
+    Raises: Damaged if it is no JSON object.
+    """
+    state = _read_json(folder, STATE)
+    if not isinstance(state, dict):
+        raise Damaged(f"{folder / STATE} holds no JSON object")
+    return state
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    path = folder / name
+    _check_plain(path)
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise Damaged(f"{path} has {path.stat().st_size:,} bytes, more than any that was written")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise Damaged(f"{path} cannot be read ({type(error).__name__})") from error
+
+
+def _check_plain(path: Path) -> None:
+    try:
+        plain, link = path.is_file(), path.is_symlink()
+    except OSError as error:  # in a folder that may not be read
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+    if link or not plain:
+        raise Damaged(f"{path} is {'a link' if link else 'missing'}")
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _record(path: Path) -> FileRecord:
+    """What ``path`` holds, once that is on the disk."""
+    sync(path)
+    return FileRecord(bytes=path.stat().st_size, sha256=_digest(path))

@@ -1,0 +1,349 @@
+"""What a checkpoint holds of a learner, part by part, and how it is put back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lisatune.data.loader import Position
+from lisatune.engine import LisaEngine
+from lisatune.errors import UserError
+from lisatune.learner import Learner
+from lisatune.processes.collectives import num_ranks
+from lisatune.processes.shard_files import Shards, without_rank
+from lisatune.processes.tensors import as_shard, whole
+from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
+from lisatune.slices.blocks import whole_of
+from lisatune.slices.engine import SliceEngine
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
+
+
+def _check_position(position: Position) -> Position:
+    if not all(0 <= count < 2**63 for count in position):
+        raise ValueError("input should be counts")
+    return position
+
+
+class Standing(BaseModel):
+    """How far a run has come, beside its weights and optimizer state."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: Count = 0
+    position: Annotated[Position, AfterValidator(_check_position)] = Position()
+    tokens: Count = 0
+    train_seconds: float = 0.0
+    eval_before: dict[str, float] = {}  # held-out losses
+    eval_after: dict[str, float] = {}
+    skipped_steps: Count = 0
+    skipped_in_a_row: Count = 0
+    peak_bytes: Count = 0
+    trained_steps: dict[str, Count] = {}  # part to updates, of a run with norm_steps
+
+
+class State(BaseModel):
+    """``state.json`` of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    standing: Standing
+    drawn: tuple[Count, ...] | None
+    sampler: dict[str, Any] | None
+    counters: list[dict[str, Count]]
+    scalars: dict[str, dict[str, dict[str, float | int | bool | None]]]
+    base: dict[str, str]
+    config: dict[str, Any]
+    identity: dict[str, str]
+    environment: dict[str, str]
+
+
+class Snapshots:
+    """Saves a learner into checkpoints and brings it back.
+
+    Files of a checkpoint: ``weights-<part>`` for each part that has trained since the run began, ``state-<part>`` for each
+    part that holds optimizer state. Of what never trained (layers not drawn yet, all that LoRA freezes) there is only the
+    SHA-256: those weights are the base model's, which a resumed run loads anyway and has to find unchanged. Random states
+    are not saved, because there are none: draws, noise and dropout are functions of the seed and the step.
+
+    Args:
+        learner: As ``make_learner`` gives it, before its first step.
+        checkpoints: Where they are kept.
+        config: All settings, for the comparison at resume.
+        identity: Names to what the run must find again, in words that a person can compare (the data's fingerprint).
+    """
+
+    def __init__(
+        self, learner: Learner, checkpoints: Checkpoints, config: dict[str, Any], identity: dict[str, str]
+    ) -> None:
+        self.learner = learner
+        self.checkpoints = checkpoints
+        self.config = config
+        self.identity = identity
+        self._ever: set[str] = set()
+        self._base: dict[str, str] | None = None
+
+    def save(self, standing: Standing) -> None:
+        """A checkpoint of the learner between two steps.
+
+        Cost: hashing of the whole model at the first one; then bytes of what has trained since the last.
+        Raises: OSError if it cannot be written.
+        """
+        learner, known = self.learner, self.checkpoints.known()
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)  # what is on its way to host memory has to be there
+        if self._base is None:
+            self._base = self._hash_base()
+        changed = learner.touched
+        self._ever |= changed
+        tensors: dict[str, dict[str, Tensor]] = {}
+        unchanged: set[str] = set()
+        scalars: dict[str, Any] = {}
+        for part, parameters in self._trainable().items():
+            states = self._states(parameters)
+            names = {
+                f"weights-{part}": part in self._ever,
+                f"state-{part}": any(state for _, state in states.values()),
+            }
+            for name, present in names.items():
+                if not present:
+                    continue
+                if part not in changed and name in known:
+                    unchanged.add(name)
+                elif name.startswith("weights"):
+                    tensors[name] = {n: self._to_save(p) for n, p in parameters.items()}
+                else:
+                    tensors[name] = {
+                        f"{key}:{n}": self._to_save(as_shard(value, p))
+                        for n, (p, state) in states.items()
+                        for key, value in state.items()
+                        if isinstance(value, Tensor)
+                    }
+            held = {n: _scalars_of(state) for n, (_, state) in states.items()}
+            if any(held.values()):
+                scalars[part] = {n: values for n, values in held.items() if values}
+        content = State(
+            standing=standing,
+            drawn=learner.engine.drawn if learner.engine else None,
+            sampler=_sampler_state(learner),
+            counters=[{k: g[k] for k in COUNTERS if isinstance(g.get(k), int)} for g in learner.optimizer.param_groups],
+            scalars=scalars,
+            base={part: digest for part, digest in self._base.items() if part not in self._ever},
+            config=self.config,
+            identity=self.identity,
+            environment=environment(learner.device),
+        )
+        self.checkpoints.save(standing.step, tensors, unchanged, content.model_dump())
+        learner.touched = set()
+
+    def restore(self, checkpoint: Checkpoint) -> Standing:
+        """Put the learner where it was when ``checkpoint`` was saved; if that fails, it is not to be used.
+
+        Raises: UserError if the base model is another one; Damaged if the checkpoint does not fit the model.
+        """
+        learner, state = self.learner, read_state_of(checkpoint)
+        self._base = self._hash_base()
+        other = [part for part, digest in state.base.items() if self._base.get(part) != digest]
+        if other:
+            raise UserError(
+                f"the base model is not the one that the run began with: its {other[0]} has other weights; put the model "
+                f"back that {checkpoint.folder} was made from"
+            )
+        trainable = self._trainable()
+        written = {name.removesuffix(".safetensors") for name in checkpoint.manifest.files} - {"state.json"}
+        files = {without_rank(name) for name in written}
+        shards = _shards(checkpoint) if num_ranks() > 1 or written != files else None
+        weights = {part: f"weights-{part}" for part in trainable if f"weights-{part}" in files}
+        states = {part: f"state-{part}" for part in trainable if f"state-{part}" in files}
+        if strangers := files - {*weights.values(), *states.values()}:
+            raise Damaged(f"{checkpoint.folder}: {min(strangers)} is of no part of this model")
+        shapes = None if shards is None else shards.shapes
+        for part, name in weights.items():
+            _check_fit(checkpoint, name, trainable[part], shapes)
+        if shards is not None:
+            shards.read({n: p.detach() for part in weights for n, p in trainable[part].items()})
+        with torch.no_grad():
+            for part, name in weights.items() if shards is None else ():
+                with _open(checkpoint, name) as file:
+                    for n, parameter in trainable[part].items():
+                        parameter.copy_(file.get_tensor(n))
+        if learner.engine is not None:
+            _check_draw(checkpoint, state, learner.engine)
+            learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
+            learner.follow_engine()
+        held: dict[str, dict[str, Any]]
+        for part, name in states.items():
+            if shards is not None:
+                held = _read_state(shards, trainable[part])
+            else:
+                with _open(checkpoint, name) as file:
+                    held = {}
+                    for key in file.keys():  # noqa: SIM118 - not a dict
+                        entry, _, n = key.partition(":")
+                        held.setdefault(n, {})[entry] = file.get_tensor(key)
+            for n, values in held.items():
+                if n.partition("[")[0] not in trainable[part]:
+                    raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
+                try:
+                    values |= state.scalars.get(part, {}).get(n, {})
+                    if isinstance(learner.engine, SliceEngine) and n not in trainable[part]:
+                        learner.engine.place_state(n, values, learner.place_state)
+                    else:
+                        learner.place_state(trainable[part][n], values)
+                except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                    raise Damaged(f"{checkpoint.folder}: {name} is not of this optimizer ({error})") from error
+        for group, counters in zip(learner.optimizer.param_groups, state.counters, strict=False):
+            group.update({name: count for name, count in counters.items() if name in COUNTERS})
+        self._ever = set(weights)
+        learner.touched = set()
+        return state.standing
+
+    def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parts to those of their parameters that the optimizer holds."""
+        held = {id(whole_of(p)) for group in self.learner.optimizer.param_groups for p in group["params"]}
+        parts = self.learner.layers.parts()
+        found = {part: {n: p for n, p in own.items() if id(p) in held} for part, own in parts.items()}
+        return {part: own for part, own in found.items() if own}
+
+    def _states(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        """Names, those of ``parameters`` or of slices of them, to who has optimizer state, and it."""
+        learner = self.learner
+        if isinstance(learner.engine, SliceEngine):
+            return learner.engine.states(parameters, learner.optimizer)
+        return {n: (p, learner.optimizer.state.get(p, {})) for n, p in parameters.items()}
+
+    def _to_save(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the CPU; a copy if training goes on while it is written."""
+        if num_ranks() > 1:
+            return tensor.detach()  # written before training goes on, a piece at a time
+        found = tensor.detach().to("cpu", copy=self.checkpoints.background and tensor.device.type == "cpu")
+        return found.contiguous()
+
+    def _hash_base(self) -> dict[str, str]:
+        """SHA-256 of the weights as they are now, by part, and of what never trains in each: ``<part>/frozen``."""
+        trainable = self._trainable()
+        digests = {}
+        for part, own in self.learner.layers.parts().items():
+            trains = trainable.get(part, {})
+            for name, parameters in {
+                part: trains,
+                f"{part}/frozen": {n: p for n, p in own.items() if n not in trains},
+            }.items():
+                if parameters:
+                    digests[name] = _hash(parameters)
+        return digests
+
+
+@cache
+def environment(device: torch.device) -> dict[str, str]:
+    """What the bits of a sum may depend on, beside the numbers."""
+    found = {package: version(package) for package in ("torch", "transformers")}
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
+    )
+    return found | {"device": name + (f", {num_ranks()} processes" if num_ranks() > 1 else "")}
+
+
+def read_state_of(checkpoint: Checkpoint) -> State:
+    """``checkpoint.state``, checked.
+
+    Raises: Damaged if it is not what ``Snapshots.save`` writes.
+    """
+    try:
+        state = State.model_validate(checkpoint.state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))[:80]
+        raise Damaged(f"{checkpoint.folder / 'state.json'}: {place}: {first['msg'].lower()}") from error
+    if state.standing.step != checkpoint.manifest.step:
+        raise Damaged(f"{checkpoint.folder / 'state.json'} is of step {state.standing.step}")
+    return state
+
+
+def _hash(parameters: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(whole(parameter.detach()).to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _scalars_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+    unknown = [key for key, value in found.items() if not isinstance(value, int | float | bool | None)]
+    if unknown:
+        raise UserError(f"the optimizer's state '{unknown[0]}' is neither a tensor nor a number, so it cannot be saved")
+    return found
+
+
+def _sampler_state(learner: Learner) -> dict[str, Any] | None:
+    state = getattr(learner.engine.sampler, "state_dict", None) if learner.engine else None
+    return None if state is None else state()
+
+
+def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine | SliceEngine) -> None:
+    """Refuse a draw that names no layer of this model, and the state of a sampler that has none."""
+    learns = hasattr(engine.sampler, "load_state_dict")
+    if state.drawn is None or any(i >= len(engine.pool) for i in state.drawn) or learns != (state.sampler is not None):
+        raise Damaged(f"{checkpoint.folder / 'state.json'}: its draw of layers is not one of this run's sampler")
+
+
+@contextmanager
+def _open(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
+    path = checkpoint.folder / f"{name}.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{path} cannot be read ({error})") from error
+
+
+def _shards(checkpoint: Checkpoint) -> Shards:
+    try:
+        return Shards(checkpoint.folder)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise Damaged(f"{checkpoint.folder} cannot be read ({error})") from error
+
+
+def _read_state(shards: Shards, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Saved tensors of the optimizer's state of ``parameters``, by parameter and entry, in shards where those are."""
+    into: dict[str, Tensor] = {}
+    for key, shape in shards.shapes.items():
+        parameter, dtype = parameters.get(key.partition(":")[2]), shards.dtypes[key]
+        if parameter is not None:
+            alike = shape == parameter.shape
+            into[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
+    shards.read(into)
+    held: dict[str, dict[str, Any]] = {}
+    for key, value in into.items():
+        entry, _, n = key.partition(":")
+        held.setdefault(n, {})[entry] = value.detach()
+    return held
+
+
+def _check_fit(
+    checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor], known: Mapping[str, torch.Size] | None = None
+) -> None:
+    """Refuse a file whose tensors are not those of ``parameters``; ``known``: shapes of shards, which are read already."""
+    if known is not None:
+        shapes = {n: tuple(known[n]) for n in parameters if n in known}
+    else:
+        with _open(checkpoint, name) as file:
+            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 - not a dict
+    expected = {n: tuple(p.shape) for n, p in parameters.items()}
+    if shapes != expected:
+        wrong = next(n for n in sorted({*shapes, *expected}) if shapes.get(n) != expected.get(n))
+        raise Damaged(
+            f"{checkpoint.folder}: {name} does not fit the model: {wrong[:80]} has the shape {shapes.get(wrong)}, the "
+            f"model's {expected.get(wrong)}"
+        )

@@ -1,0 +1,55 @@
+"""Each layer once in a sweep, in random order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lisatune.samplers.draws import check_counts, shuffled
+
+
+@dataclass(frozen=True)
+class SweepSampler:
+    """Go through all layers in random order, each once, then again in another order.
+
+    A sweep takes ``num_active`` layers an interval, and so ceil(num_layers / num_active) intervals. If the layers do
+    not go into the intervals evenly, some intervals have one layer less: 7 layers by 3 go as 2, 2, 3. To fill these up
+    from the next sweep would hold the number of layers, but then a sweep would end within an interval and the next
+    would have to avoid its layers, and theirs theirs; this way a sweep begins with an interval, and memory is never
+    above that of ``num_active`` layers. Against independent draws, no layer waits for longer than two sweeps less two
+    intervals.
+
+    Args:
+        num_layers: Decoder layers of the model (N_L), at least 1.
+        num_active: The most layers drawn for an interval (gamma), 0 to ``num_layers``.
+        seed: Any integer; another seed gives other orders.
+    Raises: UserError if ``num_active`` lies outside 0 to ``num_layers``.
+    Reference: Luo et al., BAdam, arXiv:2404.02827, whose blocks go by random reshuffling.
+    Example:
+        >>> sampler = SweepSampler(num_layers=7, num_active=3, seed=0)
+        >>> [sampler(interval) for interval in range(3)]
+        [(0, 4), (2, 3), (1, 5, 6)]
+    """
+
+    num_layers: int
+    num_active: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts(self.num_layers, self.num_active)
+
+    @property
+    def sweep_intervals(self) -> int:
+        """Intervals of a sweep."""
+        return -(-self.num_layers // max(1, self.num_active))
+
+    def __call__(self, interval: int) -> tuple[int, ...]:
+        """The layers of interval number ``interval``, ascending; costs one hash a layer."""
+        if self.num_active == 0:
+            return ()
+        sweep, group = divmod(interval, self.sweep_intervals)
+        start, stop = (self.num_layers * g // self.sweep_intervals for g in (group, group + 1))
+        return tuple(sorted(shuffled(self.num_layers, self.seed, sweep)[start:stop]))
+
+    def inclusion(self, interval: int) -> tuple[float, ...]:
+        """The long-run share: one interval in each sweep."""
+        return (1 / self.sweep_intervals if self.num_active else 0.0,) * self.num_layers

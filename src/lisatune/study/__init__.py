@@ -1,0 +1,1 @@
+"""Studies of weights layer by layer."""
