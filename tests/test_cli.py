@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lisatune.cli import app
+from lisatune.cli.app import app
 from patience import HANG_SECONDS
 
 
@@ -262,7 +262,7 @@ def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
     [("100 steps", "save_steps: 100"), ("2.5minutes", "save_minutes: 2.5"), ("1 step", "save_steps: 1")],
 )
 def test_periods(model_folder, data_file, tmp_path, text, setting):
-    from lisatune.cli import parse_period
+    from lisatune.cli.train import parse_period
     from lisatune.settings.config import build_config, write_config
 
     needed = {"model": "m", "data": "d", "output": "o"}

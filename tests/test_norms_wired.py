@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lisatune.cli import app
+from lisatune.cli.app import app
 from test_resume import STEPS, run, weights
 
 

@@ -10,7 +10,7 @@ import torch
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.layers import Layers, find_layers
-from lisatune.learner import Learner, _slice_engine
+from lisatune.learner import Learner
 from lisatune.levers.frozen_steps import InactiveUpdates
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.levers.inverse_chance import InverseChance
@@ -123,3 +123,14 @@ def _row_gradients(config: TrainConfig, layers: Layers, *, linear_head: bool) ->
     rows = RowGradients()
     watch_embedding(layers.embedding, rows)
     return rows
+
+
+def _slice_engine(config: TrainConfig, layers: Layers) -> SliceEngine:
+    sampler = make_sampler(
+        config.sampler, num_layers=config.num_slices, num_active=config.num_active,
+        interval_steps=config.interval_steps, seed=config.seed, **config.sampler_options,
+    )  # fmt: skip
+    return SliceEngine(
+        layers, sampler, config.interval_steps, config.state_policy, train_embedding=config.train_embedding,
+        train_head=config.train_head, train_norms=config.train_norms,
+    )  # fmt: skip

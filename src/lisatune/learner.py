@@ -26,16 +26,11 @@ from lisatune.loss import batch_loss
 from lisatune.methods.mezo import ZerothOrder
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.build import clip_gradients
-from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.optim.suited import move_state
 from lisatune.processes.collectives import total
 from lisatune.processes.sharded import Sharded
-from lisatune.samplers import make_sampler
-from lisatune.settings.config import TrainConfig
 from lisatune.slices.engine import SliceEngine
-
-STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8, "sign": 32}  # sign has none
 
 
 class Outcome(NamedTuple):
@@ -192,20 +187,3 @@ def _check_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: di
         shape = torch.Size() if name == "step" else parameter.shape
         if not isinstance(value, Tensor) or value.shape != shape:
             raise UserError(f"the saved {name[:80]} is not of the shape {tuple(shape)}, so it is of another parameter")
-
-
-def _slice_engine(config: TrainConfig, layers: Layers) -> SliceEngine:
-    sampler = make_sampler(
-        config.sampler, num_layers=config.num_slices, num_active=config.num_active,
-        interval_steps=config.interval_steps, seed=config.seed, **config.sampler_options,
-    )  # fmt: skip
-    return SliceEngine(
-        layers, sampler, config.interval_steps, config.state_policy, train_embedding=config.train_embedding,
-        train_head=config.train_head, train_norms=config.train_norms,
-    )  # fmt: skip
-
-
-def _forgets(config: TrainConfig) -> bool:
-    """Whether no slice trains for longer than a step, so that Adam has nothing to remember of it."""
-    changes = config.num_active < config.num_slices and config.sampler != "fixed"
-    return config.optim in STATE_BITS and config.interval_steps == 1 and changes and config.state_policy != "keep"

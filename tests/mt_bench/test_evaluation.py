@@ -251,7 +251,7 @@ def test_killed_in_the_middle_it_goes_on_and_asks_for_nothing_twice(models, ques
 def test_mistakes_are_one_sentence_without_waiting_for_torch(models, questions, tmp_path, monkeypatch, words, message):
     from typer.testing import CliRunner
 
-    from lisatune.cli import app
+    from lisatune.cli.app import app
 
     monkeypatch.setitem(sys.modules, "lisatune.evaluation.mt_bench.answers", None)  # what imports torch
     monkeypatch.chdir(tmp_path)

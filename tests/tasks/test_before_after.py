@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from conftest import make_llama, make_tokenizer
 from lisatune import UserError
-from lisatune.cli import app
+from lisatune.cli.app import app
 from lisatune.compare.grid import plan_grid
 from lisatune.compare.results import read_run, results
 from lisatune.compare.table import table_of

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from lisatune.errors import Stopped, UserError
-from lisatune.processes.launch import command, num_started, number_started, without_nproc
 from lisatune.cli.chat import chat
 from lisatune.cli.compare import compare
 from lisatune.cli.demo import demo
@@ -27,6 +19,8 @@ from lisatune.cli.plan import plan
 from lisatune.cli.report import report
 from lisatune.cli.settings import settings
 from lisatune.cli.train import train
+from lisatune.errors import Stopped, UserError
+from lisatune.processes.launch import num_started, number_started
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lisatune.errors import Stopped, UserError
-from lisatune.processes.launch import command, num_started, number_started, without_nproc
-from lisatune.cli.common import AsJson, console, quiet_libraries
-
+from lisatune.cli.common import quiet_libraries
+from lisatune.errors import UserError
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run or of a comparison.")]) -> None:

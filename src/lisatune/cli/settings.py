@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import sys
-from pathlib import Path
-from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from lisatune.errors import Stopped, UserError
-from lisatune.processes.launch import command, num_started, number_started, without_nproc
-from lisatune.cli.common import AsJson, console, quiet_libraries
-
+from lisatune.cli.common import AsJson
 
 
 def settings(as_json: AsJson = False) -> None:

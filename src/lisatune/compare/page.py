@@ -20,11 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from lisatune.common.amounts import GIB
 from lisatune.compare.table import notes_of, table_of
 from lisatune.errors import UserError
-from lisatune.pages.plots import STYLE, svg
+from lisatune.pages.plots import COLOURS, LINES, STYLE, svg
 
 # legible on white and on black
-COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#ec4899", "#b08d00", "#64748b", "#84a31a")
-LINES = ("-", "--", ":", "-.")
 KINDS = {"weights": 0, "gradients": 7, "state": 3, "activations": 2, "temporaries": 4}
 KIND_NAMES = {"state": "optimizer state", "temporaries": "loss and other temporaries"}
 WIDTH, HEIGHT = 5.0, 3.3  # inches: on a phone's 360 pixels, letters of 11 points become 11 pixels

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from lisatune.common.amounts import gib
 from lisatune.compare.grid import short_text
+from lisatune.pages.terminal import Tables
 
 
 def show(result: Mapping[str, Any]) -> RenderableType:
     """The comparison as one table (or several, if a terminal is narrow), and what has to be known beside it."""
     return Group(Tables(*table_of(result)), *(Text(note) for note in notes_of(result)))
-
-
-@dataclass
-class Tables:
-    """As many columns beside each other as there is room for, the first one each time; no number is cut off."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        widths = [max(len(row[i]) for row in (self.head, *self.rows)) + 3 for i in range(len(self.head))]
-        begin = 1
-        while begin < len(widths):
-            end = begin + 1
-            while end < len(widths) and 1 + widths[0] + sum(widths[begin : end + 1]) <= options.max_width:
-                end += 1
-            table = Table(self.head[0])
-            for name in self.head[begin:end]:
-                table.add_column(Text(name), justify="right", no_wrap=True)
-            for row in self.rows:
-                table.add_row(Text(row[0]), *(Text(cell) for cell in row[begin:end]))
-            yield table
-            begin = end
 
 
 def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -9,14 +9,16 @@ from torch import Tensor
 
 from lisatune.errors import UserError
 from lisatune.layers import Layers
-from lisatune.learner import STATE_BITS, _forgets
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.library import make_library_optimizer
+from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local, over_shards
 from lisatune.settings.config import OUR_OPTIMS, TrainConfig
 from lisatune.slices.blocks import whole_of
+
+STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8, "sign": 32}  # sign has none
 
 
 def make_optimizer(
@@ -104,3 +106,9 @@ def clip_gradients(
         if row_gradients is not None:
             row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch does
     return norm
+
+
+def _forgets(config: TrainConfig) -> bool:
+    """Whether no slice trains for longer than a step, so that Adam has nothing to remember of it."""
+    changes = config.num_active < config.num_slices and config.sampler != "fixed"
+    return config.optim in STATE_BITS and config.interval_steps == 1 and changes and config.state_policy != "keep"

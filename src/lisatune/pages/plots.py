@@ -15,6 +15,8 @@ from lisatune.common.loss_names import other_losses
 
 INK = "#010203"  # a colour nobody uses, replaced by the page's own
 BLUE, ORANGE, GREEN, PURPLE = "#3b82f6", "#f97316", "#10b981", "#a855f7"
+COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#14b8a6", "#ec4899", "#b08d00", "#64748b", "#84a31a")
+LINES = ("-", "--", ":", "-.")
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lisatune",

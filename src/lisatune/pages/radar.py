@@ -10,8 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 
-from lisatune.compare.page import COLOURS, LINES
-from lisatune.pages.plots import STYLE, svg
+from lisatune.pages.plots import COLOURS, LINES, STYLE, svg
 
 LEAST_CORNERS = 3
 # the drawing stands alone, so it says itself what its ink is

@@ -24,9 +24,10 @@ from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.layers import Layers
-from lisatune.learner import STATE_BITS, Learner
+from lisatune.learner import Learner
 from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
 from lisatune.models.names import check_model_name
+from lisatune.optim.build import STATE_BITS
 from lisatune.plan.fake_processes import fake_ranks
 from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks

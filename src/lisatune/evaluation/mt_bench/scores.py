@@ -70,7 +70,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def show(result: dict[str, Any]) -> RenderableType:
     """The table of an evaluation (models down, categories across), and what has to be known beside it."""
-    from lisatune.compare.table import Tables
+    from lisatune.pages.terminal import Tables
 
     head = ["", *result["categories"], "mean", "1st turn", "2nd turn", "no grade"]
     rows = []
