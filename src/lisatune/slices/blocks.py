@@ -76,7 +76,11 @@ class Cut:
         whole = self.weight.detach().view(self.shape)
         for slot, (start, stop) in zip(self.slots, self.rows, strict=True):
             slot.grad = None
-            slot.data = whole[start:stop]
+            block = whole[start:stop]
+            if slot.shape != block.shape:
+                # a graph that is still held keeps the shape that gradients must have; another type makes torch forget it
+                slot.data = block.new_empty(0, dtype=torch.float16 if block.dtype == torch.float64 else torch.float64)
+            slot.data = block
             slot.requires_grad_(start < stop)
 
     def arranged(self, blocks: Iterable[int]) -> tuple[int | None, ...]:

@@ -106,6 +106,8 @@ class SliceEngine:
         self._kept: dict[tuple[str, int], dict[str, Any]] = {}
         for number, (name, (part, parameter)) in enumerate(self._tensors().items()):
             self._sort(number, name, parameter, self.trains_as(part, parameter))
+        ever = self.cuts.keys() | self.always.keys()
+        self._trained_parts = {part for part, own in layers.parts().items() if ever & own.keys()}
         self._put_into_modules(slow)
 
     def trains_as(self, part: str, parameter: Tensor) -> Trains:
@@ -128,8 +130,7 @@ class SliceEngine:
 
     def trained_parts(self, drawn: tuple[int, ...]) -> set[str]:
         """The parts that train: the same at any time, whatever is ``drawn``."""
-        ever = self.cuts.keys() | self.always.keys()
-        return {part for part, own in self.layers.parts().items() if ever & own.keys()}
+        return self._trained_parts
 
     def num_trainable(self) -> int:
         """Parameters that train now, before the first step in the first interval."""

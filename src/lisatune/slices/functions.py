@@ -36,7 +36,7 @@ def sliced_embedding(ids: Tensor, cut: Cut, padding_idx: int | None = None) -> T
 
     Sums are made in float32, in the tokens' order, so two runs are equal to the bit.
     """
-    out: Tensor = _Embedding.apply(ids, cut.weight.detach(), padding_idx, cut.rows, *cut.slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Embedding.apply(ids, cut.weight, padding_idx, cut.rows, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -51,12 +51,12 @@ def whole_weight(cut: Cut) -> Tensor:
 
 
 def _cast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """All three in autocast's type, if it is on; of the weight no graph is kept, because it is frozen."""
+    """All three in autocast's type, if it is on; the weight is frozen, so no graph is made of it."""
     kind = input.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return input, weight.detach(), bias
+        return input, weight, bias
     dtype = torch.get_autocast_dtype(kind)
-    return input.to(dtype), weight.detach().to(dtype), None if bias is None else bias.to(dtype)
+    return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class _Linear(torch.autograd.Function):
