@@ -113,9 +113,9 @@ def test_parquet_and_csv_go_through_datasets(tmp_path):
 
 def test_missing_datasets_package_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    (tmp_path / "rows.csv").write_text("text\nx\n")
+    (tmp_path / "rows.parquet").write_text("")
     with pytest.raises(UserError, match=r"pip install 'lisatune\[data\]'"):
-        list(read_rows(str(tmp_path / "rows.csv")))
+        list(read_rows(str(tmp_path / "rows.parquet")))
 
 
 def test_folder_is_read_in_order_of_names(tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from lisatune.data.formats import Example, find_files, parse_row, read_rows
+from lisatune.data.files import HELD_OUT_SPLITS, find_source
+from lisatune.data.formats import Example, parse_row, read_rows
 from lisatune.errors import UserError
 from lisatune.settings.config import TrainConfig
 
@@ -32,7 +33,7 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], HeldOut]:
     Raises: UserError naming the file and line of a bad row, or if there is nothing to train on.
     """
     if config.streaming:
-        find_files(config.data, config=config.dataset_config)  # what cannot be is told of now
+        find_source(config.data, split=config.dataset_split, config=config.dataset_config)  # what cannot be is told of now
         train: Iterable[Example] = ExampleStream(config.data, config.dataset_split, config.dataset_config)
     else:
         rows = read_rows(config.data, split=config.dataset_split, config=config.dataset_config)
@@ -59,7 +60,7 @@ def eval_sets(config: TrainConfig) -> Mapping[str, str]:
 
 
 def _read_held_out(data: str, most: int) -> list[Example]:
-    rows = [parse_row(row) for row in read_rows(data, split="test")]
+    rows = [parse_row(row) for row in read_rows(data, split=HELD_OUT_SPLITS)]
     if not rows:
         raise UserError(f"{data}: holds no rows to evaluate on")
     return _spread(rows, most or len(rows))[0]

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lisatune.data.formats import find_files
+from lisatune.data.files import Source, find_source
 from lisatune.data.tokenize import Encoded
 
 ENDS_BYTES = 2**20
@@ -27,27 +27,34 @@ def of_documents(documents: Sequence[Encoded]) -> str:
         digest.update(len(document).to_bytes(8, "little"))
         digest.update(document.ids.tobytes())
         digest.update(document.labels.tobytes())
+        if document.weights is not None:
+            digest.update(document.weights.tobytes())
     tokens = sum(len(document) for document in documents)
     return f"{len(documents):,} documents of {tokens:,} tokens ({digest.hexdigest()[:16]})"
 
 
-def of_stream(data: str) -> str:
-    """Number and bytes of the files at ``data``, with a SHA-256 of their names, sizes, and first and last MiB.
+def of_stream(data: str | Source) -> str:
+    """Number and bytes of the files of ``data``, with a SHA-256 of their names, sizes, and first and last MiB.
 
     A stream is too long to be read as a whole for this; a change in the middle of a file that keeps its size is not
     seen. A hub name stands for itself.
     """
-    files = find_files(data)
-    if files is None:
-        return data
-    path = Path(data).expanduser()
+    source = find_source(data) if isinstance(data, str) else data
+    if source.kind == "hub":
+        return source.data
+    folder = Path(source.data).expanduser()
+    files = [file.path for file in source.read] if source.kind == "files" else _below(folder)
     digest, total = hashlib.sha256(), 0
     for file in files:
         size = file.stat().st_size
         total += size
-        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
         with file.open("rb") as opened:
             digest.update(opened.read(ENDS_BYTES))
             opened.seek(max(0, size - ENDS_BYTES))
             digest.update(opened.read(ENDS_BYTES))
     return f"{len(files):,} files of {total:,} bytes ({digest.hexdigest()[:16]})"
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

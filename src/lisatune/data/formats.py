@@ -1,61 +1,89 @@
-"""Rows of a data set to messages or text. Reads files; knows nothing of tokens, and needs no torch."""
+"""Rows of a data set to chats or text. Knows nothing of tokens, and needs no torch."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import zlib
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from lisatune.errors import UserError, did_you_mean, missing_package
+from lisatune.data.files import MAX_SHOWN, find_files, shown
+from lisatune.data.read import OnBadRow, Row, read_rows, stop
+from lisatune.errors import UserError, did_you_mean
 
-LOCAL_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-LIBRARY_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".csv.gz": "csv"}
+__all__ = ["Example", "Message", "Row", "RowParser", "find_files", "parse_row", "parse_rows", "read_rows"]
+
+# columns of a question and its answer, in the order in which they are looked for
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution"))
+OTHER_PAIRS = (("query", "response"), ("question", "response"), ("prompt", "response"), ("input", "output"))
 INSTRUCTIONS = (("input", "output"), ("context", "response"))  # Alpaca's names, and Dolly's
+SYSTEM_COLUMNS = ("system", "system_prompt")
+SIDE_COLUMNS = (*SYSTEM_COLUMNS, "history", "tools", "chat_template_kwargs", "reasoning_content")
+COLUMNS = tuple(dict.fromkeys(
+    ["messages", "conversations", *(name for pair in (*PAIRS, *OTHER_PAIRS) for name in pair), "instruction", "context",
+     "text", *SIDE_COLUMNS]
+))  # fmt: skip
 ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
     "system": "system",
-    "tool": "tool",
+    "developer": "developer",
 }
-MARK = "\ufeff"  # that some editors begin a file with; Python's utf-8-sig also takes the first half of it for an empty file
-MAX_SHOWN, MAX_SHOWN_LETTERS = 12, 60  # column names in a message, and letters of each
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TRAIN_KEYS = ("train", "training", "loss")  # axolotl's names, and ms-swift's
+CALL_KEYS = ("tool_calls", "function_call")  # OpenAI's, now and before
+PASSED_KEYS = ("name", "tool_call_id")  # handed to the template as they are
+TURN_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *TRAIN_KEYS, "weight", *CALL_KEYS, *PASSED_KEYS)
 KNOWN_COLUMNS = (
     "messages; prompt and completion; instruction, input and output (or context and response); conversations; "
-    "question and answer; text"
+    "question and answer; text; or others' names, given by columns={messages: dialog}"
 )
 
 
-class Message(TypedDict):
-    """One turn: ``role`` is system, user, assistant or tool."""
+class Message(TypedDict, total=False):
+    """One turn as a chat template gets it; ``role`` and ``content`` are always there."""
 
     role: str
     content: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A raw row and where it stands, for messages to the user: ``file, line 3``."""
-
-    where: str
-    columns: Mapping[str, Any]
+    reasoning_content: str
+    tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: a chat, whose assistant turns are to be learnt, or plain text, all of it to be learnt."""
+    """One training example: a chat, or plain text.
+
+    Attributes:
+        where: The row's place.
+        messages: The chat's turns; empty for text.
+        text: The text; None for a chat.
+        tools: The tools that the chat may call, as JSON schemas.
+        weights: What each turn's loss counts; 0 is not learnt. Empty: 1 for the assistant's turns, 0 for others.
+        template_kwargs: Further arguments of the chat template.
+        call_texts: Turn to the text that stood for its tool calls, for a template that shows no calls.
+        left_out: Columns of the row and keys of its turns that play no part.
+    """
 
     where: str
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weights: tuple[float, ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    call_texts: Mapping[int, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def weight(self, turn: int) -> float:
+        """What the loss of ``turn`` counts."""
+        if self.weights:
+            return self.weights[turn]
+        return float(self.messages[turn]["role"] == "assistant")
 
 
 def parse_row(row: Row) -> Example:
@@ -65,293 +93,399 @@ def parse_row(row: Row) -> Example:
     columns                           becomes
     ================================  =================================================================
     messages                          the chat; role and content each
-    conversations                     the chat (sharegpt); from (human, gpt, system) and value each
+    conversations                     the chat (ShareGPT); from (human, gpt, system) and value each
     prompt, completion                a question and an answer; strings, or lists of messages
     question, answer                  the same; so do problem, solution
     instruction, input, output        the same; the input, if any, follows after an empty line
     instruction, context, response    the same
     text                              text, all of it learnt
+    query, response; input, output    a question and an answer; so do question or prompt with response
     ================================  =================================================================
 
-    Further columns are left alone.
+    Beside a chat, ``system`` or ``system_prompt`` is its first turn, ``history`` what was said before, ``tools`` what
+    may be called. Every other column is named in ``left_out``.
 
     Raises: UserError that names the place and the remedy.
     Example:
         >>> parse_row(Row("x.jsonl, line 1", {"prompt": "2+2?", "completion": "4"})).messages
         ({'role': 'user', 'content': '2+2?'}, {'role': 'assistant', 'content': '4'})
     """
-    columns = row.columns
-    if "messages" in columns:
-        return _chat(row, columns["messages"], "role", "content")
-    if "conversations" in columns:
-        return _chat(row, columns["conversations"], "from", "value")
-    for question, answer in PAIRS:
-        if question in columns and answer in columns:
-            if isinstance(columns[question], list) or isinstance(columns[answer], list):
-                turns = [*_as_messages(row, question, "user"), *_as_messages(row, answer, "assistant")]
-                return _chat(row, turns, "role", "content")
-            return _pair(row, _string(row, question), _string(row, answer))
-    for extra_name, answer in INSTRUCTIONS:
-        if "instruction" in columns and answer in columns:
-            extra = _string(row, extra_name, default="")
-            instruction = _string(row, "instruction")
-            return _pair(row, f"{instruction}\n\n{extra}" if extra.strip() else instruction, _string(row, answer))
-    if "text" in columns:
-        return Example(row.where, text=_string(row, "text"))
-    names = [_shown(name) for name in list(columns)[:MAX_SHOWN]] + ["..."] * (len(columns) > MAX_SHOWN)
-    raise UserError(f"{row.where}: columns {', '.join(names) or '(none)'} are not recognised; expected {KNOWN_COLUMNS}")
+    return RowParser()(row)
 
 
-def _string(row: Row, column: str, default: str | None = None) -> str:
-    value = row.columns.get(column, default)
-    if value is None and default is not None:
-        value = default
-    if not isinstance(value, str):
-        raise UserError(f"{row.where}: '{column}' is {_kind(value)}, but must be a string")
-    return _whole(row, column, value)
+def parse_rows(rows: Iterator[Row], parser: RowParser, on_bad: OnBadRow = stop) -> Iterator[Example]:
+    """The examples of ``rows``; a bad one goes to ``on_bad``."""
+    for row in rows:
+        try:
+            example = parser(row)
+        except UserError as error:
+            on_bad(error)
+            continue
+        yield example
 
 
-def _whole(row: Row, name: str, text: str) -> str:
-    """``text``, unless a tokenizer could not take it: JSON may write half of a surrogate pair, UTF-8 may not."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{row.where}: '{name}' holds {ascii(text[error.start])[1:-1]}, half of a character, which is no text; "
-            "mend or remove it"
-        ) from error
-    return text
+@dataclass(frozen=True)
+class RowParser:
+    """``parse_row`` for data with names of its own.
+
+    Args:
+        columns: Our name of a column, or of a turn's ``role`` and ``content``, to the data's.
+        roles: The data's name of a role to ours.
+    Raises: UserError for a name that is none of ours.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = (*COLUMNS, "role", "content")
+        for name in self.columns:
+            if name not in known:
+                raise UserError(
+                    f"columns: '{shown(name)}' is none of {', '.join(known)}{did_you_mean(name, known)}; write our name "
+                    "first, as in columns={messages: dialog}"
+                )
+        for role, ours in self.roles.items():
+            if ours not in ROLES.values():
+                raise UserError(
+                    f"roles: {shown(role)} cannot be '{shown(ours)}'; choose one of {', '.join(dict.fromkeys(ROLES.values()))}"
+                )
+
+    def __call__(self, row: Row) -> Example:
+        """The example of ``row``."""
+        return _RowReader(row, self).example()
 
 
-def _as_messages(row: Row, column: str, role: str) -> list[Any]:
-    value = row.columns[column]
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
+class _RowReader:
+    """Reads one row, and keeps what it has used."""
 
+    def __init__(self, row: Row, parser: RowParser) -> None:
+        self.row = row
+        self.parser = parser
+        self.columns = self._renamed()
+        self.used: set[str] = set()
+        self.left_out: dict[str, None] = {}
+        self.call_texts: dict[int, str] = {}
 
-def _pair(row: Row, question: str, answer: str) -> Example:
-    return Example(row.where, (Message(role="user", content=question), Message(role="assistant", content=answer)))
+    def _renamed(self) -> Mapping[str, Any]:
+        names = self.parser.columns
+        if not names:
+            return self.row.columns
+        columns = {name: value for name, value in self.row.columns.items() if name not in names.values()}
+        return columns | {
+            ours: self.row.columns[theirs] for ours, theirs in names.items() if theirs in self.row.columns
+        }
 
-
-def _chat(row: Row, turns: Any, role_key: str, content_key: str) -> Example:
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        raise UserError(
-            f"{row.where}: a chat must be a list of turns with '{role_key}' and '{content_key}', at least one"
+    def example(self) -> Example:
+        """The example; see ``parse_row``."""
+        found = self._turns()
+        if found is None and "text" in self.columns:
+            return Example(self.row.where, text=self._string("text"), left_out=self._unused())
+        found = found or self._other_pair()
+        if found is None:
+            raise self._unrecognised()
+        messages, weights = self._before(*found)
+        self._check_chat(messages)
+        tools = tuple(self._tools())
+        kwargs = self._object("chat_template_kwargs")
+        plain = all(
+            weight == float(message["role"] == "assistant") for message, weight in zip(messages, weights, strict=True)
         )
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or not isinstance(turn.get(content_key), str):
-            raise UserError(f"{row.where}: turn {number} has no '{content_key}' that is a string")
-        role = turn.get(role_key)
-        if not isinstance(role, str) or role not in ROLES:
-            told = f"'{_shown(role)}'" if isinstance(role, str) else _kind(role)
-            raise UserError(f"{row.where}: turn {number} has {role_key} {told}; expected one of {', '.join(ROLES)}")
-        messages.append(Message(role=ROLES[role], content=_whole(row, content_key, turn[content_key])))
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UserError(f"{row.where}: the chat has no assistant turn, so there is nothing to learn")
-    if messages[0]["role"] == "assistant":
-        raise UserError(
-            f"{row.where}: the chat begins with an assistant turn, which answers nothing; put a user or system turn first"
+        return Example(
+            self.row.where, tuple(messages), None, tools, () if plain else tuple(weights), kwargs, self.call_texts,
+            self._unused(),
+        )  # fmt: skip
+
+    # -- the chat ----------------------------------------------------------------------------------------------------
+
+    def _turns(self) -> tuple[list[Message], list[float]] | None:
+        columns = self.columns
+        for name in ("messages", "conversations"):
+            if name in columns:
+                return self._chat(self._take(name), name)
+        for question, answer in PAIRS:
+            if question in columns and answer in columns:
+                if isinstance(columns[question], list) or isinstance(columns[answer], list):
+                    return self._chat([*self._as_turns(question, "user"), *self._as_turns(answer, "assistant")])
+                return self._pair(self._string(question), self._string(answer))
+        for extra_name, answer in INSTRUCTIONS:
+            if "instruction" in columns and answer in columns:
+                other = next(name for name, _ in INSTRUCTIONS if name != extra_name)
+                extra_name = other if extra_name not in columns and other in columns else extra_name
+                extra, instruction = self._string(extra_name, default=""), self._string("instruction")
+                return self._pair(f"{instruction}\n\n{extra}" if extra.strip() else instruction, self._string(answer))
+        return None
+
+    def _other_pair(self) -> tuple[list[Message], list[float]] | None:
+        for question, answer in OTHER_PAIRS:
+            if question in self.columns and answer in self.columns:
+                return self._pair(self._string(question), self._string(answer))
+        return None
+
+    def _as_turns(self, column: str, role: str) -> list[Any]:
+        value = self._take(column)
+        return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+    def _pair(self, question: str, answer: str) -> tuple[list[Message], list[float]]:
+        reply = Message(role="assistant", content=answer)
+        if self.columns.get("reasoning_content"):
+            reply["reasoning_content"] = self._string("reasoning_content")
+        return [Message(role="user", content=question), reply], [0.0, 1.0]
+
+    def _before(self, messages: list[Message], weights: list[float]) -> tuple[list[Message], list[float]]:
+        """The chat with what columns beside it say came before: the system prompt, and earlier turns."""
+        history = self._history()
+        if history:
+            at = int(bool(messages) and messages[0]["role"] == "system")
+            messages = [*messages[:at], *history, *messages[at:]]
+            weights = [*weights[:at], *(float(turn["role"] == "assistant") for turn in history), *weights[at:]]
+            self.call_texts = {turn + len(history): text for turn, text in self.call_texts.items()}
+        for name in SYSTEM_COLUMNS:
+            if not self.columns.get(name):
+                self.used.add(name)
+                continue
+            system = self._string(name)
+            if messages[0]["role"] == "system" and system.strip():
+                if messages[0]["content"].strip() == system.strip():
+                    continue
+                raise self._error(f"'{name}' and the chat's own system turn differ; keep one of them")
+            if system.strip():
+                messages, weights = [Message(role="system", content=system), *messages], [0.0, *weights]
+                self.call_texts = {turn + 1: text for turn, text in self.call_texts.items()}
+        return messages, weights
+
+    def _history(self) -> list[Message]:
+        """Earlier turns: pairs of question and answer (Alpaca's form), or turns."""
+        value = self._parsed("history")
+        if not value:
+            return []
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise self._error(f"'history' is {kind(value)}, but must be a list of [question, answer] or of turns")
+        turns: list[Any] = []
+        for item in value:
+            if isinstance(item, Mapping):
+                turns.append(item)
+            elif isinstance(item, Sequence) and len(item) == 2 and all(isinstance(text, str) for text in item):
+                turns += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+            else:
+                raise self._error("'history' must be a list of [question, answer] or of turns")
+        calls, self.call_texts = self.call_texts, {}
+        history, _ = self._chat(turns, "history")
+        if self.call_texts:
+            raise self._error("'history' holds a function_call: put all turns into one chat")
+        self.call_texts = calls
+        return history
+
+    def _chat(self, turns: Any, column: str = "prompt") -> tuple[list[Message], list[float]]:
+        turns = _from_json(turns)
+        if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+            raise self._error(f"'{column}': a chat must be a list of turns with 'role' and 'content', at least one")
+        messages, weights = [], []
+        for number, turn in enumerate(turns, start=1):
+            if not isinstance(turn, Mapping):
+                raise self._error(f"turn {number} is {kind(turn)}, and has no 'content' that is a string")
+            message = self._turn(number, turn)
+            weight = self._weight(number, turn, message["role"])
+            messages.append(message)
+            weights.append(weight)
+        return messages, weights
+
+    def _turn(self, number: int, turn: Mapping[str, Any]) -> Message:
+        names = self.parser.columns
+        role_keys = (names["role"],) if "role" in names else ROLE_KEYS
+        content_keys = (names["content"],) if "content" in names else CONTENT_KEYS
+        role_key = next((key for key in role_keys if key in turn), role_keys[0])
+        content_key = next((key for key in content_keys if key in turn), content_keys[0])
+        role = self._role(number, role_key, turn.get(role_key))
+        calls = self._calls(number, turn)
+        reasoning = next((turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str) and turn[key]), None)
+        content = _joined(turn.get(content_key))
+        if content is None and turn.get(content_key) is None and (calls or reasoning):
+            content = ""
+        if content is None:
+            if isinstance(turn.get(content_key), list):
+                raise self._error(
+                    f"turn {number} has parts in '{content_key}' that are not text; a text model learns text alone"
+                )
+            raise self._error(f"turn {number} has no '{content_key}' that is a string")
+        if role == "function_call":
+            role, parsed = "assistant", self._calls_in_text(content)
+            if parsed:
+                self.call_texts[number - 1] = content
+                calls, content = parsed, ""
+        message = Message(role=role, content=self._whole(content_key, content))
+        if calls:
+            message["tool_calls"] = calls
+        if reasoning is not None:
+            message["reasoning_content"] = self._whole("reasoning_content", reasoning)
+        for key in PASSED_KEYS:
+            if isinstance(turn.get(key), str):
+                message[key] = self._whole(key, turn[key])  # type: ignore[literal-required]
+        used = {role_key, content_key, *REASONING_KEYS, *TRAIN_KEYS, "weight", *CALL_KEYS, *PASSED_KEYS}
+        self._leave_out(f"{key} of a turn" for key, value in turn.items() if key not in used and _holds(value))
+        return message
+
+    def _role(self, number: int, key: str, role: Any) -> str:
+        roles = ROLES | dict(self.parser.roles)
+        if isinstance(role, str) and (role in roles or role.lower() in roles):
+            return roles.get(role) or roles[role.lower()]
+        told = f"'{shown(role)}'" if isinstance(role, str) else kind(role)
+        raise self._error(
+            f"turn {number} has {key} {told}; expected one of {', '.join(roles)}, or give its meaning, as in roles={{bot: assistant}}"
         )
-    return Example(row.where, tuple(messages))
+
+    def _weight(self, number: int, turn: Mapping[str, Any], role: str) -> float:
+        weight = turn.get("weight")
+        if weight is None:
+            weight = 1.0
+        elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise self._error(f"turn {number} has weight {shown(weight)}; expected a number, 0 or more")
+        for key in TRAIN_KEYS:
+            if (train := turn.get(key)) is not None:
+                if not isinstance(train, bool) and train not in (0, 1):
+                    raise self._error(f"turn {number} has {key} {shown(train)}; expected true or false")
+                weight = weight if train else 0.0
+        if role != "assistant":
+            asked = [key for key in (*TRAIN_KEYS, "weight") if turn.get(key)]
+            self._leave_out(f"{key} of a {role} turn" for key in asked)
+            return 0.0
+        return float(weight)
+
+    def _calls(self, number: int, turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+        calls = _from_json(turn.get("tool_calls")) or []
+        single = _from_json(turn.get("function_call"))
+        if not isinstance(calls, list):
+            raise self._error(f"turn {number} has tool_calls that are {kind(calls)}, but must be a list")
+        return [self._call(number, call) for call in [*calls, *([single] if single else [])]]
+
+    def _call(self, number: int, call: Any) -> dict[str, Any]:
+        """A call as chat templates know it: ``{"type": "function", "function": {"name", "arguments"}}``."""
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise self._error(f"turn {number} has a tool call without a 'name'; expected name and arguments")
+        arguments = _from_json(function.get("arguments", {}))
+        beside = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
+        return {"type": "function"} | beside | {"function": {**function, "arguments": arguments}}
+
+    def _calls_in_text(self, text: str) -> list[dict[str, Any]]:
+        """The calls that a turn of ShareGPT's role ``function_call`` holds; none if it is no JSON of calls."""
+        found = _from_json(text)
+        calls = found if isinstance(found, list) else [found]
+        if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+            return []
+        return [self._call(0, call) for call in calls]
+
+    def _tools(self) -> Iterator[Mapping[str, Any]]:
+        tools = self._parsed("tools")
+        if not tools:
+            return
+        for tool in tools if isinstance(tools, list) else [tools]:
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+                raise self._error("'tools' must be a list of functions with 'name', 'description' and 'parameters'")
+            yield {"type": "function", "function": function} if function is tool else tool
+
+    def _check_chat(self, messages: Sequence[Message]) -> None:
+        if not any(message["role"] == "assistant" for message in messages):
+            raise self._error("the chat has no assistant turn, so there is nothing to learn")
+        if messages[0]["role"] == "assistant":
+            raise self._error(
+                "the chat begins with an assistant turn, which answers nothing; put a user or system turn first"
+            )
+
+    # -- columns -----------------------------------------------------------------------------------------------------
+
+    def _take(self, column: str) -> Any:
+        self.used.add(column)
+        return self.columns.get(column)
+
+    def _string(self, column: str, default: str | None = None) -> str:
+        value = self._take(column)
+        if value is None and default is not None:
+            value = default
+        if not isinstance(value, str):
+            raise self._error(f"'{column}' is {kind(value)}, but must be a string")
+        return self._whole(column, value)
+
+    def _parsed(self, column: str) -> Any:
+        """A column that may be written as JSON in a string, as CSV and some tools have it."""
+        value = self._take(column)
+        if isinstance(value, str) and value.strip():
+            parsed = _from_json(value)
+            if isinstance(parsed, str):
+                raise self._error(f"'{column}' is text that is not JSON; mend or remove it")
+            return parsed
+        return None if isinstance(value, str) else value
+
+    def _object(self, column: str) -> Mapping[str, Any]:
+        value = self._parsed(column)
+        if value is not None and not isinstance(value, Mapping):
+            raise self._error(f"'{column}' is {kind(value)}, but must be an object")
+        return value or {}
+
+    def _whole(self, name: str, text: str) -> str:
+        """``text``, unless a tokenizer could not take it: JSON may write half of a surrogate pair, UTF-8 may not."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self._error(
+                f"'{name}' holds {ascii(text[error.start])[1:-1]}, half of a character, which is no text; mend or remove it"
+            ) from error
+        return text
+
+    def _leave_out(self, names: Any) -> None:
+        self.left_out |= dict.fromkeys(names)
+
+    def _unused(self) -> tuple[str, ...]:
+        unused = [shown(name) for name, value in self.columns.items() if name not in self.used and _holds(value)]
+        return tuple(dict.fromkeys([*unused, *map(shown, self.left_out)]))
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"{self.row.where}: {message}")
+
+    def _unrecognised(self) -> UserError:
+        columns = self.row.columns
+        if "chosen" in columns and "rejected" in columns:
+            name = "messages" if isinstance(columns["chosen"], list) else "completion"
+            return self._error(
+                "columns chosen and rejected are of preference training; to learn what was chosen, set "
+                f"columns={{{name}: chosen}}"
+            )
+        names = [shown(name) for name in list(columns)[:MAX_SHOWN]] + ["..."] * (len(columns) > MAX_SHOWN)
+        return self._error(f"columns {', '.join(names) or '(none)'} are not recognised; expected {KNOWN_COLUMNS}")
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """The type of ``value`` in a message to the user."""
     return "missing or null" if value is None else f"a {type(value).__name__}"
 
 
-def _shown(name: Any) -> str:
-    """A name of the data in a message to the user: one line that any terminal can print, and not a long one."""
-    text = str(name)[:MAX_SHOWN_LETTERS]
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return text if len(str(name)) <= MAX_SHOWN_LETTERS else f"{text}..."
+def _holds(value: Any) -> bool:
+    """Whether a column or key says anything."""
+    return value is not None and value != "" and value != [] and value != {}
 
 
-def read_rows(data: str, *, split: str = "train", config: str | None = None, streaming: bool = False) -> Iterator[Row]:
-    """Rows of a file, a folder of such files, or a data set of the Hugging Face hub.
-
-    JSON and JSON lines, gzip or not, are read here and need no package; Parquet, CSV and hub names go through
-    ``datasets``. Nothing is read before the first row is asked for.
-
-    Args:
-        data: A path, or a hub name such as ``databricks/databricks-dolly-15k``.
-        split: Of a hub data set.
-        config: Of a hub data set that has several, as ``main`` of ``openai/gsm8k``.
-        streaming: Read a hub data set as it downloads, instead of downloading it first.
-    Yields: ``Row``, in the order of the file; files of a folder in the order of their names.
-    Raises: UserError naming file and line for what is malformed.
-    """
-    files = find_files(data, config=config)
-    if files is None:
-        yield from _read_with_library(data, split, streaming, config=config)
-    else:
-        for file in files:
-            yield from _read_file(file)
+def _from_json(value: Any) -> Any:
+    """``value``; if it is a string that holds a JSON list or object, that."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
-def find_files(data: str, *, config: str | None = None) -> list[Path] | None:
-    """The files that ``data`` names, or None for a name of the hub; only there is a ``config``."""
-    files = _find_files(data)
-    if files is not None and config is not None:
-        raise UserError(
-            f"dataset_config={_shown(config)} is of a hub data set, but {data} is on this machine: leave it out"
+def _joined(content: Any) -> str | None:
+    """A turn's content as one text: a string, or OpenAI's list of parts of text; None for anything else."""
+    if isinstance(content, list):
+        parts = [
+            part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+            for part in content
+        ]
+        types = [part.get("type", "text") for part in content if isinstance(part, Mapping)]
+        texts = [part for part in parts if isinstance(part, str)]
+        is_text = (
+            len(texts) == len(parts) and bool(parts) and all(t in ("text", "input_text", "output_text") for t in types)
         )
-    return files
-
-
-def _find_files(data: str) -> list[Path] | None:
-    if not data.strip():
-        raise UserError("the data's name is empty: give a file, a folder or a hub name")  # Path("") is where we stand
-    try:
-        path = Path(data).expanduser()
-        if path.is_dir():
-            return _files_of_folder(path)
-        if path.is_file():
-            return [path]
-        if path.exists() or _looks_like_path(data):
-            nearby = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"{data}: no such file or folder{did_you_mean(path.name, nearby)}")
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, ~ of an unknown user
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{_shown(data)}: cannot be looked up ({reason}); give the path of a file or folder") from error
-    return None
-
-
-def _files_of_folder(folder: Path) -> list[Path]:
-    """Every file of rows below ``folder``; one that cannot be read is an error, where ``rglob`` passes it by."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    files = []
-    for place, subfolders, names in os.walk(folder, onerror=refuse):
-        for name in subfolders:
-            if (link := Path(place, name)).is_symlink():
-                raise UserError(f"{link}: a link to another folder is not followed; remove it, or give that folder")
-        files += [file for name in names if _suffix(file := Path(place, name))]
-    if not files:
-        raise UserError(f"{folder}: the folder holds no {', '.join(LOCAL_SUFFIXES)}, .parquet or .csv file")
-    return sorted(files)
-
-
-def _looks_like_path(data: str) -> bool:
-    return data.startswith((".", "/", "~")) or data.count("/") != 1 or _suffix(Path(data)) is not None
-
-
-def _suffix(path: Path) -> str | None:
-    return next((s for s in (*LOCAL_SUFFIXES, *LIBRARY_SUFFIXES) if path.name.lower().endswith(s)), None)
-
-
-def _read_file(path: Path) -> Iterator[Row]:
-    suffix = _suffix(path)
-    if suffix is None:
-        raise UserError(f"{path}: expected a file ending in {', '.join((*LOCAL_SUFFIXES, *LIBRARY_SUFFIXES))}")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is not a regular file; give one that holds rows")  # a pipe would be waited for
-    if suffix in LIBRARY_SUFFIXES:
-        yield from _read_with_library(str(path), "train", streaming=True, builder=LIBRARY_SUFFIXES[suffix])
-        return
-    try:
-        try:
-            yield from _read_json(path) if ".jsonl" not in suffix else _read_json_lines(path)
-        except UnicodeDecodeError as error:
-            reason = f"{error.reason}{_bad_line(path)}"
-            raise UserError(f"{path}: is not UTF-8 text ({reason}); save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); is it a whole{' gzip' * suffix.endswith('.gz')} file?"
-        ) from error
-
-
-def _open(path: Path, mode: str = "rt") -> Any:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, mode, encoding="utf-8" if mode == "rt" else None)
-
-
-def _bad_line(path: Path) -> str:
-    """Where text stops being UTF-8; found by a second look, as text is decoded ahead of the line that is read."""
-    with _open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return f" in line {number}"
-    return ""
-
-
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(MARK)
-            if line.strip():
-                yield _row(f"{path}, line {number}", _parse(line.rstrip(), path, number))
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """A list of rows; or, as many tools write under this name, one row a line."""
-    with _open(path) as file:
-        text = file.read().removeprefix(MARK)
-    if not text.lstrip().startswith("["):
-        yield from _read_json_lines(path)
-        return
-    for number, item in enumerate(_parse(text, path), start=1):
-        yield _row(f"{path}, row {number}", item)
-
-
-def _parse(text: str, path: Path, line: int | None = None) -> Any:
-    where = str(path) if line is None else f"{path}, line {line}"
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {(line or 1) + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); mend or remove it"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deep to read; mend or remove it") from error
-    except _Twice as error:
-        raise UserError(f"{where}: '{_shown(error)}' stands twice in one object; remove one of them") from error
-    except ValueError as error:  # of int(), which reads no more than 4,300 digits
-        raise UserError(f"{where}: holds a number of too many digits to read; mend or remove it") from error
-
-
-class _Twice(Exception):
-    """A name that an object holds twice; json would keep the last and lose the others in silence."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    columns = dict(pairs)
-    if len(columns) < len(pairs):
-        raise _Twice(Counter(name for name, _ in pairs).most_common(1)[0][0])
-    return columns
-
-
-def _row(where: str, columns: Any) -> Row:
-    if not isinstance(columns, dict):
-        raise UserError(f"{where}: a row must be a JSON object, not {_kind(columns)}")
-    return Row(where, columns)
-
-
-def _read_with_library(
-    data: str, split: str, streaming: bool, *, builder: str | None = None, config: str | None = None
-) -> Iterator[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise missing_package("datasets", f"reading {data}", "data") from error
-    try:
-        if builder:
-            rows = datasets.load_dataset(builder, data_files=data, split="train", streaming=True)
-        else:
-            rows = datasets.load_dataset(data, config, split=split, streaming=streaming)
-        for number, columns in enumerate(rows, start=1):
-            yield Row(f"{data}, row {number}", columns)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises many kinds, none of them ours
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = (
-            "is it a whole file?"
-            if builder
-            else "is the name right, is the hub reachable? Local data is given as a path"
-        )
-        raise UserError(f"{data}: cannot be read as a data set ({reason}); {hint}") from error
+        return "".join(texts) if is_text else None
+    return content if isinstance(content, str) else None

@@ -94,8 +94,6 @@ def build(
     torch.manual_seed(config.seed)  # of LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
-    if tokenizer.chat_template is None:
-        console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
     with together():
         data = prepare_data(config, tokenizer, examples, held_out, console)
     if num_ranks() > 1:

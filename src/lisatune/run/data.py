@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lisatune.data import fingerprint
 from lisatune.data.examples import HeldOut
+from lisatune.data.files import find_source
 from lisatune.data.formats import Example
 from lisatune.data.loader import Batch, Loader, Stream
 from lisatune.data.stream import EncodedStream
@@ -49,8 +50,11 @@ def prepare_data(
 
     def encode(some: Iterable[Example], name: str) -> list[Encoded]:
         encode_all = encoder()
+        had_template = tokenizer.chat_template is not None
         with console.status(f"tokenizing {name}"):
             documents = list(encode_all(some))
+        if tokenizer.chat_template is not None and not had_template:
+            console.print("the tokenizer has no chat template: a plain one is used, and saved with the model")
         console.print(f"{name}: {encode_all.counts.describe()}", highlight=False)
         if not documents:
             raise UserError(
@@ -68,7 +72,8 @@ def prepare_data(
     longest = config.max_length
     if config.streaming:
         documents = EncodedStream(encoder(), examples)
-        identity = {"train": fingerprint.of_stream(config.data)}
+        source = find_source(config.data, split=config.dataset_split, config=config.dataset_config)
+        identity = {"train": fingerprint.of_stream(source)}
         console.print(f"{config.data}: rows are read as they are needed")
     else:
         documents = encode(examples, "train")

@@ -1,0 +1,299 @@
+"""Chats to text in a chat template, cut where the answers that are learnt begin and end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, Literal
+
+from lisatune.data.formats import REASONING_KEYS, Example, Message
+from lisatune.errors import UserError
+
+LossOn = Literal["answers", "last", "all"]
+OUR_ARGUMENTS = ("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "tokenize", "documents")
+
+# For a tokenizer that brings no chat template of its own; saved with the model, so that chat and training agree.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ '### ' + message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+
+
+def plain_template(tokenizer: Any) -> str:
+    """``PLAIN_TEMPLATE``, after the beginning-of-text token where the tokenizer puts one before text too."""
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+    return "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered chat; ``weight`` is what its loss counts, 0 for what is not learnt."""
+
+    text: str
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What becomes of a chat.
+
+    Attributes:
+        rows: One row of pieces; or one for each answer, where the template rewrites earlier turns.
+        missing: What the template does not show.
+        why: Why there is no row.
+    """
+
+    rows: list[list[Piece]]
+    missing: tuple[str, ...] = ()
+    why: str = ""
+
+
+class Renderer:
+    """Chats in a tokenizer's template.
+
+    The prompt of an answer is what generation would be given: the earlier turns with ``add_generation_prompt``. What
+    follows in the rendering of the chat up to the answer is learnt. Answers share a row as far as each one's prompt is
+    the beginning of that row; others get a row of their own.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        loss_on: ``answers`` learns all of them, ``last`` the last one, ``all`` the prompts too.
+        today: What the template is told as the date; the day's own, if not given.
+    """
+
+    def __init__(self, tokenizer: Any, loss_on: LossOn = "answers", today: date | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.loss_on = loss_on
+        template = tokenizer.chat_template
+        self.source = template if isinstance(template, str) else " ".join(map(str, (template or {}).values()))
+        self.options: dict[str, Any] = {}
+        if today is not None and isinstance(template, str) and writes_date(template):
+            self.options["chat_template"] = with_date(template, today)
+        self.end_texts = tuple({str(token) for token in _added(tokenizer)} | {tokenizer.eos_token or "\0"})
+
+    def __call__(self, example: Example) -> Rendered:
+        """The rows of ``example``, a chat.
+
+        Raises: UserError if the template refuses the chat, or answers cannot be told from prompts.
+        """
+        chat = self._prepared(example)
+        answers = [i for i, turn in enumerate(chat) if turn["role"] == "assistant" and not _is_blank(turn)]
+        if not answers:
+            return Rendered([], why="the answer is empty")
+        if self.loss_on == "all":
+            rows = [self._all_of(example, chat, answers)]
+            return Rendered(rows, self._missing(example, chat, rows[0]))
+        learnt = [i for i in answers[-1:] if self.loss_on == "last"] or answers
+        learnt = [i for i in learnt if example.weight(i)]
+        if not learnt:
+            return Rendered([], why="no turn is to be learnt")
+        rows = list(self._rows(example, chat, learnt))
+        return Rendered(rows[::-1], self._missing(example, chat, rows[0]))
+
+    def _rows(self, example: Example, chat: list[Message], learnt: list[int]) -> Iterator[list[Piece]]:
+        """Rows from the last answer back; each takes the earlier answers that it shows as generation would."""
+        while learnt:
+            pieces, covered = self._row(example, chat, learnt)
+            yield pieces
+            learnt = [i for i in learnt if i not in covered]
+
+    def _row(self, example: Example, chat: list[Message], learnt: list[int]) -> tuple[list[Piece], set[int]]:
+        *earlier, last = learnt
+        last_prompt, last_answer = self._located(example, chat, last)
+        text = last_prompt + last_answer
+        pieces, covered, done = [], {last}, 0
+        for i in earlier:
+            prompt, answer = self._spans(example, chat, i)
+            end = prompt + answer
+            stable = text.startswith(end) and done <= len(prompt) <= len(end) <= len(last_prompt)
+            if answer and stable and answer.endswith(self.end_texts):
+                pieces += [Piece(text[done : len(prompt)]), Piece(answer, example.weight(i))]
+                covered.add(i)
+                done = len(end)
+        pieces += [Piece(last_prompt[done:]), Piece(last_answer, example.weight(last))]
+        return pieces, covered
+
+    def _spans(self, example: Example, chat: list[Message], i: int) -> tuple[str, str]:
+        """The prompt of answer ``i`` and the answer; it is empty where the rendering does not go on from the prompt."""
+        prompt = self.render(example, chat[:i], add_generation_prompt=True)
+        shown = self.render(example, chat[: i + 1])
+        return prompt, self._closed(shown[len(prompt) :], chat[i]) if shown.startswith(prompt) else ""
+
+    def _located(self, example: Example, chat: list[Message], i: int) -> tuple[str, str]:
+        """``_spans``, and of a template whose prompt opens a thought that its rendering of an answer has not."""
+        prompt, answer = self._spans(example, chat, i)
+        if answer:
+            return prompt, answer
+        shown = self.render(example, chat[: i + 1])
+        common = next(
+            (k for k, (a, b) in enumerate(zip(prompt, shown, strict=False)) if a != b), min(len(prompt), len(shown))
+        )
+        thought, content = _thought_of(chat[i])
+        rest = self._closed(shown[common:], {**chat[i], "content": content})
+        opened = re.search(r"([<\[])(\w+)([>\]])\s*$", prompt[common:])
+        if (
+            not rest.strip()
+            or not rest.lstrip().startswith(content.strip())
+            or (prompt[common:].strip() and not opened)
+        ):
+            raise UserError(
+                f"{example.where}: the chat template changes earlier turns as the chat goes on, so answers cannot be told "
+                "from prompts; set completion_only_loss=false, which learns the whole chat, or give another chat_template"
+            )
+        if opened:
+            rest = f"{thought}\n{opened[1]}/{opened[2]}{opened[3]}\n\n{rest.lstrip()}"
+        return prompt, rest
+
+    def _closed(self, shown: str, turn: Mapping[str, Any]) -> str:
+        """An answer up to its end; newlines that the template puts between turns are not of it, its own are."""
+        stripped = shown.rstrip()
+        if stripped.endswith(self.end_texts):
+            return stripped
+        content = turn["content"]
+        own = shown.startswith(content) and not shown[len(content) :].strip() and not turn.get("tool_calls")
+        return content if own else stripped
+
+    def _all_of(self, example: Example, chat: list[Message], answers: list[int]) -> list[Piece]:
+        """Prompts and answers, all learnt; in one piece where they cannot be told apart."""
+        try:
+            pieces, covered = self._row(example, chat, answers)
+        except UserError:
+            covered = set()
+        if covered == set(answers):
+            return [Piece(piece.text, piece.weight if k % 2 else 1.0) for k, piece in enumerate(pieces)]
+        if any(example.weight(i) != 1 for i in answers):
+            raise UserError(
+                f"{example.where}: the chat template changes earlier turns as the chat goes on, so weights of turns cannot be "
+                "kept with completion_only_loss=false; leave one of them out"
+            )
+        return [Piece(self._closed(self.render(example, chat[: answers[-1] + 1]), chat[answers[-1]]), 1.0)]
+
+    def render(self, example: Example, chat: Sequence[Message], **options: Any) -> str:
+        """``chat`` as the template writes it.
+
+        Raises: UserError naming the row if it refuses.
+        """
+        options |= {"tokenize": False, "tools": list(example.tools) or None, **self.options, **example.template_kwargs}
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(chat), **options)
+        except Exception as error:  # templates raise what they like, by jinja
+            if not any(turn.get("tool_calls") for turn in chat):
+                raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
+            try:  # some write a call's arguments as they are, and need text
+                text = self.tokenizer.apply_chat_template(_with_text_arguments(chat), **options)
+            except Exception:
+                raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
+        return text
+
+    # -- what a template can show ------------------------------------------------------------------------------------
+
+    def _prepared(self, example: Example) -> list[Message]:
+        """The chat in the names that the template knows."""
+        if taken := [name for name in example.template_kwargs if name in OUR_ARGUMENTS]:
+            raise UserError(f"{example.where}: chat_template_kwargs cannot set {taken[0]}; leave it out")
+        return [self._turn(example, i, turn) for i, turn in enumerate(example.messages)]
+
+    def _turn(self, example: Example, i: int, given: Message) -> Message:
+        turn: Message = {**given}
+        if turn["role"] == "developer" and "developer" not in self.source:
+            turn["role"] = "system"
+        if turn.get("tool_calls") and "tool_calls" not in self.source:
+            if i not in example.call_texts:
+                raise UserError(
+                    f"{example.where}: turn {i + 1} calls a tool, but the chat template shows no tool calls; give one "
+                    "that does by chat_template=<file>, or remove the row"
+                )
+            turn["content"] = example.call_texts[i]
+            del turn["tool_calls"]
+        reads_content = "</think>" in self.source and not any(key in self.source for key in REASONING_KEYS)
+        if turn.get("reasoning_content") and reads_content:
+            turn["content"] = f"<think>\n{turn['reasoning_content'].strip()}\n</think>\n\n{turn['content']}"
+        return turn
+
+    def _missing(self, example: Example, chat: Sequence[Message], pieces: Sequence[Piece]) -> tuple[str, ...]:
+        """What the rendering does not hold of the chat up to its last answer."""
+        text = "".join(piece.text for piece in pieces)
+        missing = dict.fromkeys(_not_in(text, chat))
+        if any(tool["function"]["name"] not in text for tool in example.tools):
+            missing["tools"] = None
+        return tuple(f"{name} (not shown by the chat template)" for name in missing)
+
+
+def _not_in(text: str, chat: Sequence[Message]) -> Iterator[str]:
+    last = max(i for i, turn in enumerate(chat) if turn["role"] == "assistant")
+    for turn in chat[: last + 1]:
+        if turn["role"] != "assistant" and turn["content"].strip() not in text:
+            yield f"{turn['role']} turns"
+        for key in ("name", "tool_call_id"):
+            if key in turn and str(turn[key]) not in text:  # type: ignore[literal-required]
+                yield key
+        for call in turn.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                yield "tool_calls"
+    answer = chat[last]
+    thought, _ = _thought_of(answer)
+    if thought and thought not in text:
+        yield "reasoning_content" if answer.get("reasoning_content") else "thoughts of an answer"
+    if last + 1 < len(chat):
+        yield "turns after the last answer"
+
+
+def _is_blank(turn: Message) -> bool:
+    return not (turn["content"].strip() or turn.get("tool_calls") or turn.get("reasoning_content"))
+
+
+def _thought_of(turn: Mapping[str, Any]) -> tuple[str, str]:
+    """The reasoning of an answer and the rest of it."""
+    content = turn["content"]
+    if "</think>" in content:
+        thought, _, content = content.rpartition("</think>")
+        return thought.rpartition("<think>")[2].strip(), content.lstrip()
+    return str(turn.get("reasoning_content") or "").strip(), content
+
+
+def _with_text_arguments(chat: Sequence[Message]) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = []
+    for turn in chat:
+        calls = [
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                },
+            }
+            for call in turn.get("tool_calls", ())
+        ]
+        turns.append({**turn, "tool_calls": calls} if calls else {**turn})
+    return turns
+
+
+def _added(tokenizer: Any) -> list[Any]:
+    return list(getattr(tokenizer, "added_tokens_decoder", {}).values())
+
+
+# -- the date --------------------------------------------------------------------------------------------------------
+
+
+def writes_date(template: Any) -> bool:
+    """Whether a chat template writes the day on which it is used."""
+    return isinstance(template, str) and "strftime_now" in template
+
+
+def with_date(template: str, day: date) -> str:
+    """``template`` for which it is always ``day``.
+
+    Example:
+        >>> with_date("{{ strftime_now('%Y') }}", date(2026, 11, 26))[-30:]
+        "cro %}{{ strftime_now('%Y') }}"
+    """
+    formats = dict.fromkeys(re.findall(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)", template))
+    branches = "".join(
+        f"{{% if format == {json.dumps(a or b)} %}}{day.strftime(a or b)}{{% endif %}}" for a, b in formats
+    )
+    return f"{{% macro strftime_now(format) %}}{branches}{{% endmacro %}}{template}"
