@@ -33,7 +33,9 @@ def read_examples(config: TrainConfig) -> tuple[Iterable[Example], HeldOut]:
     Raises: UserError naming the file and line of a bad row, or if there is nothing to train on.
     """
     if config.streaming:
-        find_source(config.data, split=config.dataset_split, config=config.dataset_config)  # what cannot be is told of now
+        find_source(
+            config.data, split=config.dataset_split, config=config.dataset_config
+        )  # what cannot be is told of now
         train: Iterable[Example] = ExampleStream(config.data, config.dataset_split, config.dataset_config)
     else:
         rows = read_rows(config.data, split=config.dataset_split, config=config.dataset_config)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lisatune.data.tokenize import PLAIN_TEMPLATE
+from lisatune.data.tokenize import plain_template
 from lisatune.errors import UserError
 from lisatune.evaluation.mt_bench.questions import NUM_TURNS, Question
 from lisatune.evaluation.mt_bench.records import Records, key_of
@@ -100,7 +100,7 @@ class Answerer:
     def _loaded(self) -> tuple[Any, Any]:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         model, tokenizer = load_model(self.name, dtype)
-        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE  # as in training
+        tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)  # as in training
         return model.to(self.device), tokenizer
 
     def _make(self, asked: Sequence[tuple[str, list[dict[str, str]]]], advance: Callable[[int], None]) -> None:
