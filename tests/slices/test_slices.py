@@ -182,6 +182,37 @@ def test_parameters_of_the_model_have_the_slices_and_its_state_dict_has_not():
     assert not engine.layers.parts()["outside"]
 
 
+def test_release_gives_the_model_back_and_another_engine_may_begin():
+    model, plain = make_llama(tied=True), make_llama(tied=True)
+    engine, optimizer = make(model)
+    for step in range(3):
+        train_step(model, optimizer, step, engine)
+    engine.release()
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    again, optimizer = make(model, num_slices=2)
+    train_step(model, optimizer, 0, again)
+    assert len(next(iter(again.cuts.values())).slots[0]) == VOCABULARY // 2
+
+
+def test_several_optimizers_share_the_slices():
+    model, plain = make_llama(), make_llama()
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == matrices] for matrices in (True, False)]
+    optimizers = [torch.optim.SGD(groups[0], lr=0.1), torch.optim.SGD(groups[1], lr=0.1)]
+    engine = SliceEngine(find_layers(model), SweepSampler(3, 1))
+    single, optimizer = SliceEngine(find_layers(plain), SweepSampler(3, 1)), torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(4):
+        engine.begin_step(step, optimizers)
+        model(input_ids=batch(step), labels=batch(step)).loss.backward()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
+        train_step(plain, optimizer, step, single)
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(plain).values(), strict=True))
+
+
 def test_a_graph_that_is_still_held_does_not_fix_the_number_of_rows():
     model = make_llama()
     engine, optimizer = make(model, num_slices=5)
@@ -216,8 +247,12 @@ def test_mistakes_are_refused():
     engine, _ = make(model)
     with pytest.raises(UserError, match=r"does not hold .* before anything is frozen"):
         engine.begin_step(0, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
-    with pytest.raises(UserError, match="cut into slices already"):
+    engine, optimizer = make(model)
+    engine.begin_step(0, optimizer)
+    with pytest.raises(UserError, match="train already"):
         make(model)
+    with pytest.raises(UserError, match="LBFGS"):
+        engine.begin_step(1, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(UserError, match="alike"):
         SliceEngine(find_layers(make_llama(tied=True)), UniformSampler(4, 1), train_head=False)
 

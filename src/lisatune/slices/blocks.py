@@ -59,6 +59,7 @@ class Cut:
         self.slots = [nn.Parameter(torch.empty_like(empty)) for _ in range(num_active)]
         self.blocks: tuple[int | None, ...] = ()
         self.rows: tuple[Rows, ...] = ()
+        weight.cut_into = self  # type: ignore[attr-defined]
         for slot in self.slots:
             slot.cut = self  # type: ignore[attr-defined]
 
@@ -88,6 +89,13 @@ class Cut:
         wanted = list(blocks)
         new = iter([block for block in wanted if block not in self.blocks])
         return tuple(block if block in wanted else next(new, None) for block in self.blocks or [None] * len(self.slots))
+
+    def empty(self) -> None:
+        """Let no block train."""
+        self.blocks, self.rows = (), ()
+        for slot in self.slots:
+            slot.grad = None
+            slot.data = slot.new_empty(0)
 
     def num_elements(self, blocks: Iterable[int]) -> int:
         """Elements of ``blocks``, whether they train now or not."""

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
+from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
 from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.round_robin import RoundRobinSampler
 from lisatune.samplers.sweep import SweepSampler
 from lisatune.samplers.uniform import UniformSampler
-from lisatune.slices.blocks import Cut, Slots
+from lisatune.slices.blocks import Cut, Slots, cut_of
 from lisatune.slices.modules import SlicedForward
 
 SAMPLERS = (SweepSampler, UniformSampler, RoundRobinSampler, FixedSampler)
@@ -103,12 +104,14 @@ class SliceEngine:
         self.always: dict[str, nn.Parameter] = {}
         self.drawn: tuple[int, ...] | None = None
         self._interval: int | None = None
+        self._slow = slow
+        self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self._asked: dict[nn.Parameter, bool] = {}
         self._kept: dict[tuple[str, int], dict[str, Any]] = {}
         for number, (name, (part, parameter)) in enumerate(self._tensors().items()):
             self._sort(number, name, parameter, self.trains_as(part, parameter))
         ever = self.cuts.keys() | self.always.keys()
         self._trained_parts = {part for part, own in layers.parts().items() if ever & own.keys()}
-        self._put_into_modules(slow)
 
     def trains_as(self, part: str, parameter: Tensor) -> Trains:
         """Whether a tensor of ``part`` trains in slices, whole or never."""
@@ -146,27 +149,47 @@ class SliceEngine:
     def observe(self, step: int, scores: dict[int, float]) -> None:
         """Do nothing: no sampler of slices learns."""
 
-    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
+    def begin_step(self, step: int, optimizer: Optimizers) -> bool:
         """Make the model ready for optimizer step ``step``; call once before the step's first forward.
 
         Args:
             step: Number of the optimizer step, from 0; not of the micro-batch.
-            optimizer: Any optimizer over all of the text model's parameters.
+            optimizer: One optimizer over all of the text model's parameters, or several that together hold them.
         Returns: Whether the blocks were set anew.
-        Raises: UserError if the optimizer lacks a parameter that is to be trained at some time.
+        Raises: UserError if a parameter that is to be trained at some time is not held, or for an optimizer that cannot
+            keep frozen rows as they are.
         """
+        if each_of(optimizer) != self._optimizers:
+            self.adopt(optimizer)
         interval = step // self.interval_steps
         if interval == self._interval and all(cut.is_in_place() for cut in self.cuts.values()):
             return False
-        if self._interval is None:
-            self.adopt(optimizer)
         if self.state_policy == "reset_all" and interval != self._interval and step % self.interval_steps == 0:
-            optimizer.state.clear()
-        self._place(interval, optimizer)
+            for one in self._optimizers:
+                one.state.clear()
+        self._place(interval)
         return True
 
+    def release(self) -> None:
+        """Let the model be as it was before the first step, but for what it learnt; for the end of a training."""
+        for parameter, asked in self._asked.items():
+            parameter.requires_grad_(asked)
+        self._asked.clear()
+        wholes = {id(slot): cut.weight for cut in self.cuts.values() for slot in cut.slots}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                own = dict.fromkeys(wholes.get(id(p), p) for p in group["params"])
+                group["params"][:] = list(own)
+        for module in list(self.layers.model.modules()):
+            if isinstance(module.forward, SlicedForward):
+                module.forward.remove()
+                del module._modules[NAME]
+        for cut in self.cuts.values():
+            cut.empty()
+        self._interval, self.drawn, self._optimizers = None, None, ()
+
     def resume(
-        self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: torch.optim.Optimizer,
+        self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: Optimizers,
         sampler_state: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Be where ``num_steps`` steps have led, as ``LisaEngine.resume``.
@@ -179,30 +202,41 @@ class SliceEngine:
             raise UserError(
                 f"the slices active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
             )
-        self._place(interval, optimizer)
+        self._place(interval)
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the blocks' parameters where the optimizer holds the whole ones; a second call changes nothing.
+    def adopt(self, optimizer: Optimizers) -> None:
+        """Put the blocks' parameters into the model, and where the optimizer holds the whole ones.
 
-        Raises: UserError if the optimizer lacks a parameter that is to be trained.
+        ``begin_step`` does so at its first call. Call it before if something looks at the optimizer's parameters before.
         """
+        optimizers = each_of(optimizer)
+        for one in optimizers:
+            check_suited(one, self.state_policy)
+        if not self._asked:
+            self._asked = {p: p.requires_grad for p in self.layers.model.parameters()}
+            self._put_into_modules()
         slots = {id(cut.weight): cut.slots for cut in self.cuts.values()}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        needed = {name: cut.slots[0] if id(cut.slots[0]) in held else cut.weight for name, cut in self.cuts.items()}
-        missing = [name for name, p in (needed | self.always).items() if id(p) not in held]
+        ours = {id(slot) for own in slots.values() for slot in own}
+        held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+        self._check_held(held)
+        for one in optimizers:
+            for group in one.param_groups:
+                if any(id(p) in slots for p in group["params"]):  # one made after the engine has begun holds slots too
+                    others = [p for p in group["params"] if id(p) not in ours]
+                    group["params"][:] = [new for p in others for new in slots.get(id(p), [p])]
+            for cut in self.cuts.values():
+                one.state.pop(cut.weight, None)
+        self._optimizers = optimizers
+
+    def _check_held(self, held: set[int]) -> None:
+        missing = [name for name, p in self.always.items() if id(p) not in held]
+        missing += [name for name, cut in self.cuts.items() if not held & {id(cut.weight), id(cut.slots[0])}]
         if missing:
             raise UserError(
                 f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "
-                "train: make the optimizer over model.parameters() before anything is frozen"
+                "train: make the optimizer over model.parameters() before anything is frozen, or give all of several in a "
+                "list"
             )
-        if not held & slots.keys():
-            return
-        ours = {id(slot) for own in slots.values() for slot in own}
-        for group in optimizer.param_groups:
-            others = [p for p in group["params"] if id(p) not in ours]  # if it was made after the engine, it holds both
-            group["params"][:] = [new for p in others for new in slots.get(id(p), [p])]
-        for cut in self.cuts.values():
-            optimizer.state.pop(cut.weight, None)
 
     def states(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -245,27 +279,27 @@ class SliceEngine:
         elif trains == "sampled":
             if not parameter.is_contiguous():
                 raise UserError(f"{name} is not contiguous, so it cannot be cut: make it from .contiguous()")
+            if cut_of(parameter) is not None:
+                raise UserError("slices of this model train already: call release() of the other engine first")
             self.cuts[name] = Cut(name, parameter, self.sampler.num_layers, self._num_active)
             seeded: Any = self.sampler
             if hasattr(seeded, "seed"):
                 seeded = dataclasses.replace(seeded, seed=hashed(seeded.seed, 0, number))
             self.samplers[name] = seeded
 
-    def _put_into_modules(self, slow: bool) -> None:
+    def _put_into_modules(self) -> None:
         of = {id(cut.weight): cut for cut in self.cuts.values()}
+        put: set[int] = set()  # of a tied pair, one module holds the slots
         for module in list(self.layers.model.modules()):
-            own = [of[id(p)] for p in module._parameters.values() if p is not None and id(p) in of]
-            if not own:
-                continue
-            if NAME in module._modules:
-                raise UserError("this model is cut into slices already: load it anew for another engine")
-            module.forward = SlicedForward(module, slow)  # type: ignore[assignment]
-            first = [cut for cut in own if not hasattr(cut.weight, "cut_into")]  # of a tied pair, one module holds them
-            module.add_module(NAME, Slots(slot for cut in first for slot in cut.slots))
-            for cut in first:
-                cut.weight.cut_into = cut  # type: ignore[attr-defined]
+            own = {id(p): of[id(p)] for p in module._parameters.values() if p is not None and id(p) in of}
+            if own:
+                module.forward = SlicedForward(module, self._slow)  # type: ignore[assignment]
+                for cut in own.values():
+                    cut.weight.cut_into = cut  # type: ignore[attr-defined]
+                module.add_module(NAME, Slots(slot for i, cut in own.items() if i not in put for slot in cut.slots))
+                put |= own.keys()
 
-    def _place(self, interval: int, optimizer: torch.optim.Optimizer) -> None:
+    def _place(self, interval: int) -> None:
         """Let the blocks of ``interval`` train, and freeze all else."""
         if self._interval is None:
             for name, (_, parameter) in self._tensors().items():
@@ -273,7 +307,8 @@ class SliceEngine:
         self._interval, self.drawn = interval, self.sampler(interval)
         for name, cut in self.cuts.items():
             blocks = self.samplers[name](interval)
-            self._move_state(name, cut, blocks, optimizer)
+            for optimizer in self._optimizers:
+                self._move_state(name, cut, blocks, optimizer)
             cut.place(blocks)
 
     def _move_state(self, name: str, cut: Cut, blocks: tuple[int, ...], optimizer: torch.optim.Optimizer) -> None:
@@ -282,14 +317,19 @@ class SliceEngine:
         for slot, old, new in zip(cut.slots, was, cut.arranged(blocks), strict=True):
             if old == new:
                 continue
-            state = optimizer.state.pop(slot, None)
-            if self.state_policy != "keep":
+            state = optimizer.state.get(slot)
+            drop_state(optimizer, slot)
+            if self.state_policy != "keep" or slot not in self._holders(optimizer):
                 continue
             if state and old is not None:
                 self._kept[name, old] = {key: _on(value, torch.device("cpu")) for key, value in state.items()}
             if new is not None and (came := self._kept.pop((name, new), None)):
                 device = getattr(optimizer, "state_device", None) or slot.device
                 optimizer.state[slot] = {key: _on(value, device) for key, value in came.items()}
+
+    @staticmethod
+    def _holders(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+        return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -39,6 +39,12 @@ class SlicedForward:
             return self._shadowed(*args, **kwargs)
         return KNOWN[self.kind](module, args[0], cut, bias)
 
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        del vars(self.module)["forward"]
+        if self.module.forward != self.inner:
+            self.module.forward = self.inner
+
     def _shadowed(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module while its cut tensors are hidden by others of the same values, whose gradient goes to blocks."""
         cuts = {name: cut_of(p) for name, p in self.module._parameters.items()}
