@@ -11,6 +11,7 @@ from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains
 from lisatune.processes.collectives import num_ranks
+from lisatune.slices.engine import SliceEngine
 from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
 from lisatune.trainer.settings import LisaSettings
 
@@ -25,16 +26,19 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     The settings are kept in the Trainer's checkpoint. A resumed run needs the same.
 
     Args:
-        num_active: Decoder layers that train at a time, next to embedding and head (the paper's gamma).
-        interval_steps: Optimizer steps between draws (the paper's K).
+        num_active: Decoder layers that train at a time, next to embedding and head (the paper's gamma). Default: 2 layers,
+            or 1 slice.
+        interval_steps: Optimizer steps between draws (the paper's K). Default: 20, with slices 1.
         seed: Seed of the draws; equal seeds draw equal layers here, in ``LisaEngine`` and in ``lisatune train``.
         state_policy: See ``LisaEngine``.
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
-        train_embedding: See ``LisaEngine``.
-        train_head: See ``LisaEngine``.
-        sampler: Name of the sampler, as ``make_sampler`` knows it.
+        train_embedding: See ``LisaEngine``. Default: True, with slices ``sampled``.
+        train_head: See ``LisaEngine``. Default: True, with slices ``sampled``.
+        sampler: Name of the sampler, as ``make_sampler`` knows it. Default: ``uniform``, with slices ``sweep``.
         sampler_options: Options of that sampler.
-        sampled_unit: ``layers``, or pieces of them: ``halves``, ``modules``.
+        sampled_unit: ``layers``, pieces of them (``halves``, ``modules``), or ``slices``: blocks of rows of every matrix.
+        num_slices: With slices: blocks that each matrix is cut into. Default: 15.
+        train_norms: With slices: see ``SliceEngine``. Default: True.
     Raises: UserError, when training begins, for a model that has adapters, a bidirectional model with a next-token loss,
         two of these callbacks, and a checkpoint made with other settings.
     Example: see examples/hf_trainer.py
@@ -42,23 +46,28 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def __init__(
         self,
-        num_active: int = 2,
-        interval_steps: int = 20,
+        num_active: int | None = None,
+        interval_steps: int | None = None,
         seed: int = 0,
         state_policy: StatePolicy = "reset_layers",
         decoder_name: str | None = None,
         *,
-        train_embedding: Trains = True,
-        train_head: Trains = True,
-        sampler: str = "uniform",
+        train_embedding: Trains | None = None,
+        train_head: Trains | None = None,
+        sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
         sampled_unit: str = "layers",
+        num_slices: int | None = None,
+        train_norms: Trains | None = None,
     ) -> None:
-        self.settings = LisaSettings(
-            num_active, interval_steps, seed, state_policy, decoder_name, train_embedding, train_head, sampler,
-            sampler_options or {}, sampled_unit,
+        if sampled_unit != "slices" and (num_slices is not None or train_norms is not None):
+            raise UserError("num_slices and train_norms have no effect without sampled_unit='slices': leave them out")
+        self.settings = LisaSettings.usual(
+            num_active=num_active, interval_steps=interval_steps, seed=seed, state_policy=state_policy,
+            decoder_name=decoder_name, train_embedding=train_embedding, train_head=train_head, sampler=sampler,
+            sampler_options=sampler_options, sampled_unit=sampled_unit, num_slices=num_slices, train_norms=train_norms,
         )  # fmt: skip
-        self.engine: LisaEngine | None = None
+        self.engine: LisaEngine | SliceEngine | None = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoint keeps of this callback."""
@@ -94,8 +103,10 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.engine.release()
 
 
-def describe(engine: LisaEngine, settings: LisaSettings) -> str:
+def describe(engine: LisaEngine | SliceEngine, settings: LisaSettings) -> str:
     """What was found, what trains and what does not."""
+    if isinstance(engine, SliceEngine):
+        return f"LISA: {engine.layers.describe()}\nLISA: {engine.describe()}, sampled by {settings.sampler}"
     pool = engine.pool
     always = sorted(engine.trained_parts(()))
     never = sorted({"embedding", "head"} - set(always) - set(pool) - ({"head"} if engine.layers.tied else set()))

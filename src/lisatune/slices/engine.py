@@ -142,6 +142,16 @@ class SliceEngine:
             cut.num_elements(self.samplers[name](self._interval or 0)) for name, cut in self.cuts.items()
         )
 
+    def describe(self) -> str:
+        """What trains and what does not, in one line."""
+        when: dict[Trains, list[str]] = {"sampled": ["all matrices"], True: [], False: []}
+        for part, trains in self.trains.items():
+            when[trains].append("norms and biases" if part == "norms" else part)
+        text = f"{self._num_active} of {len(self.pool)} slices of each tensor train at a time, for {self.interval_steps} steps"
+        text += f" ({', '.join(when['sampled'])})"
+        text += f"; {', '.join(when[True])} train whole in every step" if when[True] else ""
+        return text + (f"; {', '.join(when[False])} never" if when[False] else "")
+
     def scores(self) -> dict[int, float]:
         """Nothing: no sampler of slices learns."""
         return {}

@@ -14,6 +14,8 @@ from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
+from lisatune.settings.config import UNIT_PRESETS
+from lisatune.slices.engine import SliceEngine
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class LisaSettings:
     sampler: str = "uniform"
     sampler_options: dict[str, Any] = field(default_factory=dict)
     sampled_unit: str = "layers"
+    num_slices: int = 15
+    train_norms: Trains = True
 
     def __post_init__(self) -> None:
         if self.num_active < 1:
@@ -39,7 +43,13 @@ class LisaSettings:
         if self.sampled_unit not in ENGINES:
             raise UserError(f"sampled_unit is '{self.sampled_unit}': choose one of {', '.join(ENGINES)}")
 
-    def engine(self, model: nn.Module) -> LisaEngine:
+    @classmethod
+    def usual(cls, **given: Any) -> LisaSettings:
+        """``given``, without what is None; what is left out is as usual for the unit that is sampled."""
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(**UNIT_PRESETS.get(given.get("sampled_unit", "layers"), {}) | given)
+
+    def engine(self, model: nn.Module) -> LisaEngine | SliceEngine:
         """LISA for ``model``."""
         return ENGINES[self.sampled_unit](self, model)
 
@@ -80,8 +90,25 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
     return LisaEngine(layers, sampler, settings.interval_steps, settings.state_policy, **trains)
 
 
-ENGINES: dict[str, Callable[[LisaSettings, nn.Module], LisaEngine]] = {
+def slice_engine(settings: LisaSettings, model: nn.Module) -> SliceEngine:
+    """Blocks of rows of every matrix."""
+    if settings.num_active > settings.num_slices:
+        raise UserError(
+            f"num_active is {settings.num_active}, but there are {settings.num_slices} slices: choose fewer"
+        )
+    sampler = make_sampler(
+        settings.sampler, num_layers=settings.num_slices, num_active=settings.num_active, seed=settings.seed,
+        interval_steps=settings.interval_steps, **settings.sampler_options,
+    )  # fmt: skip
+    return SliceEngine(
+        find_layers(model, settings.decoder_name), sampler, settings.interval_steps, settings.state_policy,
+        train_embedding=settings.train_embedding, train_head=settings.train_head, train_norms=settings.train_norms,
+    )  # fmt: skip
+
+
+ENGINES: dict[str, Callable[[LisaSettings, nn.Module], LisaEngine | SliceEngine]] = {
     "layers": layer_engine,
     "halves": layer_engine,
     "modules": layer_engine,
+    "slices": slice_engine,
 }

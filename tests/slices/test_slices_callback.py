@@ -1,0 +1,50 @@
+"""Slices in ``transformers.Trainer``."""
+
+import pytest
+import torch
+
+from conftest import VOCABULARY, make_llama
+from lisatune import LisaCallback, UserError
+
+pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+from transformers import Trainer, TrainingArguments
+
+
+def rows():
+    ids = torch.randint(3, VOCABULARY, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def fit(model, folder, callbacks, **more):
+    settings = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no"} | more
+    arguments = TrainingArguments(
+        output_dir=str(folder), **settings, use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=callbacks)
+    trainer.train()
+    return [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+
+
+@pytest.mark.parametrize("more", [{}, {"bf16": True}, {"gradient_checkpointing": True, "max_grad_norm": 0.1}])
+def test_one_slice_is_full_training_to_the_bit_clipping_included(tmp_path, more):
+    full, sliced = make_llama(tied=True), make_llama(tied=True)
+    norms = fit(full, tmp_path, [], **more)
+    assert fit(sliced, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=1)], **more) == norms
+    for (name, a), b in zip(full.named_parameters(), sliced.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_every_tensor_has_its_turn(tmp_path, capsys):
+    model, before = make_llama(), make_llama()
+    fit(model, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=4)])
+    assert "1 of 4 slices of each tensor train at a time, for 1 steps" in capsys.readouterr().out
+    changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
+    assert all(changed)
+    assert all(p.requires_grad for p in model.parameters())  # as it was before
+
+
+def test_mistakes_are_refused():
+    with pytest.raises(UserError, match="no effect without sampled_unit='slices'"):
+        LisaCallback(num_slices=4)
+    with pytest.raises(UserError, match="there are 4 slices"):
+        LisaCallback(num_active=5, num_slices=4, sampled_unit="slices").settings.engine(make_llama())
