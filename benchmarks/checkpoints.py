@@ -27,7 +27,7 @@ from lisatune.learner import Learner
 from lisatune.plan.forecast import model_config
 from lisatune.run.checkpoint import Checkpoints
 from lisatune.run.snapshot import Snapshots, Standing
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 
 MIB = 2**20
 SHAPE = Path(__file__).parent / "shapes" / "smollm2-135m.json"

@@ -29,7 +29,7 @@ from lisatune.data.loader import Position
 from lisatune.run.build import build
 from lisatune.run.preflight import preflight
 from lisatune.run.schedule import set_learning_rate
-from lisatune.settings.config import build_config, write_config
+from lisatune.settings import build_config, write_config
 from lisatune.study.recorder import NormRecorder
 from lisatune.study.study import SKEWED, NormRun, draw, read_norms, study, tables
 from lisatune.train import seed_step

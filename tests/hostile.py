@@ -18,7 +18,7 @@ from lisatune import UserError
 from lisatune.assemble import make_engine
 from lisatune.data.formats import Example, Row, parse_row, read_rows
 from lisatune.run.checkpoint import MANIFEST, STATE, Damaged, read_manifest, read_state
-from lisatune.settings.config import LAYERWISE, TrainConfig, build_config, read_settings, write_config
+from lisatune.settings import LAYERWISE, TrainConfig, build_config, read_settings, write_config
 
 # what a refusal is counted as: the first of these that its message holds
 REFUSALS = (

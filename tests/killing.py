@@ -19,7 +19,7 @@ from rich.console import Console
 from lisatune.common.run_folder import checkpoint_steps
 from lisatune.run.build import Run, build
 from lisatune.run.preflight import preflight
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 from lisatune.train import fit
 from patience import wait_until
 

@@ -9,7 +9,7 @@ import torch
 from conftest import make_llama
 from lisatune.processes.collectives import gathered, rank
 from lisatune.processes.group import joined
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 from patience import wait_until
 from test_plan import WIDE, measured_peak
 

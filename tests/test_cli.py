@@ -263,7 +263,7 @@ def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
 )
 def test_periods(model_folder, data_file, tmp_path, text, setting):
     from lisatune.cli.train import parse_period
-    from lisatune.settings.config import build_config, write_config
+    from lisatune.settings import build_config, write_config
 
     needed = {"model": "m", "data": "d", "output": "o"}
     write_config(build_config(needed | parse_period(text)), tmp_path / "config.yaml")

@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from lisatune import UserError
-from lisatune.settings.config import TrainConfig, build_config, read_settings, write_config
+from lisatune.settings import TrainConfig, build_config, read_settings, write_config
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 

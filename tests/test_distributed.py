@@ -16,7 +16,7 @@ from lisatune.data.loader import Batch
 from lisatune.errors import UserError
 from lisatune.plan.fake_processes import fake_ranks
 from lisatune.plan.forecast import plan_config, plan_run
-from lisatune.settings.config import build_config, check_num_ranks
+from lisatune.settings import build_config, check_num_ranks
 from lisatune.train import train
 from test_plan import WIDE
 from torchrun import torchrun

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lisatune.settings.config import build_config, read_settings
+from lisatune.settings import build_config, read_settings
 from lisatune.train import train
 from torchrun import torchrun
 

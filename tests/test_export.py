@@ -14,7 +14,7 @@ from conftest import SHARED
 from lisatune import UserError
 from lisatune.models.export import export_delta, export_gguf, export_model
 from lisatune.models.load import load_model
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 from lisatune.train import train
 
 IDS = torch.tensor([[1, 5, 9, 30, 7, 2]])

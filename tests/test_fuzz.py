@@ -23,7 +23,7 @@ from lisatune.layers import find_layers
 from lisatune.models.names import check_model_name
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest, read_state
 from lisatune.run.snapshot import Snapshots, Standing
-from lisatune.settings.config import build_config, read_settings
+from lisatune.settings import build_config, read_settings
 
 CASES = {"row": 3500, "file": 2500, "settings": 2500, "checkpoint": 1500, "forged": 150}
 

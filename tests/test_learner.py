@@ -7,7 +7,7 @@ from conftest import VOCABULARY, make_llama
 from lisatune import UserError
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 
 CPU = torch.device("cpu")
 LEVERS = {

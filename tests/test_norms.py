@@ -24,7 +24,7 @@ from lisatune.run.preflight import preflight
 from lisatune.run.schedule import set_learning_rate
 from lisatune.run.snapshot import Snapshots, Standing
 from lisatune.samplers.scores import MeanWeightNorms
-from lisatune.settings.config import build_config, used_settings, write_config
+from lisatune.settings import build_config, used_settings, write_config
 from lisatune.study import start_weights
 from lisatune.study.matrix_rank import effective_rank, product_norm, product_singular_values, stable_rank
 from lisatune.study.recorder import NormRecorder

@@ -16,7 +16,7 @@ from lisatune.data.loader import Batch
 from lisatune.errors import Stopped
 from lisatune.run.checkpoint import Checkpoints
 from lisatune.run.snapshot import Snapshots, Standing
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 from lisatune.train import train
 
 

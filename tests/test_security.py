@@ -21,7 +21,7 @@ from lisatune.data.tokenize import Encoder
 from lisatune.models.load import load_model
 from lisatune.plan.forecast import model_config
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest
-from lisatune.settings.config import TrainConfig, build_config, read_settings
+from lisatune.settings import TrainConfig, build_config, read_settings
 from lisatune.train import train
 
 SOURCES = sorted(Path(lisatune.__file__).parent.rglob("*.py"))

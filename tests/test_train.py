@@ -16,7 +16,7 @@ from lisatune.common.loss_names import told
 from lisatune.models.load import load_model
 from lisatune.optim.build import clip_gradients
 from lisatune.run.schedule import learning_rate_at
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 from lisatune.train import train
 
 

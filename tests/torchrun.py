@@ -36,7 +36,7 @@ def main(path):
     from lisatune.plan.wire import Wire
     from lisatune.processes.collectives import rank
     from lisatune.processes.group import joined, restarted
-    from lisatune.settings.config import build_config
+    from lisatune.settings import build_config
     from lisatune.train import train
 
     torch.set_num_threads(1)

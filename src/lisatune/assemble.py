@@ -25,7 +25,7 @@ from lisatune.pieces import split_layers
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.sharded import Sharded
 from lisatune.samplers import make_sampler
-from lisatune.settings.config import LAYERWISE, TrainConfig
+from lisatune.settings import LAYERWISE, TrainConfig
 from lisatune.slices.engine import SliceEngine
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -69,3 +71,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for a message, cut: a YAML alias can make it endless."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    short.maxlevel = 2
+    try:
+        return short.repr(value)
+    except ValueError:  # of int, which writes no more than 4,300 digits
+        return "a number of too many digits"

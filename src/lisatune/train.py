@@ -36,7 +36,7 @@ from lisatune.run.preflight import preflight
 from lisatune.run.saving import SaveTimes, save_trained
 from lisatune.run.schedule import set_learning_rate
 from lisatune.run.snapshot import Snapshots, Standing, environment, read_state_of
-from lisatune.settings.config import (
+from lisatune.settings import (
     TrainConfig,
     check_num_ranks,
     differences,

@@ -11,7 +11,7 @@ pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 from lisatune import UserError
 from lisatune.compare.grid import plan_grid, read_grid
 from lisatune.run.preflight import preflight
-from lisatune.settings.config import build_config, used_settings
+from lisatune.settings import build_config, used_settings
 from small_tasks import write_tasks
 from test_resume import metrics, run, weights
 

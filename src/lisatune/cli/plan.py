@@ -30,7 +30,7 @@ def plan(
 ) -> None:
     """Predict the peak memory of a run, without weights and without a GPU, and find what fits."""
     from lisatune.common.amounts import parse_bytes
-    from lisatune.settings.config import read_settings
+    from lisatune.settings import read_settings
 
     settings = read_settings(config, overrides or [])
     named = {"model": model} if model is not None else {}

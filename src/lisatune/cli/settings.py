@@ -12,7 +12,7 @@ from lisatune.cli.common import AsJson
 
 def settings(as_json: AsJson = False) -> None:
     """List all settings of a run with their defaults."""
-    from lisatune.settings.config import TrainConfig
+    from lisatune.settings import TrainConfig
 
     rows = []
     for name, field in TrainConfig.model_fields.items():

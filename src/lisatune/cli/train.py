@@ -49,7 +49,7 @@ def train(
     """Fine-tune a model with LISA, LoRA or all parameters."""
     from lisatune.common.amounts import parse_bytes
     from lisatune.run.preflight import preflight
-    from lisatune.settings.config import build_config, read_settings
+    from lisatune.settings import build_config, read_settings
 
     settings = read_settings(config, overrides or [])
     named: dict[str, Any] = {"model": model, "data": data, "output": output, "log_to": log_to}

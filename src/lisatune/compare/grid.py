@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from lisatune.errors import UserError, did_you_mean
-from lisatune.settings.config import FREE, ONLY_FOR, Method, TrainConfig, build_config, read_settings, used_settings
+from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings
+from lisatune.settings.methods import Method
 
 METHODS: tuple[str, ...] = get_args(Method)
 PLURALS = {"methods": "method", "seeds": "seed"}
 # what held-out losses and times can only be compared within
-ONE_VALUE = (
-    "model", "data", "output", "dataset_config", "dataset_split", "eval_data", "eval_rows", "eval_steps", "eval_tasks",
-    "eval_every", "eval_limit", "eval_data_dir", "max_length", "completion_only_loss", "logging_steps", "device", "trust_remote_code",
-)  # fmt: skip
+ONE_VALUE = tuple(name for name, row in ROWS.items() if row.one_value)
 EVALUATIONS = 10  # points of a curve, where eval_steps is not given
 
 
@@ -193,11 +191,10 @@ def _check_names(shared: Mapping[str, Any], methods: Sequence[Any]) -> None:
             raise UserError(
                 f"{name} holds several values: losses are compared within one, so make a comparison of each"
             )
-        if name in ONLY_FOR and not set(ONLY_FOR[name]) & set(methods):
+        own = ROWS[name].methods
+        if own and not set(own) & set(methods):
             shown = ",".join(map(str, methods))
-            raise UserError(
-                f"{name} has no effect with method={shown}: leave it out, or add {' or '.join(ONLY_FOR[name])}"
-            )
+            raise UserError(f"{name} has no effect with method={shown}: leave it out, or add {' or '.join(own)}")
     if not (shared.get("eval_data") or shared.get("eval_rows")):
         raise UserError("a comparison needs held-out rows: give eval_rows=<number> or eval_data=<file>")
 
@@ -206,12 +203,12 @@ def _settings_of(
     method: str, shared: Mapping[str, Any], own: Mapping[str, Any], search: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Settings of each run of ``method``, and the names of those that hold several values."""
-    plays = {n: v for n, v in shared.items() if method in ONLY_FOR.get(n, (method,))} | dict(own)
-    if "eval_steps" not in plays and isinstance(plays.get("max_steps"), int):
-        plays["eval_steps"] = max(1, plays["max_steps"] // EVALUATIONS)
-    plays.setdefault("seed", 0)
-    plays.setdefault("learning_rate", TrainConfig.model_fields["learning_rate"].default)
-    axes = {name: _values(name, value) for name, value in plays.items()}
+    played = {n: v for n, v in shared.items() if plays(n, method)} | dict(own)
+    if "eval_steps" not in played and isinstance(played.get("max_steps"), int):
+        played["eval_steps"] = max(1, played["max_steps"] // EVALUATIONS)
+    played.setdefault("seed", 0)
+    played.setdefault("learning_rate", TrainConfig.model_fields["learning_rate"].default)
+    axes = {name: _values(name, value) for name, value in played.items()}
     several = [n for n, values in axes.items() if len(values) > 1 and n not in (*search, "seed")]
     for values in product(*axes.values()):
         yield {"method": method} | dict(zip(axes, values, strict=True)), several
@@ -265,7 +262,7 @@ def _file_name(text: str) -> str:
 
 def identity(config: TrainConfig) -> str:
     """What a run is known by: every setting that plays a part in what comes of it."""
-    settings = {name: value for name, value in used_settings(config).items() if name not in FREE}
+    settings = {name: value for name, value in used_settings(config).items() if not ROWS[name].free}
     return json.dumps(settings, sort_keys=True, default=str)
 
 

@@ -37,7 +37,7 @@ from lisatune.data.examples import read_examples
 from lisatune.errors import Stopped, UserError
 from lisatune.models.names import check_model_name
 from lisatune.run.preflight import check_num_active
-from lisatune.settings.config import build_config, read_settings
+from lisatune.settings import build_config, read_settings
 
 POLL_SECONDS = 0.2
 

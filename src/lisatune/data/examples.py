@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from lisatune.data.files import HELD_OUT_SPLITS, find_source
 from lisatune.data.formats import Example, parse_row, read_rows
 from lisatune.errors import UserError
-from lisatune.settings.config import TrainConfig
+from lisatune.settings import TrainConfig
 
 HeldOut = dict[str, list[Example]]
 

@@ -18,7 +18,7 @@ from lisatune.errors import UserError
 from lisatune.models.chat import answers
 from lisatune.models.load import load_model
 from lisatune.run.preflight import preflight
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 
 HERE = Path(__file__).parent
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -20,7 +20,7 @@ from lisatune.common.files import replace_folder, write_whole
 from lisatune.errors import UserError, missing_package
 from lisatune.models.chat import model_of
 from lisatune.models.load import load_model, save_model
-from lisatune.settings.config import read_settings
+from lisatune.settings import read_settings
 
 DELTA, ABOUT = "delta.safetensors", "delta.json"
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")

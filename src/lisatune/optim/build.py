@@ -15,7 +15,8 @@ from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local, over_shards
-from lisatune.settings.config import OUR_OPTIMS, TrainConfig
+from lisatune.settings import TrainConfig
+from lisatune.settings.optim import OUR_OPTIMS
 from lisatune.slices.blocks import whole_of
 
 STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8, "sign": 32}  # sign has none

@@ -33,7 +33,7 @@ from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
 from lisatune.samplers import make_sampler
-from lisatune.settings.config import LAYERWISE, TrainConfig, build_config, check_num_ranks
+from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
 from lisatune.slices.blocks import whole_of
 
 ATTENTION = "lisatune_plan"

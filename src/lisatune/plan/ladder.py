@@ -14,27 +14,23 @@ from lisatune.errors import UserError
 from lisatune.plan.fake_processes import fake_ranks
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.processes.collectives import num_ranks, rank
-from lisatune.settings.config import LAYERWISE, ONLY_FOR, OUR_OPTIMS, TrainConfig, build_config, check_num_ranks
+from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays
+from lisatune.settings.optim import OUR_OPTIMS
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
 UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
 
-# The order is that of their price in time for a model of billions and thousands of tokens a step, by arithmetic: none; that
+# The order (`ladder` in the rows of the settings) is that of their price in time for a model of billions and thousands of
+# tokens a step, by arithmetic: none; that
 # of short moments, once a step; up to three more products with the head, 2 to 5% there; one more forward pass, up to a third;
 # smaller products; copies to host memory of moments once a step, of layer inputs and of all frozen layers twice a
 # micro-batch. With 135M parameters and 512 tokens a step on a CPU, where head and optimizer weigh more, benchmarks/cost.py
 # has 1.02 for the first, then 1.26, 1.18 and 1.23.
 # Of several processes the first is to split weights among all: on links that are quick enough, messages go while layers compute.
-LEVERS: tuple[tuple[str, Any], ...] = (
-    ("dp_shard_size", None),
-    ("optimizer_in_backward", True),
-    ("optim", "adamw_8bit"),
-    ("vocabulary_blocks", True),
-    ("gradient_checkpointing", True),
-    ("per_device_train_batch_size", None),
-    ("offload_optimizer", True),
-    ("activation_offloading", True),
-    ("offload_frozen", True),
+LEVERS: tuple[tuple[str, Any], ...] = tuple(
+    (name, row.pulled)
+    for name, row in sorted(ROWS.items(), key=lambda item: item[1].ladder or 0)
+    if row.ladder is not None
 )
 
 
@@ -109,11 +105,8 @@ def _for_method(settings: dict[str, Any], method: str, *, alone: bool) -> dict[s
     chosen = settings | {"method": method}
     if alone:  # then a setting without effect is a mistake
         return chosen
-    chosen = {name: value for name, value in chosen.items() if method in ONLY_FOR.get(name, (method,))}
-    for lever in ("vocabulary_blocks", "offload_frozen"):
-        if (lever, method) in (("vocabulary_blocks", "lora"), ("offload_frozen", "full")):
-            chosen.pop(lever, None)
-    return chosen
+    idle = f"method={method}"
+    return {n: v for n, v in chosen.items() if n not in ROWS or (plays(n, method) and idle not in ROWS[n].idle_with)}
 
 
 def climb(

@@ -31,9 +31,7 @@ from lisatune.processes.group import local_device
 from lisatune.run.data import Data, prepare_data
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.metrics import check_tracker
-from lisatune.settings.config import TrainConfig, build_config, used_settings
-
-PATHS = ("model", "data", "eval_data")  # where each host has them; what lies there is compared instead
+from lisatune.settings import ROWS, TrainConfig, build_config, used_settings
 
 
 @dataclass
@@ -136,7 +134,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
 
 
 def _what_must_be_alike(config: TrainConfig, data: Data, model: torch.nn.Module) -> dict[str, Any]:
-    settings = {name: value for name, value in used_settings(config).items() if name not in PATHS}
+    settings = {name: value for name, value in used_settings(config).items() if not ROWS[name].place}
     versions = {f"the version of {package}": version(package) for package in ("torch", "transformers")}
     weights = {"the sum of the model's weights": _exact_sum(model)}
     return settings | {f"the {name} data": held for name, held in data.identity.items()} | versions | weights

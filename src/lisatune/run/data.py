@@ -18,7 +18,7 @@ from lisatune.data.stream import EncodedStream
 from lisatune.data.tokenize import Counts, Encoded, Encoder
 from lisatune.errors import UserError
 from lisatune.processes.collectives import num_ranks
-from lisatune.settings.config import TrainConfig
+from lisatune.settings import TrainConfig
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any, Self
 from lisatune.common.files import write_whole
 from lisatune.errors import missing_package
 from lisatune.processes.collectives import rank
-from lisatune.settings.config import TrainConfig
+from lisatune.settings import TrainConfig
 
 
 class Metrics:

@@ -13,7 +13,7 @@ from lisatune.errors import UserError
 from lisatune.evaluation.tasks.check import check_eval_tasks
 from lisatune.models.names import check_model_name
 from lisatune.processes.launch import number_started
-from lisatune.settings.config import LAYERWISE, TrainConfig
+from lisatune.settings import LAYERWISE, TrainConfig
 
 
 def check_num_active(config: TrainConfig) -> None:

@@ -16,7 +16,7 @@ from lisatune.processes.collectives import barrier, rank
 from lisatune.processes.shard_files import write_whole_files
 from lisatune.processes.tensors import whole  # fmt: skip
 from lisatune.run.build import Run
-from lisatune.settings.config import (
+from lisatune.settings import (
     TrainConfig,
 )
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lisatune.settings.config import (
+from lisatune.settings import (
     TrainConfig,
 )
 
@@ -15,7 +15,7 @@ def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0): transformers' schedules, as a pure function.
 
     Example:
-        >>> from lisatune.settings.config import build_config
+        >>> from lisatune.settings import build_config
         >>> config = build_config({"model": "m", "data": "d", "output": "o", "learning_rate": 1.0, "warmup_steps": 2})
         >>> [learning_rate_at(config, step, num_steps=6) for step in range(6)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]

@@ -1,1 +1,14 @@
-"""The settings of a run."""
+"""The settings of a run: a row each, in groups; the rules that read the rows; the files that hold them."""
+
+from __future__ import annotations
+
+from lisatune.settings.build import build_config
+from lisatune.settings.config import ROWS, TrainConfig
+from lisatune.settings.files import read_settings, write_config
+from lisatune.settings.methods import LAYERWISE
+from lisatune.settings.rules import check_num_ranks, differences, plays, used_settings
+
+__all__ = [
+    "LAYERWISE", "ROWS", "TrainConfig", "build_config", "check_num_ranks", "differences", "plays", "read_settings",
+    "used_settings", "write_config",
+]  # fmt: skip

@@ -20,7 +20,7 @@ from lisatune.evaluation.tasks.score import Score, difference, numbers
 from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.models.load import load_model, pick_device
 from lisatune.models.names import check_model_name
-from lisatune.settings.config import read_settings
+from lisatune.settings import read_settings
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lisatune.settings.config import TrainConfig
+from lisatune.settings import TrainConfig
 
 
 def check_eval_tasks(config: TrainConfig) -> None:

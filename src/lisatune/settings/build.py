@@ -1,0 +1,77 @@
+"""A config from settings: names, types, values, then what the rows of the settings refuse."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from lisatune.errors import UserError, did_you_mean, shown
+from lisatune.settings.config import TrainConfig
+from lisatune.settings.methods import PRESETS, UNIT_PRESETS
+from lisatune.settings.rules import refusals
+
+UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # categories: control, half of a surrogate pair, line and paragraph separator
+
+
+def build_config(settings: Mapping[str, Any]) -> TrainConfig:
+    """Check ``settings`` and fill in what they leave out; null is as if a setting were left out, so it takes one back.
+
+    Raises: UserError for a misspelt or missing name, a value out of range, or a setting that would have no effect.
+    Example:
+        >>> build_config({"model": "m", "data": "d", "output": "o", "num_active": "4"}).num_active
+        4
+        >>> build_config({"model": "m", "data": "d", "output": "o", "num_activ": 4})
+        Traceback (most recent call last):
+        lisatune.errors.UserError: unknown setting 'num_activ'; did you mean 'num_active'?
+    """
+    for name in settings:
+        if name not in TrainConfig.model_fields:
+            hint = did_you_mean(name, TrainConfig.model_fields) if isinstance(name, str) else ""
+            raise UserError(f"unknown setting {shown(name)}{hint}")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    try:
+        method = settings.get("method")
+        unit = settings.get("sampled_unit")
+        preset = UNIT_PRESETS.get(unit, {}) if isinstance(unit, str) else {}
+        preset = preset | (PRESETS.get(method, {}) if isinstance(method, str) else {})
+        config = TrainConfig.model_validate(preset | dict(settings))
+    except ValidationError as error:
+        raise UserError(_in_words(error)) from error
+    for name, value in config:
+        if isinstance(settings.get(name), bool) and type(value) in (int, float):
+            raise UserError(f"{name}={settings[name]}: input should be a number")  # pydantic takes true for 1
+        _refuse_unusable(name, value)
+    if refusal := next(refusals(config, settings), ""):
+        raise UserError(refusal)
+    return config
+
+
+def _in_words(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), UserError):
+        return str(own)
+    name = str(first["loc"][0]) if first["loc"] else "the configuration"
+    if first["type"] == "missing":
+        return f"{name} is missing: give --{name} or '{name}:' in the config file"
+    return f"{name}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _refuse_unusable(name: str, value: Any, depth: int = 0) -> None:
+    """Refuse what has the right type, and yet no run could use or write down."""
+    if isinstance(value, dict | list) and depth < 4:
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            _refuse_unusable(name, inner, depth + 1)
+    elif isinstance(value, str):
+        if any(unicodedata.category(letter) in UNPRINTED for letter in value):
+            raise UserError(f"{name}={shown(value)} holds a character that cannot be printed: leave it out")
+        if re.search(r"://[^/\s]*@", value):
+            raise UserError(
+                f"{name} holds a user name or password, which would be written into the run's folder: give a local path "
+                "or a hub name, and log in to the hub beforehand"
+            )
+    elif value is not None and not (isinstance(value, int | float) and -(2**63) <= value < 2**63):
+        raise UserError(f"{name}={shown(value)}: input should be finite numbers, words, true or false, nested a little")

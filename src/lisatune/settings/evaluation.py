@@ -1,0 +1,62 @@
+"""Settings of the evaluation while training: held-out loss and task scores."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, field_validator
+
+from lisatune.errors import UserError, shown
+from lisatune.settings.row import row
+
+WITH_TASKS = {"eval_tasks": "has no effect without eval_tasks: give eval_tasks=<tasks>, or leave it out"}
+
+
+class Evaluation(BaseModel):
+    """Evaluation while training."""
+
+    eval_data: str | dict[str, str] | None = row(
+        None,
+        "Held-out rows in a file of their own. Or several files, {math: FILE, general: FILE}; the first one is compared.",
+        one_value=True, place=True,
+    )  # fmt: skip
+    eval_rows: int = row(
+        0, "Number of rows held out of the data. With eval_data: how many of its rows are used (0: all).", ge=0,
+        one_value=True,
+    )  # fmt: skip
+    eval_steps: int | None = row(
+        None, "Held-out loss every so many steps, besides start and end.", ge=1, one_value=True,
+        needs={
+            "eval_data or eval_rows": "has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>"
+        },
+    )  # fmt: skip
+    eval_tasks: str | list[str] | None = row(
+        None, "Tasks of lm-evaluation-harness on which the model is scored, for example gsm8k,mmlu.",
+        one_value=True, one_process=True,
+        never_with={
+            "offload_frozen": "whose layers are not on the device when an answer is made: leave one of them out, and score the "
+            "trained model with lisatune eval",
+        },
+    )  # fmt: skip
+    eval_every: int | None = row(
+        None, "Scores on eval_tasks every so many steps, besides start and end.", ge=1, one_value=True,
+        only_with=WITH_TASKS,
+    )  # fmt: skip
+    eval_limit: int = row(
+        32, "Number of documents of each task. The first ones are used.", ge=1, one_value=True, only_with=WITH_TASKS
+    )
+    eval_data_dir: str | None = row(
+        None, "Folder with the data of eval_tasks (gsm8k/, mmlu/, ...), instead of the hub.", min_length=1,
+        one_value=True, only_with=WITH_TASKS,
+    )  # fmt: skip
+
+    @field_validator("eval_data")
+    @classmethod
+    def _name_by_words(cls, eval_data: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        if isinstance(eval_data, dict):
+            bad = next((name for name in eval_data or [""] if not re.fullmatch(r"[A-Za-z][\w-]*", name)), None)
+            if bad is not None:
+                raise UserError(
+                    f"eval_data names a set {shown(bad)}: give it a word, as in {{math: FILE, general: FILE}}"
+                )
+        return eval_data

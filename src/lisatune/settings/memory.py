@@ -1,0 +1,78 @@
+"""Settings of memory: what is computed twice, moved, split or shortened to hold less at a time."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from lisatune.settings.methods import FIRST_ORDER
+from lisatune.settings.optim import IN_BLOCKS
+from lisatune.settings.row import row
+
+ONE_MEMORY = "where host and device are one memory"
+
+
+class Memory(BaseModel):
+    """Memory and processes."""
+
+    dp_shard_size: int = row(
+        1,
+        "Number of processes that share one copy of the weights: 1 gives each its own (data parallel), all of them split it "
+        "(FSDP), a number between makes copies of split ones (hybrid).",
+        ge=1, free=True, ladder=1, pulled=None,
+    )  # fmt: skip
+    dtype: Literal["auto", "float32", "bfloat16"] = row(
+        "auto",
+        "Number type of the weights. auto is bfloat16 on a GPU and float32 on a CPU. bfloat16 updates are rounded "
+        "stochastically.",
+    )
+    gradient_checkpointing: bool | Annotated[int, Field(ge=1)] = row(
+        False,
+        "Compute activations twice and hold fewer of them: those of all decoder layers, or of so many from the lowest up.",
+        methods=FIRST_ORDER, ladder=5,
+    )  # fmt: skip
+    activation_offloading: bool = row(
+        False, "Keep the inputs of checkpointed layers in host memory. For a GPU.",
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=8,
+        needs={
+            "gradient_checkpointing": "moves the inputs of checkpointed layers: set gradient_checkpointing=true, or leave it out"
+        },
+    )  # fmt: skip
+    vocabulary_blocks: bool = row(
+        False, "Make and use the gradients of embedding and head a block of rows at a time, never whole.",
+        methods=FIRST_ORDER, one_process=True, ladder=4,
+        idle_with={"method=lora": "which trains neither embedding nor head"},
+        needs=IN_BLOCKS | {
+            "train_embedding or train_head": "has no effect while embedding and head are frozen: leave it out",
+            "sampled_unit!=slices or train_embedding=true or train_head=true": "has no effect with sampled_unit=slices, which "
+            "makes the gradients of a few rows alone: leave it out",
+        },
+    )  # fmt: skip
+    optimizer_in_backward: bool = row(
+        False, "Update each weight as soon as its gradient exists. Needs max_grad_norm=0.",
+        methods=FIRST_ORDER, one_process=True, ladder=2,
+        needs=IN_BLOCKS | {
+            "max_grad_norm=0": "cannot clip by the global norm, which is known only when all weights are updated: set "
+            "max_grad_norm=0, or leave it out",
+            "gradient_accumulation_steps=1": "cannot add up micro-batches, whose gradients are gone: set "
+            "gradient_accumulation_steps=1, or leave it out",
+        },
+    )  # fmt: skip
+    offload_optimizer: bool = row(
+        False, "Keep optimizer state in host memory, and bring it to the device a block at a time. For a GPU.",
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS,
+    )  # fmt: skip
+    offload_frozen: bool = row(
+        False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time. For a GPU.",
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=9,
+        idle_with={
+            "method=full": "where no layer is frozen",
+            "sampled_unit=slices": "where no layer is frozen",
+        },
+        never_with={"state_policy=keep": "whose moments follow layers that have not moved yet: choose another"},
+        needs={
+            "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer on "
+            "the device",
+        },
+    )  # fmt: skip

@@ -1,0 +1,145 @@
+"""Settings of the method: which layers train, and LoRA's and MeZO's own."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from lisatune.settings.row import row
+
+Method = Literal["lisa", "fixed", "badam", "lora", "full", "mezo"]
+LAYERWISE: tuple[str, ...] = ("lisa", "fixed", "badam")  # train some layers at a time
+FIRST_ORDER: tuple[str, ...] = (*LAYERWISE, "lora", "full")
+SLICES_SAMPLERS = ("sweep", "uniform", "round_robin", "fixed")
+
+# what a method is, where it is LISA with other settings; the user's own win
+PRESETS: dict[str, dict[str, Any]] = {
+    "fixed": {"sampler": "fixed"},
+    "badam": {"sampler": "sweep", "num_active": 1, "train_embedding": False, "train_head": False},
+}
+
+# what is usual for a unit that is drawn; a method's settings and the user's own win
+UNIT_PRESETS: dict[str, dict[str, Any]] = {
+    "slices": {
+        "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
+    },
+}  # fmt: skip
+
+WITH_SLICES = {"sampled_unit=slices": "has no effect with sampled_unit={sampled_unit}: leave it out, or set slices"}
+NO_SLICES = {"sampled_unit=slices": ": leave it out, and set learning_rate itself"}
+
+
+class Sampling(BaseModel):
+    """Method, and which layers it trains."""
+
+    method: Method = row(
+        "lisa",
+        "lisa; fixed (the same layers always); badam (lisa with one layer at a time, by sweeps, and embedding and head frozen); "
+        "lora (adapters, by peft); full (every parameter in every step); mezo (zeroth-order, without a backward pass).",
+        one_process=("mezo",),
+    )
+    num_active: int = row(
+        2, "Number of decoder layers that train at a time (gamma). Embedding and head train with them.", ge=0,
+        methods=LAYERWISE,
+        needs={
+            "num_active!=0": "is 0, so no decoder layer would ever train: choose at least 1",
+            "sampled_unit!=slices or num_active<=num_slices": "is {num_active}, but there are {num_slices} slices: choose "
+            "at most that many",
+        },
+    )  # fmt: skip
+    interval_steps: int = row(20, "Optimizer steps until new layers are sampled (K).", ge=1, methods=LAYERWISE)
+    sampler: str = row(
+        "uniform",
+        "How layers are sampled: uniform, bernoulli, sweep, round_robin, fixed, weighted, gradient_norm.",
+        methods=LAYERWISE, one_process=("gradient_norm",),
+        never_with={
+            "optimizer_in_backward and sampler=gradient_norm": "after which no gradient is left to look at",
+        },
+        needs={
+            " or ".join(["sampled_unit!=slices", *(f"sampler={name}" for name in SLICES_SAMPLERS)]): "cannot draw slices, of "
+            f"which each matrix needs the same number: choose {', '.join(SLICES_SAMPLERS)}",
+        },
+    )  # fmt: skip
+    sampler_options: dict[str, Any] = row(
+        {},
+        "Options of the sampler, for example {weights: weights.json}, {layers: [0, 5]} or {temperature: 0.5}.",
+        methods=LAYERWISE,
+    )
+    sampled_unit: Literal["layers", "halves", "modules", "slices"] = row(
+        "layers",
+        "What is sampled: decoder layers, their attention and MLP halves, single matrices (MISA), or a block of rows of "
+        "every matrix (slices).",
+        methods=LAYERWISE, one_process=("slices",),
+    )  # fmt: skip
+    num_slices: int = row(
+        15, "Blocks that each matrix is cut into. num_active of them train at a time.", ge=1, only_with=WITH_SLICES
+    )
+    train_norms: bool | Literal["sampled"] = row(
+        True,
+        "With slices: train norms and biases whole in every step, never (false), or in slices (sampled).",
+        only_with=WITH_SLICES,
+    )
+    embedding_lr_ratio: float = row(
+        1.0,
+        "Learning rate of the embedding, as a multiple of learning_rate. If the head is tied to it, the head has it too.",
+        gt=0, methods=(*LAYERWISE, "full"),
+    )  # fmt: skip
+    head_lr_ratio: float | None = row(
+        None,
+        "The same for the head. The default is 1, or embedding_lr_ratio if the head is tied to the embedding.",
+        gt=0, methods=(*LAYERWISE, "full"),
+    )  # fmt: skip
+    norm_lr_ratio: float = row(1.0, "The same for norms and biases.", gt=0, methods=(*LAYERWISE, "full"))
+    inverse_chance: bool = row(
+        False,
+        "Divide the updates of a sampled layer by its chance to be sampled. On average they are then those of full.",
+        methods=LAYERWISE, one_process=True,
+        never_with={"optimizer_in_backward": "which updates before the step"} | NO_SLICES,
+    )  # fmt: skip
+    inactive_learning_rate: float | None = row(
+        None,
+        "Let frozen layers take small plain gradient steps at this rate, from gradients of activations that exist anyway.",
+        gt=0, methods=LAYERWISE, one_process=True,
+        never_with={"offload_frozen": "", "optimizer_in_backward": ""} | NO_SLICES,
+        needs={
+            "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so micro-batches would meet other "
+            "weights: set gradient_accumulation_steps=1, or leave it out",
+        },
+    )  # fmt: skip
+    state_policy: Literal["reset_layers", "reset_all", "keep"] = row(
+        "reset_layers",
+        "Optimizer state when new layers are sampled: drop that of frozen layers, drop all, or keep it on the CPU.",
+        methods=LAYERWISE, one_process=("keep",),
+    )  # fmt: skip
+    train_embedding: bool | Literal["sampled"] = row(
+        True,
+        "False freezes the embedding, and the backward pass ends at the lowest active layer. sampled samples it like a layer.",
+        methods=LAYERWISE,
+    )
+    train_head: bool | Literal["sampled"] = row(
+        True, "The same for the head. If it is tied to the embedding, both take the same value.", methods=LAYERWISE
+    )
+    decoder_name: str | None = row(None, "Dotted path of the decoder layers, if they are not recognised.")
+
+
+class Lora(BaseModel):
+    """LoRA."""
+
+    lora_r: int = row(16, "Rank of the adapters.", ge=1, methods=("lora",))
+    lora_alpha: float = row(32, "Scale of the adapters, times 1/lora_r.", gt=0, methods=("lora",))
+    lora_dropout: float = row(0.0, "Dropout before the adapters.", ge=0, lt=1, methods=("lora",))
+    lora_target_modules: str | list[str] = row(
+        "all-linear", "Modules that get adapters, as peft names them.", methods=("lora",)
+    )
+    lora_use_rslora: bool = row(False, "Scale by 1/sqrt(lora_r) instead of 1/lora_r (rsLoRA).", methods=("lora",))
+    lora_use_dora: bool = row(
+        False, "Learn magnitude and direction separately (DoRA).", methods=("lora",), one_process=True
+    )
+
+
+class Mezo(BaseModel):
+    """MeZO."""
+
+    mezo_epsilon: float = row(1e-3, "How far a probe moves the weights.", gt=0, methods=("mezo",))
+    mezo_directions: int = row(1, "Directions that a step probes, with two losses each.", ge=1, methods=("mezo",))

@@ -1,0 +1,53 @@
+"""Settings of the optimizer and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from lisatune.settings.methods import FIRST_ORDER
+from lisatune.settings.row import row
+
+OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit", "sign")
+IN_BLOCKS = {
+    " or ".join(f"optim={name}" for name in OUR_OPTIMS): "needs an optimizer that works on blocks: set optim to one of "
+    + ", ".join(OUR_OPTIMS),
+}
+
+
+class Optim(BaseModel):
+    """Optimizer and learning rate."""
+
+    optim: Literal["adamw", "adamw_16bit", "adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"] = row(
+        "adamw",
+        "AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically); sign (the gradient's sign, "
+        "no state); or another.",
+        methods=FIRST_ORDER, one_process=("adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"),
+        ladder=3, pulled="adamw_8bit",
+    )  # fmt: skip
+    momentum: float | None = row(
+        None, "Momentum of sgd and lars (0.9 if not given) and of muon (0.95).", ge=0, lt=1,
+        methods=FIRST_ORDER, optims=("sgd", "lars", "muon"),
+    )  # fmt: skip
+    adapt_vectors: bool = row(
+        False, "Scale the steps of norms and biases by their norms too.", methods=FIRST_ORDER, optims=("lars", "lamb")
+    )
+    learning_rate: float = row(5e-5, "Peak learning rate.", gt=0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = row(
+        "linear", "Shape of the learning rate after the warm-up."
+    )
+    warmup_steps: int = row(
+        0, "Steps of linear warm-up.", ge=0,
+        needs={
+            "max_steps=null or warmup_steps<max_steps": "={warmup_steps} leaves nothing of max_steps={max_steps}: make it "
+            "smaller",
+        },
+    )  # fmt: skip
+    weight_decay: float = row(0.0, "Decoupled weight decay. It acts on matrices only.", ge=0)
+    adam_beta1: float = row(0.9, "Decay of the first moment.", ge=0, lt=1, methods=FIRST_ORDER)
+    adam_beta2: float = row(0.999, "Decay of the second moment.", ge=0, lt=1, methods=FIRST_ORDER)
+    adam_epsilon: float = row(1e-8, "Added to the root of the second moment.", gt=0, methods=FIRST_ORDER)
+    max_grad_norm: float = row(
+        1.0, "Global norm to which gradients are clipped. 0 does not clip.", ge=0, methods=FIRST_ORDER
+    )
