@@ -14,7 +14,7 @@ from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
-from lisatune.settings.config import UNIT_PRESETS
+from lisatune.settings.methods import UNIT_PRESETS
 from lisatune.slices.engine import SliceEngine
 
 
