@@ -54,9 +54,9 @@ class Everything:
         self.all = {part for part, own in learner.layers.parts().items() if own}
 
     def save(self, standing: Standing) -> None:
-        touched, self.learner.touched = self.learner.touched, set(self.all)
+        trained_at, self.learner.trained_at = self.learner.trained_at, dict.fromkeys(self.all, standing.step)
         self.snapshots.save(standing)
-        self.learner.touched = touched
+        self.learner.trained_at = trained_at
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lisatune import UserError
-from lisatune.assemble import make_engine
+from lisatune.assemble import make_method
 from lisatune.data.formats import Example, Row, parse_row, read_rows
 from lisatune.run.checkpoint import MANIFEST, STATE, Damaged, read_manifest, read_state
 from lisatune.settings import LAYERWISE, TrainConfig, build_config, read_settings, write_config
@@ -308,7 +308,7 @@ def try_settings(given: dict, words: list[str], data: bytes | None, folder: Path
     if config.method not in LAYERWISE:
         return "built"
     try:
-        make_engine(config, layers).sampler(0)
+        make_method(config).make_engine(layers).sampler(0)
     except UserError as error:
         return refusal(error)
     return "built"

@@ -5,7 +5,7 @@ import torch
 
 from conftest import VOCABULARY, make_llama
 from lisatune import AdamW, LisaEngine, UniformSampler, UserError, find_layers
-from lisatune.levers.inverse_chance import InverseChance, active_chances
+from lisatune.levers.inverse_chance import ChanceCorrection, active_chances
 from lisatune.levers.optimizer_in_backward import StepInBackward
 from lisatune.samplers.weighted import WeightedSampler
 
@@ -34,7 +34,7 @@ def one_step(drawn, chances, make_optimizer):
     engine = LisaEngine(layers, lambda_sampler(drawn, 4), interval_steps=1)
     engine.begin_step(0, optimizer)
     if chances is not None:
-        InverseChance(optimizer).set(active_chances(layers, layers.pool(), drawn, chances))
+        ChanceCorrection(optimizer).set(active_chances(layers, layers.pool(), drawn, chances))
     before = weights(model)
     backward(model)
     optimizer.step()
@@ -87,7 +87,7 @@ def test_chance_1_changes_nothing_to_the_bit():
         model = make_llama()
         layers, optimizer = find_layers(model), torch.optim.AdamW(model.parameters(), lr=1e-2)
         if correct:
-            correction = InverseChance(optimizer)
+            correction = ChanceCorrection(optimizer)
             correction.set(active_chances(layers, layers.pool(), range(4), UniformSampler(4, 4).inclusion(0)))
             assert correction.chances == {}  # so nothing is copied
         for step in range(4):
@@ -103,7 +103,7 @@ def test_chance_1_changes_nothing_to_the_bit():
 def test_frozen_weights_keep_their_bytes_and_state_is_as_without(llama):
     layers, optimizer = find_layers(llama), torch.optim.AdamW(llama.parameters(), lr=1e-2)
     sampler = UniformSampler(4, 1, seed=0)
-    engine, correction = LisaEngine(layers, sampler, interval_steps=2), InverseChance(optimizer)
+    engine, correction = LisaEngine(layers, sampler, interval_steps=2), ChanceCorrection(optimizer)
     for step in range(8):
         if engine.begin_step(step, optimizer):
             correction.set(active_chances(layers, engine.pool, engine.drawn, sampler.inclusion(step // 2)))
@@ -121,7 +121,7 @@ def test_frozen_weights_keep_their_bytes_and_state_is_as_without(llama):
 def test_no_copy_of_weights_is_left_after_the_step_and_remove_ends_it():
     weight = torch.nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    correction = InverseChance(optimizer)
+    correction = ChanceCorrection(optimizer)
     correction.set({weight: 0.25})
     weight.grad = torch.ones(4)
     optimizer.step()
@@ -135,7 +135,7 @@ def test_no_copy_of_weights_is_left_after_the_step_and_remove_ends_it():
 def test_a_bfloat16_step_is_stretched_from_where_it_was_rounded_to():
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    InverseChance(optimizer).set({weight: 0.5})
+    ChanceCorrection(optimizer).set({weight: 0.5})
     weight.grad = torch.full_like(weight, 0.0078125)  # two steps of bfloat16 below 1
     optimizer.step()
     assert weight.item() == 1 - 2 * 0.0078125
@@ -144,7 +144,7 @@ def test_a_bfloat16_step_is_stretched_from_where_it_was_rounded_to():
 @pytest.mark.parametrize("chance", [0.0, -0.5, 1.5, float("nan")])
 def test_refuses_what_is_no_chance_of_an_active_parameter(chance):
     weight = torch.nn.Parameter(torch.ones(4))
-    correction = InverseChance(torch.optim.SGD([weight], lr=1.0))
+    correction = ChanceCorrection(torch.optim.SGD([weight], lr=1.0))
     with pytest.raises(UserError, match="an active parameter has chance"):
         correction.set({weight: chance})
 
@@ -152,7 +152,7 @@ def test_refuses_what_is_no_chance_of_an_active_parameter(chance):
 def test_refuses_updates_made_in_the_backward_pass(llama):
     layers, optimizer = find_layers(llama), AdamW(llama.parameters())
     StepInBackward(optimizer)
-    InverseChance(optimizer).set(active_chances(layers, layers.pool(), (0,), (0.25,) * 4))
+    ChanceCorrection(optimizer).set(active_chances(layers, layers.pool(), (0,), (0.25,) * 4))
     backward(llama)
     with pytest.raises(UserError, match="do not go with steps in the backward pass"):
         optimizer.step()

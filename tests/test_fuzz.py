@@ -255,7 +255,9 @@ def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
 def test_settings_that_were_holes_are_refused_in_words(folder, layers, text, message):
     (folder / "holes.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        learner.make_engine(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), [])), layers)
+        learner.make_method(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), []))).make_engine(
+            layers
+        )
     hostile.refusal(caught.value)
 
 

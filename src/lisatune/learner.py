@@ -6,9 +6,8 @@ Training and the memory forecast both run this file, so the forecast forecasts w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,10 @@ from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.layers import Layers
-from lisatune.levers.frozen_steps import InactiveUpdates
-from lisatune.levers.inverse_chance import InverseChance, active_chances
+from lisatune.levers.base import Lever
 from lisatune.levers.offload_frozen import HostLayers
-from lisatune.levers.optimizer_in_backward import StepInBackward
 from lisatune.loss import batch_loss
-from lisatune.methods.mezo import ZerothOrder
+from lisatune.methods.base import Method
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.build import clip_gradients
 from lisatune.optim.row_gradients import RowGradients
@@ -34,86 +31,62 @@ from lisatune.slices.engine import SliceEngine
 
 
 class Outcome(NamedTuple):
-    """Of an optimizer step: loss and global gradient norm before clipping, scalars in float32; ``bad`` if either is not
-    finite or the norm is beyond the limit, and nothing was updated (unless in the backward pass)."""
+    """What came of an optimizer step: loss and global gradient norm before clipping, scalars in float32.
+
+    ``bad`` if either is not finite or the norm is beyond the limit; then nothing was updated (unless in the backward pass).
+    """
 
     loss: Tensor
     norm: Tensor
     bad: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Learner:
     """Takes optimizer steps.
 
     Args:
         model: The whole model, adapters included.
-        layers: Its parts.
-        linear_head: ``layers.head_is_linear()``.
+        method: What trains, and where its gradient comes from.
         optimizer: Over all parameters that ever train.
-        engine: Of LISA; None if the same parameters train in every step.
-        max_grad_norm: Global norm that gradients are clipped to; 0 does not clip.
-        row_gradients: Where gradients of embedding and head lie, if they are made a block at a time.
-        in_backward: If the optimizer steps inside the backward pass.
-        host_layers: If frozen layers are kept in host memory.
+        levers: What was put on from outside, in order.
         device: Where the model computes.
-        bad_grad_norm: A larger gradient norm makes a step bad.
-        correction: If updates of drawn layers are divided by their chance.
-        inactive: If frozen layers take small steps; their rate is ``inactive_ratio`` of the optimizer's.
-        zeroth_order: If losses alone are looked at; the norm of a step is then that of the slopes.
+        host_layers: If frozen layers are kept in host memory.
         sharded: If the weights lie in shards among several processes.
+        max_grad_norm: Global norm that gradients are clipped to; 0 does not clip.
+        bad_grad_norm: A larger gradient norm makes a step bad.
     Attributes:
-        touched: The parts that have trained since somebody, who saves them, last emptied this set.
+        rows: Gradients of embedding and head, if they are made a block at a time.
+        trained_at: Parts to the number of the last step in which they trained.
     """
 
     model: Any
-    layers: Layers
-    linear_head: bool
+    method: Method
     optimizer: torch.optim.Optimizer
-    engine: LisaEngine | SliceEngine | None
-    max_grad_norm: float
-    row_gradients: RowGradients | None
-    in_backward: StepInBackward | None
-    host_layers: HostLayers | None
+    levers: Sequence[Lever]
     device: torch.device
-    bad_grad_norm: float = math.inf
-    correction: InverseChance | None = None
-    zeroth_order: ZerothOrder | None = None
-    inactive: InactiveUpdates | None = None
-    inactive_ratio: float = 0.0
+    host_layers: HostLayers | None = None
     sharded: Sharded | None = None
-    touched: set[str] = field(default_factory=set)
+    max_grad_norm: float = 0.0
+    bad_grad_norm: float = math.inf
+    rows: RowGradients | None = None
+    trained_at: dict[str, int] = field(default_factory=dict)
 
     def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> Outcome:
         """Optimizer step ``number`` (from 0), at the learning rate that is set: one divisor for all its micro-batches."""
-        if self.engine and self.engine.begin_step(number, self.optimizer):
-            self.follow_engine()
-        if self.inactive:
-            self.inactive.number = number
-            group = self.optimizer.param_groups[0]
-            self.inactive.lr = self.inactive_ratio * group["lr"] / group.get("lr_ratio", 1.0)
-        if self.zeroth_order:
-            loss, norm = self.zeroth_order.probe(number, micro_batches, num_labelled)
-        else:
-            loss = self._backward(micro_batches, num_labelled)
-        scores = self.engine.scores() if self.engine else {}
-        if self.in_backward:
-            self.optimizer.step()
-            norm = self.in_backward.grad_norm()
-            bad = self._is_bad(loss, norm)
-        else:
-            if not self.zeroth_order:
-                norm = clip_gradients(self.optimizer, self.max_grad_norm, self.row_gradients)
-            bad = self._is_bad(loss, norm)
-            if not bad:
-                self.optimizer.step()
-        if self.engine and not bad:
-            self.engine.observe(number, scores)
+        if self.method.begin_step(number, self.optimizer):
+            self.after_switch()
+        for lever in self.levers:
+            lever.before_step(self, number)
+        loss, norm = self.method.gradients(self, micro_batches, num_labelled)
+        bad = self._is_bad(loss, norm)
+        self.update(bad)
+        self.method.observe(number, bad)
         self.optimizer.zero_grad()
-        self.touched |= self.trained_parts
+        self.trained_at |= dict.fromkeys(self.trained_parts, number)
         return Outcome(loss, norm, bad)
 
-    def _backward(self, micro_batches: Iterable[Batch], num_labelled: int) -> Tensor:
+    def backward(self, micro_batches: Iterable[Batch], num_labelled: int) -> Tensor:
         """Gradients of all micro-batches; returns the step's loss."""
         losses: list[Tensor] = []
         if self.sharded:
@@ -122,39 +95,52 @@ class Learner:
             if self.sharded:
                 self.sharded.set_last(micro is micro_batches[-1])  # type: ignore[index]
             loss = self.call(
-                batch_loss, self.layers, micro, num_labelled, linear_head=self.linear_head,
-                row_gradients=self.row_gradients,
-            )  # fmt: skip
+                batch_loss, self.layers, micro, num_labelled, linear_head=self.linear_head, row_gradients=self.rows
+            )
             loss.backward()
             losses.append(loss.detach())
         loss = torch.stack(losses).sum()
         return total(loss) if self.sharded else loss
 
+    def clip(self) -> Tensor:
+        """Clip the gradients; returns their norm before. ``optimizer_in_backward`` replaces this."""
+        return clip_gradients(self.optimizer, self.max_grad_norm, self.rows)
+
+    def update(self, bad: bool) -> None:
+        """Update what has a gradient, unless the step is ``bad``. ``optimizer_in_backward`` replaces this."""
+        if not bad:
+            self.optimizer.step()
+
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``, which runs the model: its weights have to be at hand."""
         return self.sharded.call(function, *args, **kwargs) if self.sharded else function(*args, **kwargs)
 
-    def follow_engine(self) -> None:
-        """Let all that depends on which layers train know what the engine has set."""
+    def after_switch(self) -> None:
+        """Let all that depends on which parameters train know that they have changed."""
         if self.host_layers:
             self.host_layers.place()
-        if self.correction and self.engine and self.engine.drawn is not None:
-            chances = self.engine.sampler.inclusion(self.engine.interval)  # type: ignore[attr-defined]
-            self.correction.set(active_chances(self.layers, self.engine.pool, self.engine.drawn, chances))
+        for lever in self.levers:
+            lever.after_switch(self)
+
+    @property
+    def layers(self) -> Layers:
+        """The parts of the model."""
+        return self.method.layers
+
+    @property
+    def linear_head(self) -> bool:
+        """Whether the logits are a product with the head, and nothing more."""
+        return self.method.linear_head
+
+    @property
+    def engine(self) -> LisaEngine | SliceEngine | None:
+        """LISA's engine, if the method has one."""
+        return self.method.engine
 
     @property
     def trained_parts(self) -> set[str]:
         """The parts that change in a step now."""
-        if self.engine is None:
-            return self._always_trained
-        if self.engine.drawn is None:
-            return set()
-        moved = {part for part in self.layers.parts() if part.startswith("layers.")} if self.inactive else set()
-        return self.engine.trained_parts(self.engine.drawn) | moved
-
-    @cached_property
-    def _always_trained(self) -> set[str]:
-        return {part for part, own in self.layers.parts().items() if any(p.requires_grad for p in own.values())}
+        return self.method.trained_parts().union(*(lever.also_trains(self) for lever in self.levers))
 
     def place_state(self, parameter: torch.nn.Parameter, saved: dict[str, Any]) -> None:
         """Copy saved optimizer state to where the optimizer and the engine hold that of ``parameter``."""

@@ -1,1 +1,23 @@
-"""What is put on a model from outside to save memory or change a step."""
+"""What is put on a model from outside to save memory or to change a step.
+
+``LEVERS`` is the list of levers, by the setting that puts them on. They are put on, and asked, in its order. A new one
+is a file here and a line there. ``offload_frozen`` says where weights are kept, so it is in ``placement``;
+``offload_optimizer`` is an option of the optimizer.
+"""
+
+from __future__ import annotations
+
+from lisatune.levers.base import Lever
+from lisatune.levers.frozen_steps import FrozenSteps
+from lisatune.levers.gradient_checkpointing import GradientCheckpointing
+from lisatune.levers.inverse_chance import InverseChance
+from lisatune.levers.optimizer_in_backward import OptimizerInBackward
+from lisatune.levers.vocabulary_blocks import VocabularyBlocks
+
+LEVERS: dict[str, type[Lever]] = {
+    "gradient_checkpointing": GradientCheckpointing,
+    "vocabulary_blocks": VocabularyBlocks,
+    "optimizer_in_backward": OptimizerInBackward,
+    "inactive_learning_rate": FrozenSteps,
+    "inverse_chance": InverseChance,  # after whatever else hooks into the optimizer's step
+}

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lisatune.errors import UserError
+from lisatune.levers.base import Lever
 from lisatune.optim.rounding import random_bits, round_stochastically
 
+if TYPE_CHECKING:
+    from lisatune.learner import Learner
+
 BLOCK = 2**22  # elements of a gradient that exist at a time
+
+
+@dataclass(kw_only=True)
+class FrozenSteps(Lever):
+    """Puts ``InactiveUpdates`` on. Its rate follows the schedule of the learning rate. The arguments are settings."""
+
+    inactive_learning_rate: float
+    learning_rate: float
+    seed: int
+    updates: InactiveUpdates = field(init=False, repr=False)
+
+    def put_on(self, learner: Learner) -> None:
+        """Let the matrices of frozen decoder layers step in the backward pass."""
+        self.updates = InactiveUpdates(learner.layers.decoder, self.inactive_learning_rate, self.seed)
+
+    def before_step(self, learner: Learner, number: int) -> None:
+        """Keep the ratio between the two rates, whatever the schedule does."""
+        group = learner.optimizer.param_groups[0]
+        self.updates.number = number
+        ratio = self.inactive_learning_rate / self.learning_rate
+        self.updates.lr = ratio * group["lr"] / group.get("lr_ratio", 1.0)
+
+    def also_trains(self, learner: Learner) -> set[str]:
+        """All decoder layers, from the first step on."""
+        begun = learner.engine is not None and learner.engine.drawn is not None
+        return {part for part in learner.layers.parts() if part.startswith("layers.")} if begun else set()
 
 
 class InactiveUpdates:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 
 from lisatune.errors import UserError
+from lisatune.layers import Layers
+from lisatune.levers.base import Lever
 from lisatune.memory.offload import Shuttle
+
+
+@dataclass(kw_only=True)
+class GradientCheckpointing(Lever):
+    """Puts ``checkpoint_layers`` on: all decoder layers, or the lowest few. The arguments are settings."""
+
+    gradient_checkpointing: bool | int
+    activation_offloading: bool
+
+    def on_model(self, layers: Layers) -> None:
+        """Checkpoints come first: frozen layers in host memory are streamed inside of them."""
+        count = None if self.gradient_checkpointing is True else self.gradient_checkpointing
+        checkpoint_layers(layers.decoder, count, offload=self.activation_offloading)
 
 
 def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = None, *, offload: bool = False) -> None:

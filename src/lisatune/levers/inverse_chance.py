@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.errors import UserError
 from lisatune.layers import Layers
+from lisatune.levers.base import Lever
+
+if TYPE_CHECKING:
+    from lisatune.learner import Learner
 
 
-class InverseChance:
+@dataclass(kw_only=True)
+class InverseChance(Lever):
+    """Puts ``ChanceCorrection`` on, with the chances that the sampler tells at each switch."""
+
+    correction: ChanceCorrection = field(init=False, repr=False)
+
+    def put_on(self, learner: Learner) -> None:
+        """Hook into the optimizer's step."""
+        self.correction = ChanceCorrection(learner.optimizer)
+
+    def after_switch(self, learner: Learner) -> None:
+        """Take the chances of what was drawn."""
+        engine = learner.engine
+        if engine is None or engine.drawn is None:
+            return
+        chances = engine.sampler.inclusion(engine.interval)  # type: ignore[attr-defined]
+        self.correction.set(active_chances(learner.layers, engine.pool, engine.drawn, chances))
+
+
+class ChanceCorrection:
     """Multiplies what an optimizer's step does to a parameter by 1 / (the chance that the parameter is active).
 
     LISA moves a decoder layer in gamma of N_L intervals as far as full fine-tuning would in each, so its expected step
@@ -40,7 +64,7 @@ class InverseChance:
     Example:
         >>> weight = nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> optimizer = torch.optim.SGD([weight], lr=0.25)
-        >>> correction = InverseChance(optimizer)
+        >>> correction = ChanceCorrection(optimizer)
         >>> correction.set({weight: 0.5})
         >>> weight.grad = torch.tensor([1.0, 2.0])
         >>> optimizer.step()
@@ -90,7 +114,7 @@ class InverseChance:
 def active_chances(
     layers: Layers, pool: Sequence[str], drawn: Sequence[int], inclusion: Sequence[float]
 ) -> dict[nn.Parameter, float]:
-    """The chances of the parameters that train now, for ``InverseChance.set`` at each switch.
+    """The chances of the parameters that train now, for ``ChanceCorrection.set`` at each switch.
 
     Args:
         layers: The model's parts.

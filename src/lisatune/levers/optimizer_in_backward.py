@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lisatune.errors import UserError
+from lisatune.levers.base import Lever
 from lisatune.optim.adamw import AdamW
+
+if TYPE_CHECKING:
+    from lisatune.learner import Learner
+
+
+@dataclass(kw_only=True)
+class OptimizerInBackward(Lever):
+    """Puts ``StepInBackward`` on. Weights are updated before the norm is known, so nothing is clipped or left out."""
+
+    needs_our_adamw: ClassVar[bool] = True
+
+    def put_on(self, learner: Learner) -> None:
+        """Replace the two points of a step that come too late now."""
+        assert isinstance(learner.optimizer, AdamW)
+        optimizer, stepper = learner.optimizer, StepInBackward(learner.optimizer)
+
+        def clip() -> Tensor:
+            optimizer.step()  # updates what waits, and counts the step
+            return stepper.grad_norm()
+
+        learner.clip = clip  # type: ignore[method-assign]
+        learner.update = lambda bad: None  # type: ignore[method-assign]
 
 
 class StepInBackward:

@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from lisatune.errors import UserError, missing_package
+from lisatune.layers import Layers, find_layers
+from lisatune.methods.base import Method
+
+
+@dataclass(kw_only=True)
+class Lora(Method):
+    """Trains adapters, and freezes the model. The arguments are settings."""
+
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_target_modules: str | list[str]
+    lora_use_rslora: bool
+    lora_use_dora: bool
+
+    def prepare(self, model: Any) -> tuple[Any, Layers]:
+        """Add the adapters. A head that gets one is another module afterwards."""
+        _, layers = super().prepare(model)  # refuses a model without decoder layers before peft sees it
+        wrapped = add_adapters(
+            model, rank=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout, targets=self.lora_target_modules,
+            use_rslora=self.lora_use_rslora, use_dora=self.lora_use_dora,
+        )  # fmt: skip
+        return wrapped, find_layers(layers.model, self.decoder_name)
 
 
 def add_adapters(

@@ -6,7 +6,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,41 @@ from lisatune.data.loader import Batch
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.loss import batch_loss
+from lisatune.methods.base import Method
 from lisatune.optim.rounded import RoundedOptimizer
 
+if TYPE_CHECKING:
+    from lisatune.learner import Learner
+
 BLOCK = 2**22  # elements of noise that exist at a time: 16 MiB
+
+
+@dataclass(kw_only=True)
+class Mezo(Method):
+    """Trains all weights by ``ZerothOrder``, without a backward pass. The arguments are settings."""
+
+    learning_rate: float
+    mezo_epsilon: float
+    mezo_directions: int
+    seed: int
+    prober: ZerothOrder = field(init=False, repr=False)
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer that goes along random directions."""
+        self.prober = ZerothOrder(
+            self.layers, groups, lr=self.learning_rate, epsilon=self.mezo_epsilon, num_directions=self.mezo_directions,
+            seed=self.seed, linear_head=self.linear_head,
+        )  # fmt: skip
+        return self.prober.optimizer
+
+    def begin_step(self, number: int, optimizer: torch.optim.Optimizer) -> bool:
+        """The directions depend on the number of the step."""
+        self.prober.optimizer.number = number
+        return False
+
+    def gradients(self, learner: Learner, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
+        """Loss, and root mean square of the slopes, which are not clipped."""
+        return self.prober.probe(self.prober.optimizer.number, micro_batches, num_labelled)
 
 
 class RandomDirections(RoundedOptimizer):

@@ -23,13 +23,13 @@ STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit"
 
 
 def make_optimizer(
-    config: TrainConfig, layers: Layers, model: torch.nn.Module, row_gradients: RowGradients | None = None
+    config: TrainConfig, groups: list[dict[str, Any]], layers: Layers, *, ours: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over all parameters that ask for a gradient now; weight decay on matrices alone.
+    """The optimizer of ``config`` over ``groups``, as ``parameter_groups`` makes them.
 
-    Of AdamW PyTorch's own where float32 and no lever is asked for, ours for the rest.
+    Of AdamW PyTorch's own where float32 and nothing asks for ours, as some levers do; ours for the rest.
     """
-    groups, parts = parameter_groups(config, layers, model), layers.parts()
+    parts = layers.parts()
     vocabulary = [*parts["embedding"].values(), *parts["head"].values()]  # which are no hidden matrices
     if config.optim not in OUR_OPTIMS:
         return make_library_optimizer(
@@ -43,13 +43,11 @@ def make_optimizer(
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
     }
-    levers = config.offload_optimizer or config.optimizer_in_backward or config.vocabulary_blocks
-    levers = levers or any(group["stateless"] for group in groups)
-    if config.optim == "adamw" and not levers and trained[0].dtype == torch.float32:
+    ours = ours or config.offload_optimizer or any(group["stateless"] for group in groups)
+    if config.optim == "adamw" and not ours and trained[0].dtype == torch.float32:
         return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
     return AdamW(
-        groups, **options, seed=config.seed, state_bits=STATE_BITS[config.optim], offload_state=config.offload_optimizer,
-        row_gradients=row_gradients,
+        groups, **options, seed=config.seed, state_bits=STATE_BITS[config.optim], offload_state=config.offload_optimizer
     )  # fmt: skip
 
 

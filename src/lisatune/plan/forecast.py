@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.assemble import find_parts, make_learner
+from lisatune.assemble import make_learner, make_method
 from lisatune.common.amounts import gib
 from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
-from lisatune.layers import Layers
 from lisatune.learner import Learner
 from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
 from lisatune.models.names import check_model_name
@@ -184,13 +183,13 @@ def plan_run(
     dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
     config = config.model_copy(update={"dtype": dtype})
     rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
-    layers = find_parts(config, _meta_model(hf_config, config, device))
+    model = _meta_model(hf_config, config, device)
     with fake_ranks(num_ranks()):
-        plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, layers)]
+        plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, model)]
     return max(plans, key=lambda plan: plan.peak_bytes)
 
 
-def _worst_draws(config: TrainConfig, layers: Layers) -> list[tuple[int, ...]]:
+def _worst_draws(config: TrainConfig, model: nn.Module) -> list[tuple[int, ...]]:
     """The draws of which one needs most: as a rule the top layers, whose gradients lie beside everybody's activations.
 
     With the embedding frozen the backward pass ends at the lowest active layer, so one with layer 0 can need more; and
@@ -198,6 +197,7 @@ def _worst_draws(config: TrainConfig, layers: Layers) -> list[tuple[int, ...]]:
     """
     if config.method not in LAYERWISE or config.sampled_unit == "slices":  # slices are equal to a row
         return [()]
+    _, layers = make_method(config).prepare(model)
     options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
     pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
     if gamma > len(pool):

@@ -91,6 +91,7 @@ class Snapshots:
         self.config = config
         self.identity = identity
         self._ever: set[str] = set()
+        self._seen: dict[str, int] = {}  # what the learner's ``trained_at`` was at the last checkpoint
         self._base: dict[str, str] | None = None
 
     def save(self, standing: Standing) -> None:
@@ -104,13 +105,13 @@ class Snapshots:
             torch.cuda.synchronize(learner.device)  # what is on its way to host memory has to be there
         if self._base is None:
             self._base = self._hash_base()
-        changed = learner.touched
+        changed = {part for part, step in learner.trained_at.items() if self._seen.get(part) != step}
         self._ever |= changed
         tensors: dict[str, dict[str, Tensor]] = {}
         unchanged: set[str] = set()
         scalars: dict[str, Any] = {}
         for part, parameters in self._trainable().items():
-            states = self._states(parameters)
+            states = learner.method.states(parameters, learner.optimizer)
             names = {
                 f"weights-{part}": part in self._ever,
                 f"state-{part}": any(state for _, state in states.values()),
@@ -144,7 +145,7 @@ class Snapshots:
             environment=environment(learner.device),
         )
         self.checkpoints.save(standing.step, tensors, unchanged, content.model_dump())
-        learner.touched = set()
+        self._seen = dict(learner.trained_at)
 
     def restore(self, checkpoint: Checkpoint) -> Standing:
         """Put the learner where it was when ``checkpoint`` was saved; if that fails, it is not to be used.
@@ -180,7 +181,7 @@ class Snapshots:
         if learner.engine is not None:
             _check_draw(checkpoint, state, learner.engine)
             learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
-            learner.follow_engine()
+            learner.after_switch()
         held: dict[str, dict[str, Any]]
         for part, name in states.items():
             if shards is not None:
@@ -196,16 +197,13 @@ class Snapshots:
                     raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
                 try:
                     values |= state.scalars.get(part, {}).get(n, {})
-                    if isinstance(learner.engine, SliceEngine) and n not in trainable[part]:
-                        learner.engine.place_state(n, values, learner.place_state)
-                    else:
-                        learner.place_state(trainable[part][n], values)
+                    learner.method.place_state(n, trainable[part], values, learner.place_state)
                 except (KeyError, TypeError, AttributeError, RuntimeError) as error:
                     raise Damaged(f"{checkpoint.folder}: {name} is not of this optimizer ({error})") from error
         for group, counters in zip(learner.optimizer.param_groups, state.counters, strict=False):
             group.update({name: count for name, count in counters.items() if name in COUNTERS})
         self._ever = set(weights)
-        learner.touched = set()
+        self._seen = dict(learner.trained_at)
         return state.standing
 
     def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
@@ -214,13 +212,6 @@ class Snapshots:
         parts = self.learner.layers.parts()
         found = {part: {n: p for n, p in own.items() if id(p) in held} for part, own in parts.items()}
         return {part: own for part, own in found.items() if own}
-
-    def _states(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-        """Names, those of ``parameters`` or of slices of them, to who has optimizer state, and it."""
-        learner = self.learner
-        if isinstance(learner.engine, SliceEngine):
-            return learner.engine.states(parameters, learner.optimizer)
-        return {n: (p, learner.optimizer.state.get(p, {})) for n, p in parameters.items()}
 
     def _to_save(self, tensor: Tensor) -> Tensor:
         """``tensor`` on the CPU; a copy if training goes on while it is written."""

@@ -1,0 +1,95 @@
+"""LISA: a few decoder layers train at a time, others in the next interval (arXiv:2403.17919)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lisatune.data.loader import Batch
+from lisatune.engine import LisaEngine, StatePolicy
+from lisatune.errors import UserError
+from lisatune.layers import Layers, Trains
+from lisatune.methods.base import Method
+from lisatune.pieces import split_layers
+from lisatune.samplers import make_sampler
+from lisatune.slices.engine import SliceEngine
+
+if TYPE_CHECKING:
+    from lisatune.learner import Learner
+
+OWN_SETTINGS = {"name", "num_layers", "num_active", "interval_steps", "seed"}  # what sampler_options may not hold
+
+
+@dataclass(kw_only=True)
+class Lisa(Method):
+    """Trains the parts that a sampler draws. ``LisaEngine`` is the whole of it; the arguments are settings.
+
+    ``fixed`` and ``badam`` are this method with another sampler, see ``PRESETS``.
+    """
+
+    sampler: str
+    sampler_options: dict[str, Any]
+    sampled_unit: Literal["layers", "halves", "modules", "slices"]
+    num_active: int
+    interval_steps: int
+    seed: int
+    state_policy: StatePolicy
+    train_embedding: Trains
+    train_head: Trains
+    engine: LisaEngine | SliceEngine = field(init=False, repr=False)
+    _scores: dict[int, float] = field(init=False, default_factory=dict, repr=False)
+
+    def prepare(self, model: Any) -> tuple[Any, Layers]:
+        """Parts are whole decoder layers, or pieces of them if ``sampled_unit`` says so. Slices are no parts."""
+        model, layers = super().prepare(model)
+        if self.sampled_unit == "layers" or self.sampled_unit == "slices":
+            return model, layers
+        return model, split_layers(layers, self.sampled_unit)
+
+    def start(self, layers: Layers, *, linear_head: bool) -> None:
+        """Make the engine, which freezes nothing before the first step."""
+        super().start(layers, linear_head=linear_head)
+        self.engine = self.make_engine(layers)
+
+    def make_engine(self, layers: Layers) -> LisaEngine | SliceEngine:
+        """The engine for ``layers``.
+
+        Raises: UserError for options that the sampler does not know.
+        """
+        pool = layers.pool(train_embedding=self.train_embedding, train_head=self.train_head)
+        if taken := self.sampler_options.keys() & OWN_SETTINGS:
+            raise UserError(
+                f"sampler_options: {min(taken)} is none of them, give it as a setting of its own or not at all"
+            )
+        options = self.sampler_options | ({"names": pool} if self.sampler == "weighted" else {})
+        sampler = make_sampler(
+            self.sampler, num_layers=len(pool), num_active=self.num_active, interval_steps=self.interval_steps,
+            seed=self.seed, **options,
+        )  # fmt: skip
+        return LisaEngine(
+            layers, sampler, self.interval_steps, self.state_policy, train_embedding=self.train_embedding,
+            train_head=self.train_head,
+        )  # fmt: skip
+
+    def begin_step(self, number: int, optimizer: torch.optim.Optimizer) -> bool:
+        """Freeze and thaw at the beginning of an interval."""
+        return self.engine.begin_step(number, optimizer)
+
+    def gradients(self, learner: Learner, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
+        """As for any method. A sampler that learns sees the gradients before they are clipped."""
+        loss = learner.backward(micro_batches, num_labelled)
+        self._scores = self.engine.scores()
+        return loss, learner.clip()
+
+    def observe(self, number: int, bad: bool) -> None:
+        """Let a sampler that learns know of a step that was made."""
+        if not bad:
+            self.engine.observe(number, self._scores)
+
+    def trained_parts(self) -> set[str]:
+        """What was drawn, and what trains always; nothing before the first step."""
+        return set() if self.engine.drawn is None else self.engine.trained_parts(self.engine.drawn)

@@ -1,0 +1,55 @@
+"""LISA by slices: a block of rows of every matrix trains at a time, instead of whole decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lisatune.layers import Layers, Trains
+from lisatune.methods.base import State
+from lisatune.methods.lisa import Lisa
+from lisatune.samplers import make_sampler
+from lisatune.slices.engine import SliceEngine
+
+
+@dataclass(kw_only=True)
+class Slices(Lisa):
+    """``Lisa`` with another engine, for ``sampled_unit=slices``. ``SliceEngine`` is the whole of it."""
+
+    num_slices: int
+    train_norms: Trains
+    engine: SliceEngine = field(init=False, repr=False)
+
+    def make_engine(self, layers: Layers) -> SliceEngine:
+        """The engine for ``layers``, each of whose matrices has ``num_slices`` blocks to draw from."""
+        sampler = make_sampler(
+            self.sampler, num_layers=self.num_slices, num_active=self.num_active, interval_steps=self.interval_steps,
+            seed=self.seed, **self.sampler_options,
+        )  # fmt: skip
+        return SliceEngine(
+            layers, sampler, self.interval_steps, self.state_policy, train_embedding=self.train_embedding,
+            train_head=self.train_head, train_norms=self.train_norms,
+        )  # fmt: skip
+
+    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let ``optimizer`` hold the slices in place of the whole matrices."""
+        self.engine.adopt(optimizer)
+
+    def states(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[str, tuple[Tensor, State]]:
+        """Optimizer state is that of slices, which are called ``NAME[BLOCK]``."""
+        return self.engine.states(parameters, optimizer)
+
+    def place_state(
+        self, name: str, parameters: Mapping[str, nn.Parameter], saved: State,
+        place: Callable[[nn.Parameter, State], None],
+    ) -> None:  # fmt: skip
+        """Put back the state of a whole parameter, or of the slice ``NAME[BLOCK]``."""
+        if name in parameters:
+            place(parameters[name], saved)
+        else:
+            self.engine.place_state(name, saved, place)
