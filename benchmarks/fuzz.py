@@ -3,7 +3,7 @@
 python benchmarks/fuzz.py [--cases 1000000] [--target all] [--seed 0] [--keep FOLDER]
 
 Needs atheris (pip install atheris; Apache-2.0, not built for every platform), which watches the branches of lisatune's
-code and breeds inputs that take new ones. Inputs and what must hold for them are those of tests/hostile.py: files of rows
+code and breeds inputs that take new ones. Inputs and what must hold for them are those of tests/helpers/hostile.py: files of rows
 (JSON, JSON lines, gzip) read, recognised and tokenized; config files and key=value words; checkpoints that are damaged, or
 forged and signed anew. Anything but a UserError that escapes, a row that is not accounted for, and a file read or written
 where it should not be, counts as a traceback and is kept.
@@ -66,10 +66,11 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
     """Fuzz one target in this process, which libFuzzer ends."""
     import atheris
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     with atheris.instrument_imports(include=TARGETS[target]):
-        import hostile
         import test_fuzz
+
+        import hostile
 
     class Bytes(hostile.Pick):
         """Choices taken from the fuzzer's bytes."""
@@ -105,6 +106,7 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
 
 def _rows(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes], str]:
     from conftest import make_tokenizer
+
     from lisatune.data.tokenize import Encoder
 
     tokenizer = make_tokenizer()

@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from conftest import VOCABULARY, make_llama
 from lisatune import LisaCallback, LisaEngine, UniformSampler, UserError, find_layers
+from tiny import make_llama
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
-ROWS = [
-    {"input_ids": row, "labels": row}
-    for row in torch.randint(3, VOCABULARY, (24, 8), generator=torch.Generator().manual_seed(0)).tolist()
-]
+from trainers import ROWS, StopAfter, arguments
+
 SETTINGS = {"num_active": 2, "interval_steps": 2, "seed": 7}
 
 
@@ -37,27 +35,6 @@ class Watch(TrainerCallback):
         return tuple(
             i for i, layer in enumerate(model.model.layers) if all(p.grad is not None for p in layer.parameters())
         )
-
-
-def arguments(folder, **more):
-    return TrainingArguments(
-        output_dir=str(folder),
-        **(
-            {
-                "max_steps": 8,
-                "learning_rate": 1e-2,
-                "per_device_train_batch_size": 2,
-                "weight_decay": 0.1,
-                "save_strategy": "no",
-            }
-            | more
-        ),
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=100,
-        train_sampling_strategy="sequential",
-    )
 
 
 def test_trainer_and_own_loop_give_the_same_weights_to_the_bit(tmp_path):
@@ -170,16 +147,6 @@ def test_with_the_embedding_frozen_the_backward_pass_ends_at_the_lowest_active_l
     for step in range(8):
         (lowest,) = UniformSampler(4, 1)(step)
         assert {number for at, number in passed if at == step} == set(range(lowest, 4))
-
-
-class StopAfter(TrainerCallback):
-    """Ends training once so many steps are done."""
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.steps
 
 
 def test_resumed_in_the_trainer_to_the_bit(tmp_path):

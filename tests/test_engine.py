@@ -4,9 +4,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.memory.measure import state_bytes
+from tiny import VOCABULARY, make_llama
 
 
 def make_engine(model, num_active=2, interval_steps=1, seed=0, **options):

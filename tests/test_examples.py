@@ -2,15 +2,15 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from lisatune.settings import build_config, read_settings
 from lisatune.train import train
+from places import CHECKOUT
 from torchrun import torchrun
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = CHECKOUT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 

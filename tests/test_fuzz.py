@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hostile
-from conftest import make_llama
 from lisatune import UserError, learner
 from lisatune.common.run_folder import check_output
 from lisatune.data.formats import parse_row, read_rows
@@ -24,6 +23,7 @@ from lisatune.models.names import check_model_name
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest, read_state
 from lisatune.run.snapshot import Snapshots, Standing
 from lisatune.settings import build_config, read_settings
+from tiny import make_llama
 
 CASES = {"row": 3500, "file": 2500, "settings": 2500, "checkpoint": 1500, "forged": 150}
 

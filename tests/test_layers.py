@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from conftest import make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
+from tiny import make_llama
 
 LLAMA_LIKE = {
     "vocab_size": 96,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from conftest import VOCABULARY, make_llama
 from lisatune import UserError
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
 from lisatune.settings import build_config
+from tiny import VOCABULARY, make_llama
 
 CPU = torch.device("cpu")
 LEVERS = {

@@ -14,7 +14,6 @@ import yaml
 from rich.console import Console
 
 import lisatune
-from conftest import make_tokenizer
 from lisatune import UserError
 from lisatune.data.formats import Example
 from lisatune.data.tokenize import Encoder
@@ -23,6 +22,7 @@ from lisatune.plan.forecast import model_config
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest
 from lisatune.settings import TrainConfig, build_config, read_settings
 from lisatune.train import train
+from tiny import make_tokenizer
 
 SOURCES = sorted(Path(lisatune.__file__).parent.rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

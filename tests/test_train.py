@@ -10,7 +10,6 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from conftest import make_llama, make_tokenizer
 from lisatune import UserError
 from lisatune.common.loss_names import told
 from lisatune.models.load import load_model
@@ -18,6 +17,7 @@ from lisatune.optim.build import clip_gradients
 from lisatune.run.schedule import learning_rate_at
 from lisatune.settings import build_config
 from lisatune.train import train
+from tiny import make_llama, make_tokenizer
 
 
 def run(model_folder, data_file, output, **settings):

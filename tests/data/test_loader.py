@@ -4,11 +4,11 @@ from itertools import islice
 import pytest
 import torch
 
-from conftest import make_llama
 from lisatune.data.loader import Loader, collate
 from lisatune.data.tokenize import IGNORED, Encoded
 from lisatune.layers import find_layers
 from lisatune.loss import batch_loss
+from tiny import make_llama
 
 
 def document(*ids, learnt_from=0):

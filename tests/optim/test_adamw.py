@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import make_llama
 from lisatune import AdamW, UserError
 from lisatune.memory.measure import state_bytes
+from tiny import make_llama
 
 BITS = pytest.mark.parametrize("bits", [32, 16, 8])
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import VOCABULARY, make_llama
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.memory.measure import state_bytes
 from lisatune.optim import layerwise
 from lisatune.optim.layerwise import Lamb, Lars
 from lisatune.optim.library import make_library_optimizer
+from tiny import VOCABULARY, make_llama
 
 NAMES = ["sgd", "lars", "lamb", "adafactor", "muon"]
 EACH = pytest.mark.parametrize("name", NAMES)

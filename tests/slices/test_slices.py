@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import VOCABULARY, make_llama
 from lisatune import UniformSampler, UserError, find_layers
 from lisatune.loss import linear_cross_entropy
 from lisatune.memory.measure import state_bytes
@@ -14,6 +13,7 @@ from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.sweep import SweepSampler
 from lisatune.slices.blocks import Cut, block_rows
 from lisatune.slices.engine import SliceEngine
+from tiny import VOCABULARY, make_llama
 
 
 def make_gpt2(seed=0):

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from conftest import make_llama
 from lisatune import LisaCallback, LisaEngine, UniformSampler, UserError, find_layers
+from tiny import make_llama
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 from transformers import Trainer
 
-from test_callback import ROWS, StopAfter, arguments
+from trainers import ROWS, StopAfter, arguments
 
 LISA = {"num_active": 1, "interval_steps": 3}
 

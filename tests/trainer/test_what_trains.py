@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers as hf
 
-from conftest import make_llama
 from lisatune import LisaCallback, LisaEngine, UniformSampler, UserError, find_layers, plan_memory
+from tiny import make_llama
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -1,0 +1,103 @@
+"""``eval_tasks``: scores while a run trains, which change none of its bits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
+
+from lisatune import UserError
+from lisatune.compare.grid import plan_grid, read_grid
+from lisatune.run.preflight import preflight
+from lisatune.settings import build_config, used_settings
+from runs import metrics, run, weights
+from small_tasks import write_tasks
+
+NEEDED = {"model": "m", "data": "d", "output": "o"}
+
+
+@pytest.fixture
+def tmp_path(memory_path):
+    return memory_path
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    folder = write_tasks(tmp_path / "tasks")
+    return {"eval_tasks": "winogrande,mmlu_virology", "eval_every": 4, "eval_limit": 3, "eval_data_dir": str(folder)}
+
+
+@pytest.mark.parametrize("more", [{}, {"method": "lora", "lora_dropout": 0.2}], ids=["LISA", "LoRA with dropout"])
+def test_scoring_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_file, tmp_path, monkeypatch, tasks, more):
+    if more:
+        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    some = {"save_steps": 13, "max_steps": 9, **more}
+    run(model_folder, data_file, tmp_path / "plain", **some)
+    summary, _ = run(model_folder, data_file, tmp_path / "scored", **some, **tasks)
+    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, monkeypatch=monkeypatch, **some, **tasks)
+    run(model_folder, data_file, tmp_path / "stopped", resume=True, **some, **tasks)
+    a, b, c = (weights(tmp_path / name) for name in ("plain", "scored", "stopped"))
+    assert all(torch.equal(a[name], b[name]) and torch.equal(b[name], c[name]) for name in a)
+    rows = metrics(tmp_path / "scored")
+    assert rows == metrics(tmp_path / "stopped")
+    assert [row["step"] for row in rows if "scores" in row] == [0, 4, 8, 9]
+    plain = metrics(tmp_path / "plain")
+    assert [row | {"scores": 0, "plan": 0} for row in rows] == [row | {"scores": 0, "plan": 0} for row in plain]
+    assert set(summary["scores"]) == {"winogrande", "mmlu_virology"}
+    assert rows[-1]["scores"] == summary["scores"]
+    assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["scores"] == summary["scores"]
+
+
+def test_trackers_have_a_number_for_each_task(model_folder, data_file, tmp_path, tasks, monkeypatch):
+    import lisatune.run.metrics as module
+
+    seen = []
+    monkeypatch.setattr(module, "_make_tracker", lambda *_: lambda numbers, step: seen.append((step, numbers)))
+    run(model_folder, data_file, tmp_path / "run", max_steps=1, **tasks)
+    assert 0 <= dict(seen[:1])[0]["scores/winogrande"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_every": 5}, "eval_every has no effect without eval_tasks"),
+        ({"eval_data_dir": "x"}, "eval_data_dir has no effect without eval_tasks"),
+        (
+            {"eval_tasks": "mmlu", "offload_frozen": True, "gradient_checkpointing": True, "device": "cuda"},
+            "cannot go with",
+        ),
+        ({"eval_tasks": "mmlu", "eval_every": 0}, "eval_every=0: input should be greater than or equal to 1"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        build_config(NEEDED | settings)
+
+
+def test_settings_that_play_no_part_are_not_written():
+    assert "eval_limit" not in used_settings(build_config(NEEDED))
+    assert used_settings(build_config(NEEDED | {"eval_tasks": "mmlu"}))["eval_limit"] == 32
+
+
+def test_a_run_is_refused_before_it_begins(model_folder, data_file, tmp_path, tasks):
+    given = {"model": str(model_folder), "data": str(data_file), "output": str(tmp_path / "run")}
+    for wrong, message in (
+        ({"eval_tasks": ["winogrande", "mmlu_virologi"]}, "task 'mmlu_virologi'.*did you mean 'mmlu_virology'"),
+        ({"eval_data_dir": str(tmp_path)}, "holds none of the folders"),
+        ({"eval_tasks": ","}, "no task is named"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preflight(build_config(given | tasks | wrong))
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_tasks_are_one_value_of_a_comparison():
+    given = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k,mmlu", "method=lisa,full"])
+    assert [trial.config.eval_tasks for trial in plan_grid(given, Path("cmp")).trials] == [["gsm8k", "mmlu"]] * 2
+    for word in ("eval_tasks=[gsm8k],[mmlu]", "eval_every=1,2", "eval_limit=1,2"):
+        several = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k", word])
+        with pytest.raises(UserError, match="holds several values"):
+            plan_grid(several, Path("cmp"))

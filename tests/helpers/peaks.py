@@ -1,0 +1,31 @@
+"""What a step really holds at most, from PyTorch's own books."""
+
+import torch
+
+from lisatune.assemble import make_learner
+from lisatune.data.loader import Batch
+from lisatune.memory.measure import state_bytes, tensor_bytes
+from tiny import VOCABULARY
+
+WIDE = {"layers": 3, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 4000}
+
+
+def measured_peak(config, model, rows, tokens, drawn):
+    """Bytes that lie there before a step, and the most that PyTorch's CPU allocator adds in it."""
+    learner = make_learner(config, model, torch.device("cpu"))
+    learner.model.train()
+    if learner.engine:
+        learner.engine.sampler = lambda interval: drawn
+    ids = torch.randint(3, VOCABULARY, (rows, tokens))
+    micro = Batch(ids, ids, torch.arange(tokens).repeat(rows, 1), torch.ones_like(ids, dtype=torch.bool))
+    micros = [micro] * config.gradient_accumulation_steps
+    learner.step(0, micros, rows * tokens)
+    held = tensor_bytes([*learner.model.parameters(), *learner.model.buffers()]) + state_bytes(learner.optimizer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        learner.step(1, micros, rows * tokens)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return held + peak

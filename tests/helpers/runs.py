@@ -1,0 +1,67 @@
+"""Whole runs, stopped where a test says, and what their folders hold."""
+
+import io
+import json
+import signal
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from lisatune.errors import Stopped
+from lisatune.settings.config import build_config
+from lisatune.train import train
+
+STEPS = 14
+
+
+def run(
+    model_folder, data_file, output, stop_after=None, monkeypatch=None, resume=False, allow_changes=False, **settings
+):
+    """Train; with ``stop_after`` a real SIGTERM comes in the middle of that step."""
+    defaults = {
+        "model": str(model_folder),
+        "data": str(data_file),
+        "output": str(output),
+        "max_steps": STEPS,  # more than an epoch of most of the ways
+        "learning_rate": 1e-2,
+        "max_length": 64,
+        "per_device_train_batch_size": 5,
+        "eval_rows": 6,
+    }
+    if settings.get("method", "lisa") == "lisa":
+        defaults |= {"num_active": 2, "interval_steps": 4}
+    config = build_config({k: v for k, v in (defaults | settings).items() if v is not None})
+    console = Console(file=io.StringIO(), width=500)
+    if stop_after is not None:
+        import lisatune.train as module
+
+        seed_step = module.seed_step
+
+        def stopping(seed, step):
+            if step + 1 == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+            seed_step(seed, step)
+
+        monkeypatch.setattr(module, "seed_step", stopping)
+        with pytest.raises(Stopped, match=f"stopped after step {stop_after} of") as told:
+            train(config, console=console, resume=resume)
+        monkeypatch.setattr(module, "seed_step", seed_step)
+        assert told.value.signal == signal.SIGTERM
+        return None, console.file.getvalue()
+    return train(config, console=console, resume=resume, allow_changes=allow_changes), console.file.getvalue()
+
+
+def metrics(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("step_seconds", "peak_bytes")} for row in rows]
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def manifest(folder, step):
+    """SHA-256 of every file of weights and optimizer state."""
+    read = json.loads((folder / "checkpoints" / f"checkpoint-{step}" / "manifest.json").read_text())
+    return {name: record for name, record in read["files"].items() if name != "state.json"}

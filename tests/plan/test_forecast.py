@@ -1,0 +1,191 @@
+"""Forecasts against what PyTorch's allocator really gave out, and against arithmetic."""
+
+import resource
+
+import pytest
+import transformers as hf
+
+from lisatune import UserError, plan_memory
+from lisatune.plan.forecast import plan_config, plan_run
+from lisatune.plan.ladder import climb, forecast, largest
+from peaks import WIDE, measured_peak
+from tiny import make_llama
+
+LLAMA_8B = hf.LlamaConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, tie_word_embeddings=False,
+)  # fmt: skip
+CASES = {
+    "lisa": {},
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "checkpointed": {"gradient_checkpointing": True},
+    "some checkpointed": {"gradient_checkpointing": 1},
+    "blocks, 8 bits": {"vocabulary_blocks": True, "optim": "adamw_8bit"},
+    "in backward": {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_checkpointing": True},
+    "embedding frozen": {"train_embedding": False, "train_head": False},
+    "two micro-batches": {"gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forecast_is_what_the_allocator_gives_out(name):
+    """Within 1%: in such small models step counters and kernels' own scratch count; at 135M parameters 0.02% were seen.
+
+    In bfloat16 a CPU's kernels take more scratch than that here; benchmarks/memory.py measures it at 135M.
+    """
+    config = plan_config({"num_active": 1} | CASES[name] if "method" not in CASES[name] else CASES[name], "cpu")
+    model = make_llama(**WIDE)
+    plan = plan_run(config, model.config, "cpu", rows=4, tokens=128)
+    assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 4, 128, plan.drawn), rel=0.01)
+    assert plan.peak_bytes == sum(plan.bytes_of.values())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied"])
+def test_other_models_are_forecast_too(kind):
+    models = {
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=4000, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)),
+        "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=4000, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)),
+        "tied": lambda: make_llama(tied=True, **WIDE),
+    }  # fmt: skip
+    model = models[kind]()
+    config = plan_config({"num_active": 1, "vocabulary_blocks": kind == "tied"}, "cpu")
+    plan = plan_run(config, model.config, "cpu", rows=4, tokens=128)
+    # gpt2 makes a mask and dropout on the way, which the meta run does too; 2% is what the planner is held to
+    assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 4, 128, plan.drawn), rel=0.02)
+
+
+def test_weights_gradients_and_state_of_8b_are_the_arithmetic_s():
+    plan = plan_memory(LLAMA_8B, optim="adamw_16bit", max_length=128, per_device_train_batch_size=1,
+                       gradient_checkpointing=True)  # fmt: skip
+    assert (plan.num_trained, plan.num_parameters) == (1_486_901_248, 8_030_261_248)
+    embedding = head = 128256 * 4096
+    layer = (plan.num_trained - embedding - head - 4096) // 2
+    assert plan.total("weights") == pytest.approx(2 * plan.num_parameters, rel=1e-5)
+    assert (plan.bytes_of["state/embedding"], plan.bytes_of["state/head"]) == (4 * embedding, 4 * head)
+    assert plan.bytes_of["state/decoder"] == pytest.approx(4 * 2 * layer, rel=1e-3)
+    assert plan.peak_at == "in the optimizer's step"  # where all gradients lie beside each other
+    assert plan.bytes_of["gradients/embedding"] == 2 * embedding
+
+
+def test_levers_do_what_they_say_at_8b():
+    def peak(**levers):
+        return plan_memory(LLAMA_8B, max_length=2048, per_device_train_batch_size=2, **levers)
+
+    checkpointed = {"gradient_checkpointing": True}
+    plain = peak(**checkpointed)
+    short = peak(optim="adamw_8bit", **checkpointed)
+    assert short.total("state") == pytest.approx(plain.total("state") * (2 + 8 / 256) / 8, rel=1e-3)
+    blocks = peak(vocabulary_blocks=True, **checkpointed)
+    assert blocks.bytes_of["gradients/embedding"] == blocks.bytes_of["gradients/head"] == 0
+    moved = peak(offload_optimizer=True, **checkpointed)
+    assert (moved.total("state"), moved.host_bytes) == (0, plain.total("state"))
+    frozen = peak(offload_frozen=True, **checkpointed)
+    one_layer = 218_112_000
+    assert plain.total("weights") - frozen.total("weights") == pytest.approx(2 * 30 * one_layer, rel=0.01)
+    assert frozen.host_bytes == pytest.approx(2 * 30 * one_layer, rel=0.01)
+
+
+def test_everything_trained_at_8b_in_18_gib_and_no_more_than_lora():
+    """The promise at a 128k vocabulary, as a forecast: batch 2 x 2048, weights on the card, then frozen layers off it."""
+    levers = {"gradient_checkpointing": True, "activation_offloading": True, "offload_optimizer": True,
+              "optimizer_in_backward": True, "max_grad_norm": 0, "max_length": 2048, "per_device_train_batch_size": 2}  # fmt: skip
+    lisa = plan_memory(LLAMA_8B, vocabulary_blocks=True, optim="adamw_8bit", **levers)
+    lora = plan_memory(LLAMA_8B, method="lora", optim="adamw_8bit", **levers)
+    assert lisa.peak_bytes < 18 * 2**30
+    assert lisa.peak_bytes <= 1.02 * lora.peak_bytes
+    streamed = plan_memory(LLAMA_8B, vocabulary_blocks=True, offload_frozen=True, optim="adamw_8bit", **levers)
+    assert streamed.peak_bytes < 6 * 2**30
+
+
+def test_a_plan_holds_nothing_whatever_the_size():
+    """The weights alone would take 16 GB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plan_memory(LLAMA_8B, method="full", max_length=1024, per_device_train_batch_size=1)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 2**30
+
+
+def test_a_model_that_cannot_run_on_meta_says_so_and_names_its_formula():
+    settings = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    plan = plan_memory(hf.Gemma2Config(**settings), max_length=16, per_device_train_batch_size=1, num_active=1)
+    assert "Gemma2ForCausalLM cannot run on the meta device" in plan.describe()
+    assert "formula of Korthikanti" in plan.describe()
+    assert plan.total("weights") == 2 * plan.num_parameters
+    assert plan.total("state") == 8 * plan.num_trained
+
+
+def test_more_active_layers_than_there_are():
+    with pytest.raises(UserError, match="num_active is 40, but the model has 32 decoder layers"):
+        plan_memory(LLAMA_8B, num_active=40)
+
+
+TINY = make_llama(layers=6, **{k: v for k, v in WIDE.items() if k != "layers"}).config
+
+
+def test_climbing_stops_at_the_first_rung_that_fits_and_pulls_no_lever_that_the_user_set():
+    config = plan_config({"max_length": 256, "optim": "adamw"}, "cpu")
+    plain = plan_run(config, TINY, "cpu").peak_bytes
+    assert [r.lever for r in climb(config, TINY, plain, "cpu")] == [""]
+    rungs = climb(config, TINY, plain - 1, "cpu")
+    assert "optim=adamw_8bit" not in [r.lever for r in rungs]
+    assert rungs[-1].plan.peak_bytes < plain <= rungs[0].plan.peak_bytes
+    assert all(r.plan.peak_bytes >= plain for r in rungs[:-1])
+
+
+def test_only_as_many_layers_are_checkpointed_as_needed():
+    config = plan_config({"max_length": 256, "num_active": 1}, "cpu")
+
+    def peak(count):
+        settings = {"max_length": 256, "num_active": 1, "optim": "adamw_8bit", "vocabulary_blocks": True}
+        return plan_run(plan_config(settings | {"gradient_checkpointing": count}, "cpu"), TINY, "cpu").peak_bytes
+
+    assert peak(2) > peak(4)
+    last = climb(config, TINY, peak(4), "cpu")[-1]
+    assert last.lever == "gradient_checkpointing=4"
+    assert last.config.gradient_checkpointing == 4
+
+
+def test_a_smaller_micro_batch_keeps_the_step():
+    options = {"max_length": 256, "num_active": 1, "gradient_checkpointing": True}
+    levers = options | {"optim": "adamw_8bit", "vocabulary_blocks": True}
+    small = levers | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    enough = plan_run(plan_config(small, "cpu"), TINY, "cpu").peak_bytes
+    assert enough < plan_run(plan_config(levers, "cpu"), TINY, "cpu").peak_bytes
+    config = plan_config(options, "cpu")
+    last = climb(config, TINY, enough, "cpu")[-1].config
+    assert (last.per_device_train_batch_size, last.gradient_accumulation_steps) in ((4, 2), (2, 4))
+
+
+def test_a_memory_that_nothing_fits_into():
+    config = plan_config({"max_length": 256, "num_active": 1}, "cpu")
+    with pytest.raises(
+        UserError, match=r"nothing fits into 1\.0 MiB .* the smallest peak of method=lisa .* so take a device of"
+    ):
+        climb(config, TINY, 2**20, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("slope", "base", "budget"), [(7, 100, 1000), (3, 0, 500), (1, 999, 1000), (5, 0, 4), (2, 0, 10**6)]
+)
+def test_largest_is_the_largest(slope, base, budget):
+    def peak(n):
+        return base + slope * n + (50 if n > 60 else 0)  # a kink
+
+    found = largest(peak, budget, start=8)
+    assert found == 0 or peak(found) <= budget
+    assert peak(found + 1) > budget
+
+
+def test_a_budget_tells_how_far_it_reaches(model_folder):
+    settings = {"model": str(model_folder), "max_length": 64, "num_active": 1, "per_device_train_batch_size": 4}
+    plan = forecast(settings, ["lisa"], "cpu").plans[0]
+    told = forecast(settings, ["lisa", "lora"], "cpu", 3 * plan.peak_bytes)
+    assert [rung.lever for rung in told.rungs] == [""]
+    assert [p.method for p in told.plans] == ["lisa", "lora"]
+    rows = told.reach["rows of a micro-batch"]
+    config = plan_config({**settings, "model": "-"}, "cpu")
+    from lisatune.plan.forecast import model_config
+
+    assert plan_run(config, model_config(str(model_folder)), "cpu", rows=rows).peak_bytes <= told.budget
+    assert plan_run(config, model_config(str(model_folder)), "cpu", rows=rows + 1).peak_bytes > told.budget

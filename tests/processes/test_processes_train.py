@@ -1,0 +1,294 @@
+"""The same run on one process and on several: equal losses and weights, to rounding."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lisatune.cli import main
+from lisatune.data.loader import Batch
+from lisatune.errors import UserError
+from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.forecast import plan_config, plan_run
+from lisatune.settings import build_config, check_num_ranks
+from lisatune.train import train
+from peaks import WIDE
+from places import HELPERS
+from tiny import make_llama, make_tokenizer
+from torchrun import torchrun
+
+# epsilon: Adam divides by the root of the second moment, so where a gradient is near 0 its rounding would become an update
+COMMON = {
+    "max_steps": 12, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "max_length": 64, "eval_rows": 7, "save_steps": 100,
+    "per_device_train_batch_size": 2,
+}  # fmt: skip
+LISA = {"num_active": 1, "interval_steps": 1}  # 12 draws
+# 53 rows to train on: an epoch ends with 5, which neither 2 nor 4 processes can share evenly
+CASES = {
+    "LISA, replicated": LISA,
+    "LISA, sharded": LISA | {"dp_shard_size": "all"},
+    "LISA, both": LISA | {"dp_shard_size": 2},
+    "drawn embedding": LISA | {"dp_shard_size": "all", "train_embedding": "sampled"},
+    "tied, checkpointed, drawn embedding": LISA
+    | {"dp_shard_size": "all", "gradient_checkpointing": True, "train_embedding": "sampled", "train_head": "sampled"},
+    "packed, halves": LISA | {"dp_shard_size": "all", "packing": True, "sampled_unit": "halves", "max_steps": 4},
+    "LoRA": {"method": "lora", "dp_shard_size": "all", "max_steps": 4},
+    "full": {"method": "full", "max_steps": 4},
+    "bfloat16": LISA | {"dp_shard_size": "all", "dtype": "bfloat16", "optim": "adamw_16bit", "max_steps": 4},
+}
+OF = {2: [name for name in CASES if name != "LISA, both"], 4: ["LISA, both", "LISA, sharded"]}
+
+
+@pytest.fixture
+def tmp_path(memory_path):
+    return memory_path
+
+
+def settings_of(name, num_ranks, tmp_path, data_file, model_folder):
+    """Of a case on so many processes; the rows of an optimizer step are the same whatever their number."""
+    settings = COMMON | CASES[name]
+    settings |= {"model": str(model_folder), "data": str(data_file), "output": str(tmp_path / f"{name} {num_ranks}")}
+    if "tied" in name:
+        settings["model"] = str(tmp_path / "tied")
+    settings["gradient_accumulation_steps"] = 4 // num_ranks
+    settings["dp_shard_size"] = min(
+        num_ranks, num_ranks if (size := settings.get("dp_shard_size", 1)) == "all" else size
+    )
+    return settings
+
+
+def weights(folder):
+    files = [*(folder / "model").glob("*.safetensors"), *(folder / "adapter").glob("*.safetensors")]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(one, several, name):
+    """Equal to rounding: sums are added up in another order, and Adam's steps carry that on."""
+    bound = 3e-2 if name == "bfloat16" else 2e-4
+    for was, now in zip(rows(one), rows(several), strict=True):
+        for key in ("loss", "eval_loss", "grad_norm"):
+            same = pytest.approx(now.get(key, -1.0), rel=bound, abs=bound)
+            assert was.get(key, -1.0) == same, f"{name}: {key} of {was['step']}"
+        for key in ("active_layers", "sampled_parts", "labelled_tokens", "tokens", "learning_rate"):
+            assert was.get(key) == now.get(key), f"{name}: {key} of {was['step']}"
+    before, after = weights(one), weights(several)
+    assert before.keys() == after.keys(), name
+    for weight, tensor in before.items():
+        far = (tensor.float() - after[weight].float()).abs()
+        assert max(far.mean(), far.max() / 20) < bound, f"{name}: {weight} by {far.max():.2g}"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_as_many_processes_train_as_one_does(model_folder, data_file, tmp_path, num_ranks):
+    """Twelve draws, accumulation, uneven last batches, ranks with other numbers of labelled tokens; each mode and method."""
+    make_llama(vocab_size=len(make_tokenizer()), tied=True).save_pretrained(tmp_path / "tied")
+    make_tokenizer().save_pretrained(tmp_path / "tied")
+    where = (tmp_path, data_file, model_folder)
+    alone = {name: settings_of(name, 1, *where) for name in OF[num_ranks]}
+    several = {name: settings_of(name, num_ranks, *where) for name in OF[num_ranks]}
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps(list(several.values())))
+    torchrun(num_ranks, HELPERS / "torchrun.py", cases)
+    for name in OF[num_ranks]:
+        train(build_config(alone[name]))
+        one, many = Path(alone[name]["output"]), Path(several[name]["output"])
+        compare(one, many, name)
+        check_sent(name, num_ranks, many)
+        check_state(name, num_ranks, one, many)
+
+
+def check_sent(name, num_ranks, folder):
+    """Bytes of gradients that travel: those of what trains, and no others."""
+    sent = json.loads((folder / "sent.json").read_text())
+    model = make_llama(vocab_size=len(make_tokenizer()))
+    layer, everything = (sum(4 * p.numel() for p in of.parameters()) for of in (model.model.layers[0], model))
+    trained = everything - 3 * layer
+    planned = sum(rows(folder)[0]["plan"]["sent_bytes_of"].values())
+    if "drawn embedding" not in name and "halves" not in name:  # of which a forecast takes the largest draw
+        most = max(step["sent"] for step in sent)  # the last batch of an epoch has fewer micro-batches
+        assert most == pytest.approx(planned, abs=50), f"{name}: but a loss and a norm"
+    for step in sent:
+        if name == "LISA, replicated":
+            assert step["all_reduce"] == trained
+            assert "all_gather" not in step
+        if name == "LISA, sharded" and num_ranks == 4:
+            assert step["reduce_scatter"] == pytest.approx(trained, rel=0.01)  # 130 rows are filled up to 132
+            assert "all_reduce" not in step
+        if name == "LISA, both":  # the other pair of processes has the other copy; each adds up its half
+            assert step["reduce_scatter"] == trained
+            assert step["all_reduce"] == trained / 2
+        if name == "full":
+            assert step["all_reduce"] == everything
+        assert step["small"] <= 3 * 4, "a loss and a norm, twice: nothing tells the others what was drawn"
+
+
+def check_state(name, num_ranks, one, many):
+    alone, held = rows(one)[-1]["state_bytes"], rows(many)[-1]["state_bytes"]
+    if name == "LISA, replicated":
+        assert held == alone
+    if name == "LISA, sharded":
+        assert held == pytest.approx(alone / num_ranks, rel=0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to see Gloo's threads in")
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
+    """Against what PyTorch's allocator gave out on each rank, within 1%, as for one process; the real step under gloo."""
+    lisa, shards = {"num_active": 1}, {"dp_shard_size": num_ranks}
+    cases = [
+        lisa, lisa | shards, {"method": "full"}, {"method": "full"} | shards, {"method": "lora"} | shards,
+        lisa | shards | {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
+        lisa | {"dp_shard_size": 2},
+    ]  # fmt: skip
+    model_config = make_llama(**WIDE).config
+    with fake_ranks(num_ranks):
+        plans = [plan_run(plan_config(case, "cpu"), model_config, "cpu", rows=4, tokens=128) for case in cases]
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps([{"settings": c, "drawn": p.drawn} for c, p in zip(cases, plans, strict=True)]))
+    torchrun(num_ranks, HELPERS / "peak_of_ranks.py", file)
+    for case, plan, held in zip(cases, plans, json.loads(file.read_text()), strict=True):
+        assert len(held) == plan.num_ranks == num_ranks
+        assert held == [pytest.approx(plan.peak_bytes, rel=0.01)] * num_ranks, case
+    copies, sharded = plans[0], plans[1]
+    for kind in ("weights", "state"):
+        assert sharded.total(kind) == pytest.approx(copies.total(kind) / num_ranks, rel=0.01)
+    assert (copies.total("gathered") > 0, copies.sent_bytes_of["weights"]) == (True, 0)
+
+
+def test_a_forecast_of_several_processes_on_the_command_line(model_folder, monkeypatch, capsys):
+    """As many as nobody has here, on one process; and which lever is pulled first."""
+    words = ["plan", "--model", str(model_folder), "--device", "cpu", "--json", "max_length=64"]
+    monkeypatch.setattr("sys.argv", ["lisatune", *words, "--nproc", "8", "dp_shard_size=8"])
+    with pytest.raises(SystemExit, match="^0$"):
+        main()
+    of_each = json.loads(capsys.readouterr().out)["plans"]
+    assert [plan["method"] for plan in of_each] == ["lisa", "lora", "full"]
+    assert {plan["num_ranks"] for plan in of_each} == {8}
+    lisa, _, full = (plan["sent_bytes_of"] for plan in of_each)
+    assert lisa["weights"] == full["weights"] > 0
+    assert lisa["gradients"] < full["gradients"]
+    assert not torch.distributed.is_initialized()
+
+    monkeypatch.setattr("sys.argv", ["lisatune", *words, "--nproc", "3", "--gpu-memory", "1MiB", "--method", "lisa"])
+    with pytest.raises(SystemExit, match="^0$"):
+        main()
+    first, second, *_ = json.loads(capsys.readouterr().out)["levers"]
+    assert (first["lever"], second["lever"]) == ("", "dp_shard_size=3")
+    assert second["plan"]["peak_bytes"] < first["plan"]["peak_bytes"]
+
+    monkeypatch.setattr("sys.argv", ["lisatune", *words, "--nproc", "8", "dp_shard_size=3"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "dp_shard_size=3 does not divide the 8 processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
+    model_folder, data_file, tmp_path, shard_size
+):
+    """torchrun starts all anew; to the bit on as many processes, to rounding on another number."""
+    run = COMMON | LISA | {"model": str(model_folder), "data": str(data_file), "dp_shard_size": shard_size}
+    run |= {"max_steps": 8, "save_steps": 3, "gradient_accumulation_steps": 2, "interval_steps": 3}
+    straight, killed = ({"output": str(tmp_path / name)} for name in ("straight", "killed"))
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps([run | straight, run | killed | {"deadly_step": 4}]))
+    torchrun(2, HELPERS / "torchrun.py", cases, options=["--max-restarts=1"])
+    assert Path(f"{cases}.killed").exists()
+    before, after = weights(tmp_path / "straight"), weights(tmp_path / "killed")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    told = [
+        [{k: row.get(k) for k in ("step", "loss", "grad_norm")} for row in rows(tmp_path / n)]
+        for n in ("straight", "killed")
+    ]
+    assert told[0] == told[1]
+    files = [path.name for path in (tmp_path / "straight" / "checkpoints" / "checkpoint-6").iterdir()]
+    assert any(name.endswith(("-rank0.safetensors", "-rank1.safetensors")) for name in files)
+    for left in ("model", "summary.json"):
+        path = tmp_path / "killed" / left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    alone = run | killed | {"gradient_accumulation_steps": 4, "dp_shard_size": 1, "save_steps": 7}
+    train(build_config(alone), resume=True, allow_changes=True)
+    compare(tmp_path / "straight", tmp_path / "killed", "on one process")
+
+
+def command(tmp_path, model_folder, data_file, *words):
+    """`lisatune train` on two processes, one of which is given `words` beside."""
+    script = tmp_path / "one_differs.py"
+    script.write_text(
+        "import os, sys\n"
+        "from lisatune.cli import main\n"
+        f"if os.environ['RANK'] == '1': sys.argv += {list(words)!r}\n"
+        "sys.argv[0] = 'lisatune'\n"
+        "main()\n"
+    )
+    settings = COMMON | LISA | {"model": model_folder, "data": data_file, "output": tmp_path / "run", "max_steps": 500}
+    return [script, "train", *(f"{name}={value}" for name, value in settings.items())]
+
+
+def test_ranks_that_were_given_different_things_stop_at_the_start(model_folder, data_file, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(data_file.read_text().replace("What", "Who"))
+    for word, sentence in {
+        "learning_rate=0.5": "the ranks were not given the same: learning_rate is 0.5 on rank 1, but 0.01 on rank 0;",
+        f"data={other}": "the ranks were not given the same: the train data is 60 documents of 3,",
+        "data=nowhere.jsonl": "lisatune: on rank 1 of 2: nowhere.jsonl",
+    }.items():
+        words = command(tmp_path, model_folder, data_file, word)
+        told = torchrun(2, *[str(w).replace("eval_rows=7", "eval_rows=0") for w in words], check=False)
+        assert sentence in told, told
+        assert told.count("lisatune: ") == 1, told
+        assert "exitcode  : 2" in told
+        assert not (tmp_path / "run").exists()
+
+
+def test_what_works_on_one_process_alone_is_refused(monkeypatch):
+    def settings(**some):
+        return build_config({"model": "m", "data": "d", "output": "o"} | some)
+
+    for some in ({"method": "mezo"}, {"optim": "muon"}, {"sampler": "gradient_norm"}, {"inactive_learning_rate": 1e-3}):
+        check_num_ranks(settings(**some), 1)
+        with pytest.raises(UserError, match=f"{next(iter(some))}=.* works on one process alone"):
+            check_num_ranks(settings(**some), 2)
+    with pytest.raises(UserError, match="dp_shard_size=3 does not divide the 4 processes"):
+        check_num_ranks(settings(dp_shard_size=3), 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["lisatune", "plan"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(model_folder, data_file, tmp_path):
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "import lisatune.train as module\n"
+        "from lisatune.cli import main\n"
+        "seed_step = module.seed_step\n"
+        "def stopping(seed, step):\n"
+        "    if step == 3 and os.environ['RANK'] == '1': signal.raise_signal(signal.SIGTERM)\n"
+        "    seed_step(seed, step)\n"
+        "module.seed_step = stopping\n"
+        "main()\n"
+    )
+    told = torchrun(2, script, *command(tmp_path, model_folder, data_file)[1:], check=False)
+    assert "stopped after step 4 of 500" in told, told
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "manifest.json").exists()
+
+
+@given(num_rows=st.integers(1, 9), num_ranks=st.integers(1, 5))
+def test_shares_hold_every_row_once_and_are_equally_long(num_rows, num_ranks):
+    ids = torch.arange(1, num_rows + 1)[:, None].repeat(1, 3)
+    batch = Batch(ids, ids.clone(), torch.arange(3).repeat(num_rows, 1), torch.ones_like(ids, dtype=torch.bool))
+    shares = [batch.share(rank, num_ranks) for rank in range(num_ranks)]
+    assert {len(share.input_ids) for share in shares} == {-(-num_rows // num_ranks)}
+    assert sum(share.num_labelled for share in shares) == batch.num_labelled
+    assert sorted(x for s in shares for x in s.input_ids[:, 0].tolist() if x) == list(range(1, num_rows + 1))
