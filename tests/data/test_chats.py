@@ -4,7 +4,8 @@ import json
 from datetime import date
 
 import pytest
-from tiny import (
+
+from chat_templates import (
     CHATML,
     DATED,
     FORGETS_THOUGHTS,
@@ -17,7 +18,6 @@ from tiny import (
     make_tokenizer,
     marked,
 )
-
 from lisatune import UserError
 from lisatune.data.formats import Row, RowParser, parse_row
 from lisatune.data.tokenize import Encoder

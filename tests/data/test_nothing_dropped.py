@@ -1,8 +1,8 @@
 """Every column of a row and every key of a message, in all formats, is used, or named as left out, or refused."""
 
 import pytest
-from tiny import CHATML, make_tokenizer
 
+from chat_templates import CHATML, make_tokenizer
 from lisatune import UserError
 from lisatune.data.formats import COLUMNS, TURN_KEYS, Row, parse_row
 from lisatune.data.tokenize import Encoder

@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lisatune.errors import Stopped
-from lisatune.settings.config import build_config
+from lisatune.settings import build_config
 from lisatune.train import train
 
 STEPS = 14

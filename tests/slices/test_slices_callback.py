@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from conftest import VOCABULARY, make_llama
 from lisatune import LisaCallback, UserError
+from tiny import VOCABULARY, make_llama
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 from transformers import Trainer, TrainingArguments
