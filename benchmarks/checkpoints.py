@@ -26,7 +26,8 @@ from lisatune.data.loader import Batch
 from lisatune.learner import Learner
 from lisatune.plan.forecast import model_config
 from lisatune.run.checkpoint import Checkpoints
-from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.run.progress import Progress
+from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config
 
 MIB = 2**20
@@ -53,9 +54,9 @@ class Everything:
         self.snapshots = Snapshots(learner, Checkpoints(folder), {}, {})
         self.all = {part for part, own in learner.layers.parts().items() if own}
 
-    def save(self, standing: Standing) -> None:
-        trained_at, self.learner.trained_at = self.learner.trained_at, dict.fromkeys(self.all, standing.step)
-        self.snapshots.save(standing)
+    def save(self, progress: Progress) -> None:
+        trained_at, self.learner.trained_at = self.learner.trained_at, dict.fromkeys(self.all, progress.step)
+        self.snapshots.save(progress)
         self.learner.trained_at = trained_at
 
 
@@ -96,12 +97,12 @@ def main() -> None:
             learner.step(step, [batch], batch.num_labelled)
             if (step + 1) % options.every:
                 continue
-            standing = Standing(step=step + 1)
+            progress = Progress(step=step + 1)
             for saver, where, seconds, sizes in [
                 (usual, "all", seconds_all, bytes_all), (ours, "ours", seconds_ours, bytes_ours)
             ]:  # fmt: skip
                 tick = time.perf_counter()
-                saver.save(standing)
+                saver.save(progress)
                 seconds.append(time.perf_counter() - tick)
                 sizes.append(written(folder / where, step + 1))
         shutil.rmtree(folder)

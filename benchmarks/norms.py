@@ -28,11 +28,10 @@ from lisatune.common.files import replace_folder
 from lisatune.data.loader import Position
 from lisatune.run.build import build
 from lisatune.run.preflight import preflight
-from lisatune.run.schedule import set_learning_rate
+from lisatune.run.schedule import seed_step, set_learning_rate
 from lisatune.settings import build_config, write_config
 from lisatune.study.recorder import NormRecorder
 from lisatune.study.study import SKEWED, NormRun, draw, read_norms, study, tables
-from lisatune.train import seed_step
 
 SHARED = Path(__file__).parents[2] / "shared"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

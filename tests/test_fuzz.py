@@ -21,7 +21,8 @@ from lisatune.data.tokenize import Encoder
 from lisatune.layers import find_layers
 from lisatune.models.names import check_model_name
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest, read_state
-from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.run.progress import Progress
+from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config, read_settings
 from tiny import make_llama
 
@@ -103,7 +104,7 @@ def real_files():
     for step in range(3):
         take_step(some, step)
     with tempfile.TemporaryDirectory() as path:
-        Snapshots(some, Checkpoints(Path(path)), {"seed": 0}, {"train": "x"}).save(Standing(step=3))
+        Snapshots(some, Checkpoints(Path(path)), {"seed": 0}, {"train": "x"}).save(Progress(step=3))
         return {file.name: file.read_bytes() for file in (Path(path) / "checkpoints/checkpoint-3").iterdir()}
 
 
@@ -121,8 +122,8 @@ def try_forged(pick, files, folder):
 
     def restore():
         checkpoints, some = Checkpoints(folder / "forged"), make_learner()
-        standing = Snapshots(some, checkpoints, {}, {}).restore(checkpoints.latest(lambda text: None))
-        take_step(some, standing.step)
+        progress = Snapshots(some, checkpoints, {}, {}).restore(checkpoints.latest(lambda text: None))
+        take_step(some, progress.step)
 
     return hostile.try_forged(restore)
 

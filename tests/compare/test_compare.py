@@ -512,7 +512,7 @@ def steady(value):
 
 def test_a_comparison_that_is_cut_short_ends_like_one_that_never_was(model_folder, data_file, memory_path, monkeypatch):
     monkeypatch.setattr("lisatune.compare.runner._write_page", lambda folder, console: None)
-    monkeypatch.setattr("lisatune.train._report", lambda folder, console: None)
+    monkeypatch.setattr("lisatune.run.finish.report_if_possible", lambda folder, console: None)
     words = [*TINY, "max_steps=4", "eval_steps=2", "methods=lisa,full", "learning_rate=1e-3,1e-2", "seed=0,1"]
     words += ["num_active=1", "interval_steps=2"]
     given = {"model": str(model_folder), "data": str(data_file)} | read_grid(None, words)

@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 
-import lisatune.train as module
 from lisatune.cli import main
+from lisatune.run.build import Run
+from steps import before_each_step
 
 
 def hold(held_step):
@@ -13,14 +14,12 @@ def hold(held_step):
     arrived, arriving = os.pipe()
     os.set_blocking(arriving, False)
     signal.set_wakeup_fd(arriving)  # a byte for each signal
-    seed_step = module.seed_step
 
-    def held(seed, step):
+    def wait(step):
         if step == held_step:
             os.read(arrived, 1)
-        seed_step(seed, step)
 
-    module.seed_step = held
+    Run.batches = before_each_step(wait)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lisatune.common.run_folder import checkpoint_steps
 from lisatune.run.build import Run, build
 from lisatune.run.preflight import preflight
 from lisatune.settings import build_config
-from lisatune.train import fit
+from lisatune.train import train_built
 from patience import wait_until
 
 SETTINGS = {
@@ -41,7 +41,7 @@ def start(run: Run) -> int:
     if child:
         return child
     try:
-        fit(run, console=Console(file=io.StringIO()), resume=True)
+        train_built(run, console=Console(file=io.StringIO()), resume=True)
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr)

@@ -9,16 +9,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lisatune.errors import Stopped
+from lisatune.run.build import build
+from lisatune.run.preflight import preflight
 from lisatune.settings import build_config
-from lisatune.train import train
+from lisatune.train import train, train_built
+from steps import before_each_step
 
 STEPS = 14
 
 
 def run(
-    model_folder, data_file, output, stop_after=None, monkeypatch=None, resume=False, allow_changes=False, **settings
+    model_folder, data_file, output, stop_after=None, resume=False, allow_changes=False, **settings
 ):
-    """Train; with ``stop_after`` a real SIGTERM comes in the middle of that step."""
+    """Train; with ``stop_after`` a real SIGTERM comes as that step begins."""
     defaults = {
         "model": str(model_folder),
         "data": str(data_file),
@@ -34,20 +37,16 @@ def run(
     config = build_config({k: v for k, v in (defaults | settings).items() if v is not None})
     console = Console(file=io.StringIO(), width=500)
     if stop_after is not None:
-        import lisatune.train as module
 
-        seed_step = module.seed_step
-
-        def stopping(seed, step):
+        def interrupt(step):
             if step + 1 == stop_after:
                 signal.raise_signal(signal.SIGTERM)
-            seed_step(seed, step)
 
-        monkeypatch.setattr(module, "seed_step", stopping)
-        with pytest.raises(Stopped, match=f"stopped after step {stop_after} of") as told:
-            train(config, console=console, resume=resume)
-        monkeypatch.setattr(module, "seed_step", seed_step)
-        assert told.value.signal == signal.SIGTERM
+        begun = build(config, *preflight(config, resume=resume), console=console)
+        begun.batches = before_each_step(interrupt, begun.batches)
+        with pytest.raises(Stopped, match=f"stopped after step {stop_after} of") as stopped:
+            train_built(begun, console=console, resume=resume)
+        assert stopped.value.signal == signal.SIGTERM
         return None, console.file.getvalue()
     return train(config, console=console, resume=resume, allow_changes=allow_changes), console.file.getvalue()
 

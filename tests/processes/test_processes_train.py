@@ -270,13 +270,13 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(model_folder, dat
     script = tmp_path / "signalled.py"
     script.write_text(
         "import os, signal, sys\n"
-        "import lisatune.train as module\n"
         "from lisatune.cli import main\n"
-        "seed_step = module.seed_step\n"
-        "def stopping(seed, step):\n"
+        "from lisatune.run.build import Run\n"
+        f"sys.path.append({str(HELPERS)!r})\n"
+        "from steps import before_each_step\n"
+        "def interrupt(step):\n"
         "    if step == 3 and os.environ['RANK'] == '1': signal.raise_signal(signal.SIGTERM)\n"
-        "    seed_step(seed, step)\n"
-        "module.seed_step = stopping\n"
+        "Run.batches = before_each_step(interrupt)\n"
         "main()\n"
     )
     told = torchrun(2, script, *command(tmp_path, model_folder, data_file)[1:], check=False)

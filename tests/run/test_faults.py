@@ -166,14 +166,15 @@ def test_out_of_memory_names_the_levers(model_folder, data_file, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"text": "abcdefgh " * 3000}) + "\n")
     script = (
-        "import resource, sys, lisatune.train as t\n"
-        "make = t.Snapshots\n"
-        "def limited(*a):\n"
+        "import resource, sys\n"
+        "from lisatune.cli import main\n"
+        "from lisatune.run.build import Run\n"
+        f"sys.path.append({str(HELPERS)!r})\n"
+        "from steps import before_each_step\n"
+        "def limit(step):\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))\n"
-        "    return make(*a)\n"
-        "t.Snapshots = limited\n"
-        "from lisatune.cli import main\n"
+        "Run.batches = before_each_step(limit)\n"
         "main()\n"
     )
     words = [

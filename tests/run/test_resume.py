@@ -8,7 +8,8 @@ from lisatune import UserError
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
 from lisatune.run.checkpoint import Checkpoints
-from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.run.progress import Progress
+from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config
 from runs import manifest, metrics, run, weights
 from tiny import VOCABULARY, make_llama
@@ -58,15 +59,15 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_is_the_run_that_was_never_stopped(model_folder, data_file, tmp_path, monkeypatch, way):
+def test_a_resumed_run_is_the_run_that_was_never_stopped(model_folder, data_file, tmp_path, way):
     """Stopped twice: in the middle of an interval and at its end; weights, moments and metrics are equal to the bit."""
     if WAYS[way].get("method") == "lora":
         pytest.importorskip("peft", reason="the extra 'lora' is not installed")
     some = {"save_steps": 13, **WAYS[way]}
     straight, _ = run(model_folder, data_file, tmp_path / "straight", **some)
-    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, monkeypatch=monkeypatch, **some)
+    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, **some)
     torch.manual_seed(99)  # nothing may depend on what a process had drawn before
-    run(model_folder, data_file, tmp_path / "stopped", stop_after=8, monkeypatch=monkeypatch, resume=True, **some)
+    run(model_folder, data_file, tmp_path / "stopped", stop_after=8, resume=True, **some)
     summary, said = run(model_folder, data_file, tmp_path / "stopped", resume=True, **some)
     assert "going on after step 8 of" in said
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
@@ -78,7 +79,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(model_folder, data_file
     assert {k: straight[k] for k in same} == {k: summary[k] for k in same}
 
 
-def test_over_several_epochs(model_folder, data_file, tmp_path, monkeypatch):
+def test_over_several_epochs(model_folder, data_file, tmp_path):
     some = {
         "max_steps": None,
         "num_train_epochs": 3,
@@ -89,7 +90,7 @@ def test_over_several_epochs(model_folder, data_file, tmp_path, monkeypatch):
     straight, _ = run(model_folder, data_file, tmp_path / "straight", **some)
     assert straight["steps"] > 12
     for number, stop_after in enumerate(range(2, straight["steps"], 5)):
-        run(model_folder, data_file, tmp_path / "stopped", stop_after, monkeypatch, resume=number > 0, **some)
+        run(model_folder, data_file, tmp_path / "stopped", stop_after, resume=number > 0, **some)
     run(model_folder, data_file, tmp_path / "stopped", resume=True, **some)
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "stopped")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -136,10 +137,10 @@ def test_what_is_off_the_device_comes_back(tmp_path, levers):
     straight, before, after = made(), made(), made()
     take(straight, range(10))
     take(before, range(5))
-    Snapshots(before, Checkpoints(tmp_path), {}, {}).save(Standing(step=5))
+    Snapshots(before, Checkpoints(tmp_path), {}, {}).save(Progress(step=5))
     checkpoints = Checkpoints(tmp_path)
-    standing = Snapshots(after, checkpoints, {}, {}).restore(checkpoints.latest(print))
-    assert standing.step == 5
+    progress = Snapshots(after, checkpoints, {}, {}).restore(checkpoints.latest(print))
+    assert progress.step == 5
     take(after, range(5, 10))
     pairs = zip(straight.model.named_parameters(), after.model.named_parameters(), strict=True)
     assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
@@ -166,8 +167,8 @@ def test_a_checkpoint_costs_what_changed(model_folder, data_file, tmp_path):
     assert (folder / first(2)).stat().st_ino != (folder / first(4)).stat().st_ino
 
 
-def test_a_changed_setting_is_refused_unless_asked_for(model_folder, data_file, tmp_path, monkeypatch):
-    run(model_folder, data_file, tmp_path / "run", 3, monkeypatch)
+def test_a_changed_setting_is_refused_unless_asked_for(model_folder, data_file, tmp_path):
+    run(model_folder, data_file, tmp_path / "run", 3)
     with pytest.raises(
         UserError, match=r"did not begin like this: learning_rate=0\.02 \(was 0\.01\); seed=1 \(was 0\)"
     ):
@@ -178,9 +179,9 @@ def test_a_changed_setting_is_refused_unless_asked_for(model_folder, data_file, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_changed_data_are_refused(model_folder, data_file, tmp_path, monkeypatch, streaming):
+def test_changed_data_are_refused(model_folder, data_file, tmp_path, streaming):
     some = {"streaming": True, "eval_rows": None} if streaming else {}
-    run(model_folder, data_file, tmp_path / "run", 3, monkeypatch, **some)
+    run(model_folder, data_file, tmp_path / "run", 3, **some)
     text = data_file.read_text()
     data_file.write_text(text.replace("It is 8.", "It is 9."))
     with pytest.raises(UserError, match=r"did not begin like this: train data: .* \(was "):
@@ -189,7 +190,7 @@ def test_changed_data_are_refused(model_folder, data_file, tmp_path, monkeypatch
     run(model_folder, data_file, tmp_path / "run", resume=True, **some)
 
 
-def test_another_base_model_is_refused(model_folder, data_file, tmp_path, monkeypatch):
+def test_another_base_model_is_refused(model_folder, data_file, tmp_path):
     """A layer that was not drawn yet is taken from the base model, so that has to be the same."""
     from safetensors.torch import save_file
 
@@ -197,7 +198,7 @@ def test_another_base_model_is_refused(model_folder, data_file, tmp_path, monkey
     copy.mkdir()
     for file in model_folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    run(copy, data_file, tmp_path / "run", 2, monkeypatch, num_active=1)
+    run(copy, data_file, tmp_path / "run", 2, num_active=1)
     active = metrics(tmp_path / "run")[1]["active_layers"][0]
     other = next(i for i in range(4) if i != active)
     held = load_file(copy / "model.safetensors")
@@ -207,8 +208,8 @@ def test_another_base_model_is_refused(model_folder, data_file, tmp_path, monkey
         run(copy, data_file, tmp_path / "run", resume=True, num_active=1)
 
 
-def test_the_same_command_without_resume_says_how_to_go_on(model_folder, data_file, tmp_path, monkeypatch):
-    run(model_folder, data_file, tmp_path / "run", 3, monkeypatch)
+def test_the_same_command_without_resume_says_how_to_go_on(model_folder, data_file, tmp_path):
+    run(model_folder, data_file, tmp_path / "run", 3)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(
         UserError, match=r"a run that was stopped after step 3 or later: go on with it by adding --resume"
@@ -239,9 +240,9 @@ def test_a_finished_run_can_be_made_longer(model_folder, data_file, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "flipped", "missing", "no manifest", "manifest flipped"])
-def test_a_damaged_checkpoint_is_passed_over(model_folder, data_file, tmp_path, monkeypatch, damage):
+def test_a_damaged_checkpoint_is_passed_over(model_folder, data_file, tmp_path, damage):
     run(model_folder, data_file, tmp_path / "straight", save_steps=4)
-    run(model_folder, data_file, tmp_path / "run", 10, monkeypatch, save_steps=4)
+    run(model_folder, data_file, tmp_path / "run", 10, save_steps=4)
     newest = tmp_path / "run" / "checkpoints" / "checkpoint-10"
     file = newest / ("manifest.json" if "manifest" in damage else "state-norm.safetensors")
     held = bytearray(file.read_bytes())
@@ -261,8 +262,8 @@ def test_a_damaged_checkpoint_is_passed_over(model_folder, data_file, tmp_path, 
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "run")
 
 
-def test_no_whole_checkpoint_is_no_silent_new_beginning(model_folder, data_file, tmp_path, monkeypatch):
-    run(model_folder, data_file, tmp_path / "run", 10, monkeypatch, save_steps=4)
+def test_no_whole_checkpoint_is_no_silent_new_beginning(model_folder, data_file, tmp_path):
+    run(model_folder, data_file, tmp_path / "run", 10, save_steps=4)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "state.json").unlink()
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole .*start anew with another output"):
@@ -275,7 +276,7 @@ def test_checkpoints_in_minutes_and_their_number(model_folder, data_file, tmp_pa
 
 
 def test_other_processes_and_versions_are_told_of(model_folder, data_file, tmp_path, monkeypatch):
-    run(model_folder, data_file, tmp_path / "run", 3, monkeypatch)
+    run(model_folder, data_file, tmp_path / "run", 3)
     monkeypatch.setattr("lisatune.run.snapshot.version", lambda package: "0.1")
     monkeypatch.setattr("lisatune.run.snapshot.environment", lambda device: {"torch": "0.1"})
     monkeypatch.setattr("lisatune.train.environment", lambda device: {"torch": "0.1"})

@@ -24,13 +24,13 @@ def tmp_path(memory_path):
     ],
     ids=["LISA", "LoRA", "bad steps"],
 )
-def test_recording_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_file, tmp_path, monkeypatch, more):
+def test_recording_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_file, tmp_path, more):
     if more.get("method") == "lora":
         pytest.importorskip("peft", reason="the extra 'lora' is not installed")
     run(model_folder, data_file, tmp_path / "plain", **{k: v for k, v in more.items() if k != "norm_steps"})
     run(model_folder, data_file, tmp_path / "straight", **more)
-    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, monkeypatch=monkeypatch, **more)
-    run(model_folder, data_file, tmp_path / "stopped", stop_after=8, monkeypatch=monkeypatch, resume=True, **more)
+    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, **more)
+    run(model_folder, data_file, tmp_path / "stopped", stop_after=8, resume=True, **more)
     run(model_folder, data_file, tmp_path / "stopped", resume=True, **more)
     a, b, c = (weights(tmp_path / name) for name in ("plain", "straight", "stopped"))
     assert all(torch.equal(a[n], b[n]) and torch.equal(b[n], c[n]) for n in a)

@@ -20,14 +20,14 @@ from lisatune.pieces import split_layers
 from lisatune.run.build import build
 from lisatune.run.checkpoint import Checkpoints
 from lisatune.run.preflight import preflight
-from lisatune.run.schedule import set_learning_rate
-from lisatune.run.snapshot import Snapshots, Standing
+from lisatune.run.progress import Progress
+from lisatune.run.schedule import seed_step, set_learning_rate
+from lisatune.run.snapshot import Snapshots
 from lisatune.samplers.scores import MeanWeightNorms
 from lisatune.settings import build_config, used_settings, write_config
 from lisatune.study import start_weights
 from lisatune.study.matrix_rank import effective_rank, product_norm, product_singular_values, stable_rank
 from lisatune.study.recorder import NormRecorder
-from lisatune.train import seed_step
 from tiny import make_llama, make_tokenizer
 
 PAPER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
@@ -373,22 +373,22 @@ class Drive:
             self.run.learner, Checkpoints(folder), used_settings(self.config), self.run.data.identity
         )
         self.recorder = NormRecorder(self.run.learner.layers, folder, source=self.config.model) if records else None
-        self.standing = Standing()
+        self.progress = Progress()
 
     def begin(self, updates=None):
         if self.recorder:
-            self.recorder.begin(self.standing.step, updates)
+            self.recorder.begin(self.progress.step, updates)
 
     def train(self, until):
         learner = self.run.learner
-        batches = self.run.data.loader.batches(self.standing.position)
+        batches = self.run.data.loader.batches(self.progress.position)
         learner.model.train()
-        for step in range(self.standing.step, until):
-            batch, self.standing.position = next(batches)
+        for step in range(self.progress.step, until):
+            batch, self.progress.position = next(batches)
             seed_step(0, step)
             set_learning_rate(learner.optimizer, self.config, step, 8)
             learner.step(step, [batch], batch.num_labelled)
-            self.standing.step = step + 1
+            self.progress.step = step + 1
             if self.recorder:
                 self.recorder.count(learner.trained_parts)
                 if (step + 1) % 2 == 0:
@@ -457,13 +457,13 @@ def test_a_resumed_run_leaves_the_same_lines(model_folder, data_file, memory_pat
     with stopped.recorder:
         stopped.train(stop)
         updates = dict(stopped.recorder.updates)
-        stopped.snapshots.save(stopped.standing)
+        stopped.snapshots.save(stopped.progress)
         stopped.train(stop + 2)
     with (memory_path / "stopped" / "norms.jsonl").open("a") as file:
         file.write('{"step": 8, "parts": {"embed')
     resumed = Drive(model_folder, data_file, memory_path / "stopped", **METHODS[way])
-    resumed.standing = resumed.snapshots.restore(resumed.snapshots.checkpoints.latest(print))
-    assert resumed.standing.step == stop
+    resumed.progress = resumed.snapshots.restore(resumed.snapshots.checkpoints.latest(print))
+    assert resumed.progress.step == stop
     resumed.begin(updates if stop % 2 else None)
     with resumed.recorder:
         resumed.train(8)

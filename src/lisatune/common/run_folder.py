@@ -57,6 +57,11 @@ def describe_run(folder: Path) -> str:
     return f"{stopped}: go on with it by adding --resume"
 
 
+def how_to_resume(folder: Path) -> str:
+    """What to type, for the end of a message."""
+    return f"go on with: lisatune train --resume --config {folder / 'config.yaml'}"
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
     """The summary of a finished run; None if there is no such run.
 

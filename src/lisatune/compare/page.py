@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from lisatune.common.amounts import GIB
 from lisatune.compare.table import notes_of, table_of
 from lisatune.errors import UserError
+from lisatune.pages.html import html_page, html_table
 from lisatune.pages.plots import COLOURS, LINES, STYLE, svg
 
 # legible on white and on black
@@ -28,28 +29,6 @@ KIND_NAMES = {"state": "optimizer state", "temporaries": "loss and other tempora
 WIDTH, HEIGHT = 5.0, 3.3  # inches: on a phone's 360 pixels, letters of 11 points become 11 pixels
 BESIDE = 4  # names that fit into a figure; more stand below it
 LONGEST = 34  # letters of a contender's name in a figure
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e6e6e6; --paper: #16181c }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink);
-  background: var(--paper) }}
-.figures {{ display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }}
-figure {{ margin: 0; min-width: 0; max-width: 38rem }} figcaption {{ font-size: .9rem }} figcaption b {{ display: block }}
-svg {{ width: 100%; height: auto }}
-.scroll {{ overflow-x: auto }} table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-td, th {{ text-align: right; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; white-space: nowrap }}
-td:first-child, th:first-child {{ text-align: left }} tr.best td {{ font-weight: 600 }}
-pre {{ overflow-x: auto; padding: .8rem; background: #8882; border-radius: .4rem }} li {{ overflow-wrap: anywhere }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
 
 
 def write_comparison(folder: Path) -> Path:
@@ -71,7 +50,7 @@ def write_comparison(folder: Path) -> Path:
         body += ['<h2>Figures</h2><div class="figures">', *_figures(result, done), "</div>"]
     body += ["<h2>To repeat it</h2>", f"<pre>{escape(result['command'])}</pre>", f"<pre>{escape(settings)}</pre>"]
     path = folder / "report.html"
-    path.write_text(PAGE.format(title=escape(title), body="\n".join(body)), encoding="utf-8")
+    path.write_text(html_page(title, body, wide=True), encoding="utf-8")
     return path
 
 
@@ -88,11 +67,7 @@ def _table(result: Mapping[str, Any]) -> str:
     head, rows = table_of(result)
     done = [e for e in result["contenders"] if e["status"] == "finished"]
     best = min(done, key=lambda e: e["eval_loss"]["mean"])["name"] if done else None
-    lines = [f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>"]
-    for row in rows:
-        mark = ' class="best"' if row[0] == best else ""
-        lines.append(f"<tr{mark}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+    return html_table(head, rows, best=best)
 
 
 def _list(notes: Sequence[str]) -> str:

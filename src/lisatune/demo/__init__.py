@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lisatune.common.amounts import gib
+from lisatune.common.files import write_whole
 from lisatune.errors import UserError
 from lisatune.models.chat import answers
 from lisatune.models.load import load_model
@@ -34,7 +35,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     Raises: UserError if ``output`` holds something already or the model is not to be had.
     """
     from lisatune.run.build import build
-    from lisatune.train import fit
+    from lisatune.train import train_built
 
     config = build_config(
         {
@@ -62,21 +63,21 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
         console.print(f"[bold]{row['prompt']}[/bold]\n  {answer}", highlight=False)
     console.rule("[bold]2. LISA: two of its thirty layers at a time, beside embedding and head")
     run = build(config, *examples, console=console, loaded=loaded)
-    summary = fit(run, console=console)
+    summary = train_built(run, console=console)
     console.rule("[bold]3. the same questions, worded as in no training row")
     after = _ask((run.learner.model, run.tokenizer), rows, console)
     shown = [
         {"question": row["prompt"], "expected": row["completion"], "before": was, "after": now}
         for row, was, now in zip(rows, before, after, strict=False)
     ]
-    (output / "answers.json").write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
+    write_whole(output / "answers.json", json.dumps(shown, indent=2) + "\n")
     table = Table("question", "before", "after", show_lines=True)
     for line in shown:
         table.add_row(line["question"], line["before"], line["after"])
     console.print(table)
     summary["right_before"] = sum(r["completion"] == a for r, a in zip(rows, before, strict=False))
     summary["right_after"] = sum(r["completion"] == a for r, a in zip(rows, after, strict=True))
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     console.print(
         f"answered to the letter: {summary['right_after']} of {len(rows)} (before: {summary['right_before']} of {len(before)})\n"
         f"held-out loss: {summary['eval_loss_before']:.3f} -> {summary['eval_loss_after']:.3f}\n"

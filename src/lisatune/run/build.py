@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +15,7 @@ from lisatune.assemble import make_learner
 from lisatune.common.amounts import gib
 from lisatune.data.examples import HeldOut
 from lisatune.data.formats import Example
+from lisatune.data.loader import Batch, Position
 from lisatune.errors import UserError
 from lisatune.evaluation.tasks.check import data_folder
 from lisatune.evaluation.tasks.harness import task_names
@@ -26,11 +27,12 @@ from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models.load import check_saved_names, load_model, pick_device
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
-from lisatune.processes.collectives import check_alike, num_ranks, together
+from lisatune.processes.collectives import check_alike, num_ranks, rank, together
 from lisatune.processes.group import local_device
 from lisatune.run.data import Data, prepare_data
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.metrics import check_tracker
+from lisatune.run.progress import Evaluation, Progress
 from lisatune.settings import ROWS, TrainConfig, build_config, used_settings
 
 
@@ -47,6 +49,28 @@ class Run:
     device: torch.device
     scorer: Scorer | None
 
+    def batches(self, progress: Progress) -> Iterator[tuple[int, Batch, Position]]:
+        """The steps that are left: number (from 0), batch, and where the data goes on after it.
+
+        The loop asks for one when the step before is over, checkpoint included. Whoever wants to be there between two
+        steps wraps this function.
+        """
+        batches = self.data.loader.batches(progress.position)
+        for step, (batch, position) in zip(range(progress.step, self.data.num_steps), batches, strict=False):
+            yield step, batch, position
+
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        """This process's share of ``batch``, a micro-batch at a time, on the device."""
+        share = batch.share(rank(), num_ranks()) if num_ranks() > 1 else batch
+        return (micro.to(self.device) for micro in share.split(self.config.per_device_train_batch_size))
+
+    def evaluate(self, step: int) -> Evaluation:
+        """What is due after ``step`` steps: all before the first and after the last, else as the two periods say."""
+        config, all_due = self.config, step in (0, self.data.num_steps)
+        losses_due = all_due or is_due(config.eval_steps, step)
+        scores_due = all_due or is_due(config.eval_every, step)
+        return Evaluation(self.held_out_losses() if losses_due else None, self.task_scores() if scores_due else None)
+
     def task_scores(self) -> dict[str, float] | None:
         """Scores on ``eval_tasks``, if there are any; the run goes on as if it had not been asked."""
         if self.scorer is None:
@@ -62,6 +86,11 @@ class Run:
             )
             for name, batches in self.data.held_out.items()
         }
+
+
+def is_due(period: int | None, step: int) -> bool:
+    """Whether something that happens every ``period`` steps happens after ``step`` steps; never without a period."""
+    return period is not None and period > 0 and step % period == 0
 
 
 def build(

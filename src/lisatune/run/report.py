@@ -16,26 +16,8 @@ from lisatune.errors import UserError
 from lisatune.evaluation.tasks.record import Record
 from lisatune.evaluation.tasks.score import Score, difference
 from lisatune.evaluation.tasks.table import with_error
+from lisatune.pages.html import html_page, html_table
 from lisatune.pages.plots import active_layers, loss_curve, score_curve
-
-# all text is escaped; the policy is a second lock, under which a browser runs no script and loads nothing
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }}
-svg {{ width: 100%; height: auto }}
-table {{ border-collapse: collapse; width: 100% }} .scroll {{ overflow-x: auto }}
-td, th {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8884; vertical-align: top }}
-pre {{ overflow-x: auto; padding: .8rem; background: #8882; border-radius: .4rem }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
-
 
 SCORE_COLUMNS = ["task", "metric", "n", "before", "after", "difference"]
 SCORE_NOTE = "<p>n: documents; ±: one standard error, of a difference document by document where both are known.</p>"
@@ -62,22 +44,24 @@ def _draw(folder: Path) -> str:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    body = [_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows)]
+    body = [html_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows)]
     if any("active_layers" in row for row in rows):
         body += ["<h2>Layers in training</h2>", active_layers(rows)]
     if any(row.get("scores") for row in rows):
         body += ["<h2>Task scores while training</h2>", score_curve(rows)]
     if scores := _scores(folder, str(config["model"])):
-        body += ["<h2>Task scores before and after</h2>", _table(SCORE_COLUMNS, scores), SCORE_NOTE]
+        body += ["<h2>Task scores before and after</h2>", html_table(SCORE_COLUMNS, scores), SCORE_NOTE]
     if (folder / "answers.json").exists():
         answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         body += ["<h2>Answers to questions worded as in no training row</h2>"]
-        body += [_table(["question", "before", "after"], [[a["question"], a["before"], a["after"]] for a in answers])]
+        body += [
+            html_table(["question", "before", "after"], [[a["question"], a["before"], a["after"]] for a in answers])
+        ]
     settings = yaml.safe_dump(config, sort_keys=False)
     body += [
         f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"
     ]
-    return PAGE.format(title=escape(f"{config['method']}: {Path(str(config['model'])).name}"), body="\n".join(body))
+    return html_page(f"{config['method']}: {Path(str(config['model'])).name}", body)
 
 
 def _scores(folder: Path, base: str) -> list[list[str]]:
@@ -117,9 +101,3 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
     rows.append(["peak memory", f"{gib(summary['peak_bytes'] - base)}{forecast}{beside}"])
     rows.append(["optimizer state", gib(summary["state_bytes"])])
     return rows
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    heading = "".join(f"<th>{escape(h)}</th>" for h in head) if any(head) else ""
-    return f'<div class="scroll"><table><tr>{heading}</tr>{cells}</table></div>'

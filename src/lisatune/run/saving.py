@@ -1,70 +1,51 @@
-"""When checkpoints are due, and the trained model on disk."""
+"""When a run saves a checkpoint, and when it stops."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from pathlib import Path
 
-import torch
-
-from lisatune.common.files import replace_folder
-from lisatune.layers import find_layers
-from lisatune.models.load import save_model, save_model_config
-from lisatune.processes.collectives import barrier, rank
-from lisatune.processes.shard_files import write_whole_files
-from lisatune.processes.tensors import whole  # fmt: skip
-from lisatune.run.build import Run
-from lisatune.settings import (
-    TrainConfig,
-)
+from lisatune.common.signals import StopSignal
+from lisatune.processes.collectives import most, num_ranks, rank
+from lisatune.run.build import Run, is_due
+from lisatune.run.checkpoint import Checkpoints
+from lisatune.run.progress import Progress
+from lisatune.run.snapshot import Snapshots
+from lisatune.settings import TrainConfig, used_settings
 
 
-def save_trained(run: Run, folder: Path) -> None:
-    if run.learner.sharded:
-        _save_shards(run, folder)
-        return
-    model = run.learner.model
-    if run.config.method == "lora":
-        shutil.rmtree(folder / ".adapter.new", ignore_errors=True)  # of a run that was killed here
-        model.save_pretrained(folder / ".adapter.new")
-        replace_folder(folder / ".adapter.new", folder / "adapter")
-        if run.learner.host_layers:
-            model.to("cpu")  # adapters are merged where the weights are
-            run.learner.host_layers.remove(torch.device("cpu"))
-        model = model.merge_and_unload()
-    model.requires_grad_(True)
-    shutil.rmtree(folder / ".model.new", ignore_errors=True)
-    save_model(model, run.tokenizer, folder / ".model.new")
-    replace_folder(folder / ".model.new", folder / "model")
+class Saving:
+    """The checkpoints of a run: when one is due, and what goes into it.
 
+    Args:
+        run: The run, before its first step.
+        stop: The signals that ask this process to stop.
+    """
 
-def _save_shards(run: Run, folder: Path) -> None:
-    """As ``save_trained``, where no process holds the whole model."""
-    model = run.learner.model
-    if run.config.method == "lora":
-        adapter = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name}
-        if rank() == 0:
-            shutil.rmtree(folder / ".adapter.new", ignore_errors=True)
-            model.save_pretrained(folder / ".adapter.new", state_dict=adapter)
-            replace_folder(folder / ".adapter.new", folder / "adapter")
-        model = model.merge_and_unload()
-    new = folder / ".model.new"
-    if rank() == 0:
-        shutil.rmtree(new, ignore_errors=True)
-        save_model_config(model, run.tokenizer, new)
-    barrier()
-    parts = find_layers(model, run.config.decoder_name).parts()
-    files = {part: {n: p.detach() for n, p in own.items()} for part, own in parts.items() if own}
-    kept = model.state_dict().keys()
-    if buffers := {name: buffer for name, buffer in model.named_buffers() if name in kept}:
-        files["buffers"] = buffers
-    write_whole_files(new, files)
-    if rank() == 0:
-        for file in new.glob("*.safetensors"):
-            file.chmod(0o644)
-        replace_folder(new, folder / "model")
+    def __init__(self, run: Run, stop: StopSignal) -> None:
+        config = run.config
+        background = run.device.type == "cuda" and num_ranks() == 1
+        checkpoints = Checkpoints(Path(config.output), keep=config.save_total_limit, background=background)
+        self.snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
+        self._times = SaveTimes(config)
+        self._stop = stop
+
+    def asked(self, step: int) -> tuple[int, bool]:
+        """The signal that asks the run to stop after ``step`` steps (0: none), and whether a checkpoint is due.
+
+        All processes get the same answer: a signal to one of them stops all, and the clock is rank 0's.
+        """
+        signal, due = most(self._stop.received, rank() == 0 and self._times.due(step))
+        return signal, bool(due)
+
+    def save(self, progress: Progress) -> None:
+        """Save a checkpoint of the run as it is between two steps; on a GPU it is written while training goes on."""
+        self.snapshots.save(progress)
+
+    def wait(self) -> None:
+        """Wait until the newest checkpoint is on the disk."""
+        self.snapshots.checkpoints.wait()
 
 
 class SaveTimes:
@@ -77,8 +58,9 @@ class SaveTimes:
         self.last = time.monotonic()
 
     def due(self, num_steps: int) -> bool:
+        """Whether one is due after ``num_steps`` steps; the clock starts again if so."""
         now = time.monotonic()
-        if now - self.last < self.seconds and not (self.steps and num_steps % self.steps == 0):
+        if now - self.last < self.seconds and not is_due(self.steps, num_steps):
             return False
         self.last = now
         return True

@@ -1,14 +1,15 @@
-"""The learning rate as a pure function of the step."""
+"""What changes from step to step, as pure functions of the step: the learning rate and the random state."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 
 import torch
 
-from lisatune.settings import (
-    TrainConfig,
-)
+from lisatune.processes.collectives import rank
+from lisatune.settings import TrainConfig
 
 
 def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
@@ -33,3 +34,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, ste
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
     return rate
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed what a step draws at random (dropout), so that it depends on the seed and the step alone."""
+    name = f"{seed}/{step}" + (f"/{rank()}" if rank() else "")  # rows of other processes are dropped out otherwise
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    random.seed(number)
+    torch.manual_seed(number)

@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lisatune.data.loader import Position
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
@@ -22,34 +21,11 @@ from lisatune.processes.collectives import num_ranks
 from lisatune.processes.shard_files import Shards, without_rank
 from lisatune.processes.tensors import as_shard, whole
 from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
+from lisatune.run.progress import Count, Progress
 from lisatune.slices.blocks import whole_of
 from lisatune.slices.engine import SliceEngine
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
-
-
-def _check_position(position: Position) -> Position:
-    if not all(0 <= count < 2**63 for count in position):
-        raise ValueError("input should be counts")
-    return position
-
-
-class Standing(BaseModel):
-    """How far a run has come, beside its weights and optimizer state."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    step: Count = 0
-    position: Annotated[Position, AfterValidator(_check_position)] = Position()
-    tokens: Count = 0
-    train_seconds: float = 0.0
-    eval_before: dict[str, float] = {}  # held-out losses
-    eval_after: dict[str, float] = {}
-    skipped_steps: Count = 0
-    skipped_in_a_row: Count = 0
-    peak_bytes: Count = 0
-    trained_steps: dict[str, Count] = {}  # part to updates, of a run with norm_steps
 
 
 class State(BaseModel):
@@ -57,7 +33,7 @@ class State(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    standing: Standing
+    progress: Progress = Field(alias="standing")
     drawn: tuple[Count, ...] | None
     sampler: dict[str, Any] | None
     counters: list[dict[str, Count]]
@@ -94,7 +70,7 @@ class Snapshots:
         self._seen: dict[str, int] = {}  # what the learner's ``trained_at`` was at the last checkpoint
         self._base: dict[str, str] | None = None
 
-    def save(self, standing: Standing) -> None:
+    def save(self, progress: Progress) -> None:
         """A checkpoint of the learner between two steps.
 
         Cost: hashing of the whole model at the first one; then bytes of what has trained since the last.
@@ -134,7 +110,7 @@ class Snapshots:
             if any(held.values()):
                 scalars[part] = {n: values for n, values in held.items() if values}
         content = State(
-            standing=standing,
+            standing=progress,
             drawn=learner.engine.drawn if learner.engine else None,
             sampler=_sampler_state(learner),
             counters=[{k: g[k] for k in COUNTERS if isinstance(g.get(k), int)} for g in learner.optimizer.param_groups],
@@ -144,10 +120,10 @@ class Snapshots:
             identity=self.identity,
             environment=environment(learner.device),
         )
-        self.checkpoints.save(standing.step, tensors, unchanged, content.model_dump())
+        self.checkpoints.save(progress.step, tensors, unchanged, content.model_dump(by_alias=True))
         self._seen = dict(learner.trained_at)
 
-    def restore(self, checkpoint: Checkpoint) -> Standing:
+    def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put the learner where it was when ``checkpoint`` was saved; if that fails, it is not to be used.
 
         Raises: UserError if the base model is another one; Damaged if the checkpoint does not fit the model.
@@ -180,7 +156,7 @@ class Snapshots:
                         parameter.copy_(file.get_tensor(n))
         if learner.engine is not None:
             _check_draw(checkpoint, state, learner.engine)
-            learner.engine.resume(state.standing.step, state.drawn, learner.optimizer, state.sampler)
+            learner.engine.resume(state.progress.step, state.drawn, learner.optimizer, state.sampler)
             learner.after_switch()
         held: dict[str, dict[str, Any]]
         for part, name in states.items():
@@ -204,7 +180,7 @@ class Snapshots:
             group.update({name: count for name, count in counters.items() if name in COUNTERS})
         self._ever = set(weights)
         self._seen = dict(learner.trained_at)
-        return state.standing
+        return state.progress
 
     def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parts to those of their parameters that the optimizer holds."""
@@ -256,8 +232,8 @@ def read_state_of(checkpoint: Checkpoint) -> State:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))[:80]
         raise Damaged(f"{checkpoint.folder / 'state.json'}: {place}: {first['msg'].lower()}") from error
-    if state.standing.step != checkpoint.manifest.step:
-        raise Damaged(f"{checkpoint.folder / 'state.json'} is of step {state.standing.step}")
+    if state.progress.step != checkpoint.manifest.step:
+        raise Damaged(f"{checkpoint.folder / 'state.json'} is of step {state.progress.step}")
     return state
 
 

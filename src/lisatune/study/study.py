@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lisatune.errors import UserError
+from lisatune.pages.html import html_page, html_table
 from lisatune.study.recorder import NORMS, read_line
 
 if TYPE_CHECKING:
@@ -263,22 +264,18 @@ def _verdicts(told: Mapping[str, Any]) -> list[str]:
 
 def write_page(runs: Sequence[NormRun], path: Path) -> Path:
     """``norms.html``: tables, verdicts and figures in one self-contained file, all text escaped; needs matplotlib."""
-    from lisatune.run.report import PAGE
-
     told = study(runs)
     body = [f"<p>{escape(verdict)}</p>" for verdict in _verdicts(told)]
-    *of_runs, skewness = [_html_table(*table) for table in tables(told)]
+    *of_runs, skewness = [_titled_table(*table) for table in tables(told)]
     body += [skewness, "<h2>Side by side</h2>", draw("side by side", runs)]
     for run, table in zip(runs, of_runs, strict=True):
         body += [table, draw("heat maps", [run])]
-    path.write_text(PAGE.format(title="Norms of layers", body="\n".join(body)), encoding="utf-8")
+    path.write_text(html_page("Norms of layers", body), encoding="utf-8")
     return path
 
 
-def _html_table(title: str, heads: list[str], cells: list[list[str]]) -> str:
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    return f'<h2>{escape(title)}</h2><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+def _titled_table(title: str, heads: list[str], cells: list[list[str]]) -> str:
+    return f"<h2>{escape(title)}</h2>{html_table(heads, cells)}"
 
 
 def draw(kind: str, runs: Sequence[NormRun]) -> str:

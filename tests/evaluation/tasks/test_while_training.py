@@ -31,13 +31,13 @@ def tasks(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "lora", "lora_dropout": 0.2}], ids=["LISA", "LoRA with dropout"])
-def test_scoring_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_file, tmp_path, monkeypatch, tasks, more):
+def test_scoring_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_file, tmp_path, tasks, more):
     if more:
         pytest.importorskip("peft", reason="the extra 'lora' is not installed")
     some = {"save_steps": 13, "max_steps": 9, **more}
     run(model_folder, data_file, tmp_path / "plain", **some)
     summary, _ = run(model_folder, data_file, tmp_path / "scored", **some, **tasks)
-    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, monkeypatch=monkeypatch, **some, **tasks)
+    run(model_folder, data_file, tmp_path / "stopped", stop_after=6, **some, **tasks)
     run(model_folder, data_file, tmp_path / "stopped", resume=True, **some, **tasks)
     a, b, c = (weights(tmp_path / name) for name in ("plain", "scored", "stopped"))
     assert all(torch.equal(a[name], b[name]) and torch.equal(b[name], c[name]) for name in a)

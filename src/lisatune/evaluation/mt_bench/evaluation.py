@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lisatune.common.bars import counting_bar
 from lisatune.common.files import write_whole
-from lisatune.common.progress import counting_progress
 from lisatune.common.run_folder import only_run
 from lisatune.errors import Stopped, UserError
 from lisatune.evaluation.mt_bench.endpoint import Endpoint
@@ -157,13 +157,13 @@ def _answer(
         if not checked and answerer.num_missing(questions):
             endpoint.check()  # before hours of work
             checked = True
-        with counting_progress(f"answers of {name}", NUM_TURNS * len(questions), console) as bar:
+        with counting_bar(f"answers of {name}", NUM_TURNS * len(questions), console) as bar:
             answers.append(answerer.answers(questions, bar.advance))
     return answers
 
 
 def _judge(judge: Judge, prompts: Sequence[str], console: Console) -> list[Any]:
     missing = len(judge.missing(prompts))
-    with counting_progress("verdicts", missing, console) as bar:
+    with counting_bar("verdicts", missing, console) as bar:
         judge.endpoint.tell = bar.note
         return judge.verdicts(prompts, bar.advance)

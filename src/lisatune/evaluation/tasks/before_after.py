@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lisatune.common.bars import scoring_bar
 from lisatune.common.files import write_whole
-from lisatune.common.progress import scoring_progress
 from lisatune.common.run_folder import finished, only_run
 from lisatune.errors import UserError
 from lisatune.evaluation.tasks.record import Conditions, Record
@@ -124,7 +124,7 @@ def score_targets(
             model.to(where)
             for task in missing:
                 scorer = scorers[task]
-                with scoring_progress(f"{name}: {task}", console) as progress:
+                with scoring_bar(f"{name}: {task}", console) as progress:
                     scores = scorer(model, tokenizer, batch_size=batch_size, progress=progress)
                 if scorer.num_cut:
                     console.print(

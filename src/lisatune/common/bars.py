@@ -22,7 +22,7 @@ Advance = Callable[[int, float, float, Sequence[int] | None], None]
 
 
 @contextmanager
-def training_progress(num_steps: int, console: Console) -> Iterator[Advance]:
+def training_bar(num_steps: int, console: Console) -> Iterator[Advance]:
     """A bar with loss, tokens/s, the layers in training and the time left; call it with (step, loss, speed, layers)."""
     columns = (
         TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TextColumn("loss {task.fields[loss]:.4f}"),
@@ -44,7 +44,7 @@ def training_progress(num_steps: int, console: Console) -> Iterator[Advance]:
 
 
 @contextmanager
-def scoring_progress(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+def scoring_bar(title: str, console: Console) -> Iterator[Callable[[int, int], None]]:
     """A bar of the prompts scored and the time left; call it with (done, total). It goes when it is done."""
     columns = (
         TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=24),
@@ -76,7 +76,7 @@ class Counter:
 
 
 @contextmanager
-def counting_progress(title: str, total: int, console: Console) -> Iterator[Counter]:
+def counting_bar(title: str, total: int, console: Console) -> Iterator[Counter]:
     """A bar over ``total`` things of a kind, with the time left."""
     columns = (
         TextColumn("{task.description}", markup=False), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(),

@@ -1,0 +1,41 @@
+"""What becomes of a run after a step whose loss or gradient was bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from lisatune.common.console import warn
+from lisatune.common.run_folder import how_to_resume
+from lisatune.data.loader import Batch
+from lisatune.errors import UserError
+from lisatune.learner import Outcome
+from lisatune.processes.collectives import together
+from lisatune.run.progress import Progress
+from lisatune.settings import TrainConfig
+
+MOST_SKIPPED_IN_A_ROW = 10
+
+
+def skip_or_stop(config: TrainConfig, progress: Progress, batch: Batch, outcome: Outcome, console: Console) -> None:
+    """Report a step that was left out.
+
+    Raises: UserError if ``on_bad_step`` says to stop, or if too many steps in a row were left out.
+    """
+    shown = "; ".join(batch.places[:3]) + (f" and {len(batch.places) - 3} more" if len(batch.places) > 3 else "")
+    limit = f" (bad_grad_norm={config.bad_grad_norm})" if config.bad_grad_norm else ""
+    text = (
+        f"step {progress.step}: the loss is {outcome.loss.item():.6g} and the gradient norm {outcome.norm.item():.6g}{limit} "
+        f"with the rows {shown}"
+    )
+    if config.on_bad_step == "skip" and progress.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:
+        warn(console, f"{text}: left out")
+        return
+    again = f" for the {MOST_SKIPPED_IN_A_ROW}th time in a row" if config.on_bad_step == "skip" else ""
+    with together():
+        raise UserError(
+            f"{text}{again}, so the run was stopped, with its last checkpoint as it was; try a lower learning_rate, "
+            f"warmup_steps or on_bad_step=skip; {how_to_resume(Path(config.output))} --allow-changes, with the settings "
+            "that change"
+        )

@@ -1,0 +1,59 @@
+"""What a run leaves behind after its last step: the trained model, the summary, the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lisatune.common.files import write_whole
+from lisatune.common.loss_names import named_losses
+from lisatune.memory.measure import state_bytes
+from lisatune.processes.collectives import barrier, rank
+from lisatune.run.build import Run
+from lisatune.run.progress import Progress
+from lisatune.run.trained_model import save_trained
+
+
+def finish(run: Run, progress: Progress, scores: dict[str, float] | None, console: Console) -> dict[str, Any]:
+    """Save the trained model, then the summary and the report; ``scores`` are those of the trained model.
+
+    Returns: The summary, as ``summary.json`` holds it.
+    """
+    folder = Path(run.config.output)
+    summary = summarize(run, progress, scores)
+    if run.data.streamed:
+        console.print(f"train: {run.data.streamed.describe()}", highlight=False)
+    save_trained(run, folder)
+    if rank() == 0:
+        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        report_if_possible(folder, console)
+    barrier()
+    return summary
+
+
+def summarize(run: Run, progress: Progress, scores: dict[str, float] | None) -> dict[str, Any]:
+    """The numbers of the whole run."""
+    summary: dict[str, Any] = {
+        "method": run.config.method, "steps": run.data.num_steps, "tokens": progress.tokens,
+        **{f"{name}_before": loss for name, loss in named_losses(progress.eval_before).items()},
+        **{f"{name}_after": loss for name, loss in named_losses(progress.eval_after).items()},
+        "train_seconds": progress.train_seconds, "planned_peak_bytes": run.plan.peak_bytes,
+        "peak_bytes": progress.peak_bytes, "base_bytes": run.meter.base_bytes,
+        "state_bytes": state_bytes(run.learner.optimizer), "skipped_steps": progress.skipped_steps,
+    }  # fmt: skip
+    return summary | ({"scores": scores} if scores else {})
+
+
+def report_if_possible(folder: Path, console: Console) -> None:
+    """Write the report, or say what it needs."""
+    try:
+        from lisatune.run.report import write_report
+    except ImportError:
+        console.print(
+            "no report.html, which needs matplotlib: pip install 'lisatune[report]', then lisatune report RUN"
+        )
+        return
+    write_report(folder)

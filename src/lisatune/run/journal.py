@@ -1,0 +1,110 @@
+"""All that a run writes down while it trains: metrics, norms of the layers, the tracker, and the bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from lisatune.common.bars import training_bar
+from lisatune.common.loss_names import named_losses
+from lisatune.data.loader import Batch
+from lisatune.engine import LisaEngine
+from lisatune.learner import Outcome
+from lisatune.memory.measure import state_bytes
+from lisatune.run.build import Run, is_due
+from lisatune.run.metrics import Metrics
+from lisatune.run.progress import Evaluation, Progress
+from lisatune.slices.engine import SliceEngine
+from lisatune.study.recorder import NormRecorder
+
+
+class Journal:
+    """Writes down what each step led to, in one call.
+
+    Make it before a checkpoint is put back: norms are measured against the weights that the run began with.
+
+    Args:
+        run: The run, before its first step.
+        console: Where the bar is drawn.
+    Attributes:
+        scores: Task scores after the last step; None before it, or if there are no tasks.
+    """
+
+    def __init__(self, run: Run, console: Console) -> None:
+        self.run = run
+        self.scores: dict[str, float] | None = None
+        self._console = console
+        self._folder = Path(run.config.output)
+        self._recorder: NormRecorder | None = None
+        if run.config.norm_steps:
+            self._recorder = NormRecorder(run.learner.layers, self._folder, source=run.config.model)
+            console.print(self._recorder.describe(), highlight=False)
+
+    @contextmanager
+    def opened(self, progress: Progress) -> Iterator[None]:
+        """Open all files where ``progress`` says; lines of later steps are dropped."""
+        self._started = time.perf_counter() - progress.train_seconds
+        with ExitStack() as stack:
+            self._metrics = stack.enter_context(Metrics(self.run.config, self._folder, progress.step))
+            self._advance = stack.enter_context(training_bar(self.run.data.num_steps, self._console))
+            if self._recorder:
+                stack.enter_context(self._recorder).begin(progress.step, progress.trained_steps or None)
+            yield
+
+    def begin(self, evaluation: Evaluation) -> None:
+        """The line of step 0: what the run consists of, and how good the model is before the first step."""
+        self._metrics.write(
+            step=0, **named_losses(evaluation.losses or {}), layers=self.run.learner.layers.describe(),
+            plan=self.run.plan.as_dict(), scores=evaluation.scores,
+        )  # fmt: skip
+
+    def write(
+        self, step: int, batch: Batch, outcome: Outcome, evaluation: Evaluation, *, learning_rate: float, seconds: float
+    ) -> None:
+        """Write down a step.
+
+        Args:
+            step: Steps that are done, this one included.
+            batch: What it learned from, on all processes.
+            outcome: What ``Learner.step`` returned.
+            evaluation: What was evaluated after it.
+            learning_rate: The rate at which it was taken.
+            seconds: How long it took.
+        """
+        learner, last = self.run.learner, step == self.run.data.num_steps
+        loss, active = outcome.loss.item(), learner.engine.active if learner.engine else None
+        self.scores = evaluation.scores if last else None
+        evaluated = evaluation.losses is not None or evaluation.scores
+        if evaluated or outcome.bad or is_due(self.run.config.logging_steps, step):
+            self._metrics.write(
+                step=step, loss=loss, **named_losses(evaluation.losses or {}), learning_rate=learning_rate,
+                grad_norm=outcome.norm.item(), skipped=outcome.bad or None, active_layers=active,
+                sampled_parts=sampled_parts(learner.engine), tokens=batch.num_tokens,
+                labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=self.run.meter.bytes(),
+                state_bytes=state_bytes(learner.optimizer), scores=evaluation.scores,
+            )  # fmt: skip
+        if self._recorder:
+            self._recorder.count(() if outcome.bad else learner.trained_parts)
+            if last or is_due(self.run.config.norm_steps, step):
+                self._recorder.record(step, ranks=last)
+        self._advance(step, loss, batch.num_tokens / seconds, active)
+
+    def settle(self, progress: Progress) -> None:
+        """Bring ``progress`` up to date, and wait until all lines are on the disk: a checkpoint relies on them."""
+        progress.train_seconds = time.perf_counter() - self._started
+        progress.peak_bytes = max(progress.peak_bytes, self.run.meter.bytes())
+        self._metrics.sync()
+        if self._recorder:
+            self._recorder.sync()
+            progress.trained_steps = dict(self._recorder.updates)
+
+
+def sampled_parts(engine: LisaEngine | SliceEngine | None) -> list[str] | None:
+    """The units sampled now that are not whole decoder layers: embedding, head, pieces of layers, slices."""
+    if engine is None or engine.drawn is None or len(engine.pool) == len(engine.layers.decoder):
+        return None
+    return [engine.pool[i] for i in engine.drawn if not engine.pool[i].removeprefix("layers.").isdecimal()]

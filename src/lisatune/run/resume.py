@@ -1,0 +1,75 @@
+"""Putting a run back where its newest whole checkpoint says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lisatune.common.console import warn
+from lisatune.errors import UserError
+from lisatune.run.build import Run
+from lisatune.run.progress import Progress
+from lisatune.run.snapshot import Snapshots, State, environment, read_state_of
+from lisatune.settings import TrainConfig, differences, read_settings, used_settings
+
+
+def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bool) -> Progress:
+    """Restore the newest whole checkpoint of ``run``; without one the run begins at step 0.
+
+    Raises: UserError if settings or data have changed and ``allow_changes`` is false, or there is nothing to go on from.
+    """
+    folder = Path(run.config.output)
+    checkpoint = snapshots.checkpoints.latest(lambda text: warn(console, text))
+    state = None if checkpoint is None else read_state_of(checkpoint)
+
+    # what has changed since the run began
+    changes = _changes(run, state)
+    if changes and not allow_changes:
+        raise UserError(
+            f"{folder} did not begin like this: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
+            "to go on with it, to other results"
+        )
+    for change in changes:
+        warn(console, f"changed since the run began: {change}")
+
+    # nothing was saved yet
+    if checkpoint is None or state is None:
+        if (folder / "model").exists():
+            raise UserError(f"{folder} holds a trained model, but no checkpoint to go on from: choose another output")
+        console.print("no checkpoint was written yet: the run begins anew")
+        return Progress()
+
+    # from the checkpoint on; a finished run that goes on is finished no more
+    _warn_of_environment(state, run.device, console)
+    (folder / "summary.json").unlink(missing_ok=True)
+    progress = snapshots.restore(checkpoint)
+    console.print(f"going on after step {progress.step:,} of {run.data.num_steps:,}", highlight=False)
+    return progress
+
+
+def _changes(run: Run, state: State | None) -> list[str]:
+    """Settings and data that are not those that the run began with, in words."""
+    before = _settings_before(run.config) if state is None else state.config
+    identity = {} if state is None else state.identity
+    return differences(before, used_settings(run.config)) + [
+        f"{name} data: {run.data.identity.get(name, 'none')} (was {was})"
+        for name, was in identity.items()
+        if run.data.identity.get(name) != was
+    ]
+
+
+def _settings_before(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run without a checkpoint began with."""
+    path = Path(config.output) / "config.yaml"
+    return read_settings(str(path), []) if path.is_file() else used_settings(config)
+
+
+def _warn_of_environment(state: State, device: torch.device, console: Console) -> None:
+    """Report versions and devices that were others when the checkpoint was saved."""
+    for name, was in state.environment.items():
+        now = environment(device).get(name)
+        if now != was:
+            warn(console, f"{name} was {was}, now it is {now}: weights equal to the bit need the same")
