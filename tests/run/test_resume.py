@@ -279,6 +279,6 @@ def test_other_processes_and_versions_are_told_of(model_folder, data_file, tmp_p
     run(model_folder, data_file, tmp_path / "run", 3)
     monkeypatch.setattr("lisatune.run.snapshot.version", lambda package: "0.1")
     monkeypatch.setattr("lisatune.run.snapshot.environment", lambda device: {"torch": "0.1"})
-    monkeypatch.setattr("lisatune.train.environment", lambda device: {"torch": "0.1"})
+    monkeypatch.setattr("lisatune.run.resume.environment", lambda device: {"torch": "0.1"})
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True)
     assert f"torch was {torch.__version__}, now it is 0.1: weights equal to the bit need the same" in said
