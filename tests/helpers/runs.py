@@ -18,9 +18,7 @@ from steps import before_each_step
 STEPS = 14
 
 
-def run(
-    model_folder, data_file, output, stop_after=None, resume=False, allow_changes=False, **settings
-):
+def run(model_folder, data_file, output, stop_after=None, resume=False, allow_changes=False, **settings):
     """Train; with ``stop_after`` a real SIGTERM comes as that step begins."""
     defaults = {
         "model": str(model_folder),
