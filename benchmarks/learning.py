@@ -225,7 +225,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     from lisatune.errors import UserError
     from lisatune.run.build import build
     from lisatune.run.preflight import preflight
-    from lisatune.settings.config import build_config
+    from lisatune.settings import build_config
     from lisatune.train import fit
 
     study, contender = STUDIES[trial.study], CONTENDERS[trial.contender]
