@@ -30,11 +30,21 @@ from lisatune.plan.forecast import model_config, plan_config, plan_run
 
 SHAPES = Path(__file__).parent / "shapes"
 FREE = {"max_grad_norm": 0}
+SLICES = {
+    "sampled_unit": "slices",
+    "num_slices": 15,
+    "num_active": 1,
+    "train_embedding": "sampled",
+    "train_head": "sampled",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "LoRA r16, all linear": {"method": "lora"},
     "LISA": {},
     "LISA, embedding and head frozen": {"train_embedding": False, "train_head": False},
+    "LISA in slices, 1 of 15": SLICES,
+    "the same, embedding and head whole": SLICES | {"train_embedding": True, "train_head": True},
+    "full, sign of the gradient": {"method": "full", "optim": "sign"},
 }
 LEVERS: dict[str, dict[str, Any]] = {
     "LISA": {},
@@ -65,7 +75,8 @@ class Contender:
             del more["interval_steps"]
         config = plan_config(more, device.type)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, options.dtype))
+        with device:
+            model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, options.dtype))
         self.learner = make_learner(config, model, device)
         self.learner.model.train()
         self.peak = plan_run(config, shape, device.type).peak_bytes
@@ -143,10 +154,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--methods-only", action="store_true", help="leave the levers out")
     options = parser.parse_args()
     device = pick_device("auto")
     methods, told = race(METHODS, "full", options, device)
     gc.collect()
+    if options.methods_only:
+        print(
+            write_page(
+                "cost-methods",
+                f"Batch: {options.rows} x {options.tokens} tokens, all labelled, {options.dtype}, shape {options.shape}.\n\n{methods}",
+                __doc__ or "",
+            )
+        )
+        return
     levers, _ = race(LEVERS | (MOVES if device.type == "cuda" else {}), "LISA", options, device)
     text = (
         f"Batch: {options.rows} x {options.tokens} tokens, all labelled, {options.dtype}, shape {options.shape}.\n\n"

@@ -29,6 +29,7 @@ from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 
 SHAPES = Path(__file__).parent / "shapes"
 GB = 10**9
+KEPT = Path("runs/memory-measured.jsonl")
 # arXiv:2403.17919, first version, GB for a GPU: full, LoRA r128, r256, r512, LISA E+H, +2 layers, +4 layers
 PAPER: dict[str, tuple[float | None, ...]] = {
     "gpt2-small": (3.8, 3.3, 3.5, 3.7, 3.3, 3.3, 3.4),
@@ -53,12 +54,29 @@ LEVERS: tuple[dict[str, Any], ...] = (
     {"offload_optimizer": True},
     {"offload_frozen": True},
 )
+SLICES = {
+    "sampled_unit": "slices",
+    "num_slices": 15,
+    "num_active": 1,
+    "train_embedding": "sampled",
+    "train_head": "sampled",
+}
 LLAMA_CASES: tuple[dict[str, Any], ...] = (
     {},
     {"gradient_checkpointing": True},
     {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
     {"method": "lora", "gradient_checkpointing": True},
-)
+    SLICES | {"gradient_checkpointing": True},
+    SLICES | {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0},
+    {
+        "gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True, "optimizer_in_backward": True,
+        "max_grad_norm": 0, "activation_offloading": True, "offload_optimizer": True,
+    },
+    {
+        "gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True, "optimizer_in_backward": True,
+        "max_grad_norm": 0, "activation_offloading": True, "offload_optimizer": True, "offload_frozen": True,
+    },
+)  # fmt: skip
 
 
 def plan_of(shape: str, rows: int, tokens: int, device: str = "cuda", **settings: Any) -> Plan:
@@ -160,7 +178,7 @@ def ranks() -> None:
     print(write_page("memory-ranks", about + "\n\n" + "\n".join(lines), __doc__ or ""))
 
 
-def measure(rounds: int) -> None:
+def measure(rounds: int, minutes: float) -> None:
     """Table (d)."""
     cuda = torch.cuda.is_available()
     small = (
@@ -173,21 +191,39 @@ def measure(rounds: int) -> None:
     cases += [("qwen2.5-0.5b", 2, 256, case) for case in ((small[0], small[1], small[4]) if not cuda else ())]
     cases += [("gpt2-small", 4, 256, case) for case in (small[:4] if not cuda else ())]
     if cuda:
-        for shape in ("llama-2-7b", "llama-3.1-8b"):
-            cases += [(shape, 2, 2048, case) for case in LLAMA_CASES]
-            cases.append((shape, 1, 1024, {"method": "full", "optim": "adamw_16bit", "gradient_checkpointing": True}))
+        large = [("llama-3.1-8b", 2, 2048, case) for case in LLAMA_CASES]
+        large.append(("llama-2-7b", 1, 1024, LLAMA_CASES[5]))
+        large += [("llama-2-7b", 2, 2048, case) for case in LLAMA_CASES[:5]]
+        large.append(
+            ("llama-2-7b", 1, 1024, {"method": "full", "optim": "adamw_16bit", "gradient_checkpointing": True})
+        )
+        cases = [*large, *cases]
     lines = ["| model | batch | settings | predicted GiB | measured GiB | predicted/measured | resident GiB more | tokens/s |",
              "| --- " * 8 + "|"]  # fmt: skip
+    end, kept = time.monotonic() + 60 * minutes, {}
+    if KEPT.exists():
+        kept = {line["key"]: line for line in map(json.loads, KEPT.read_text().splitlines())}
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
     for shape, rows, tokens, settings in cases:
         words = [f"{k}={str(v).lower()}" for k, v in settings.items()]
         command = [sys.executable, __file__, "case", shape, str(rows), str(tokens), json.dumps(settings), str(rounds)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
+        key = f"{torch.cuda.get_device_name() if cuda else 'CPU'} {' '.join(command[2:])}"
+        if key not in kept and time.monotonic() < end:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                kept[key] = {"key": key, "failed": done.stderr.splitlines()[-1][:120]}
+            else:
+                kept[key] = {"key": key} | json.loads(done.stdout.splitlines()[-1])
+            with KEPT.open("a") as file:
+                file.write(json.dumps(kept[key]) + "\n")
+        if key not in kept:
+            continue  # the time is over; the same command goes on
+        got = kept[key]
+        if "failed" in got:
             lines.append(
-                f"| {shape} | {rows} x {tokens} | {' '.join(words) or 'lisa'} | | failed: {done.stderr.splitlines()[-1][:120]} | | | |"
+                f"| {shape} | {rows} x {tokens} | {' '.join(words) or 'lisa'} | | failed: {got['failed']} | | | |"
             )
             continue
-        got = json.loads(done.stdout.splitlines()[-1])
         lines.append(
             f"| {shape} | {rows} x {tokens} | `{' '.join(words) or 'method=lisa'}` | {_gib(got['predicted'])} | {_gib(got['measured'])} "
             f"| {got['predicted'] / got['measured']:.3f} | {_gib(got['resident'])} | {got['tokens_per_second']:.0f} |"
@@ -216,7 +252,7 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config(str(SHAPES / f"{shape}.json")), dtype=dtype)
     learner = make_learner(config, model, device)
-    if learner.engine:
+    if learner.engine and config.sampled_unit != "slices":
         drawn = plan.drawn  # that of the forecast
         learner.engine.sampler = lambda interval: drawn
     learner.model.train()
@@ -271,7 +307,11 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="what", required=True)
     kinds.add_parser("predict")
     kinds.add_parser("ranks")
-    kinds.add_parser("measure").add_argument("--rounds", type=int, default=3)
+    measured = kinds.add_parser("measure")
+    measured.add_argument("--rounds", type=int, default=3)
+    measured.add_argument(
+        "--minutes", type=float, default=1e6, help="start no case after so many; the same command goes on"
+    )
     one = kinds.add_parser("case")
     for name in ("shape", "rows", "tokens", "settings", "rounds"):
         one.add_argument(name)
@@ -281,7 +321,7 @@ def main() -> None:
     elif options.what == "ranks":
         ranks()
     elif options.what == "measure":
-        measure(options.rounds)
+        measure(options.rounds, options.minutes)
     else:
         case(options.shape, int(options.rows), int(options.tokens), json.loads(options.settings), int(options.rounds))
 
