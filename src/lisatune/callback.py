@@ -9,10 +9,12 @@ from transformers.trainer_callback import ExportableState
 
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
-from lisatune.layers import Trains
+from lisatune.layers import Trains, find_layers
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
+from lisatune.trainer.after_backward import AfterBackward
 from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
+from lisatune.trainer.processes import TOO_LATE, Copies, check_processes, prepare_shards
 from lisatune.trainer.settings import LisaSettings
 
 
@@ -68,25 +70,33 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             sampler_options=sampler_options, sampled_unit=sampled_unit, num_slices=num_slices, train_norms=train_norms,
         )  # fmt: skip
         self.engine: LisaEngine | SliceEngine | None = None
+        self._copies: Copies | None = None
+        self._sharded = False
+        self._after_backward: AfterBackward | None = None
+        self._scores: dict[int, float] = {}
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoint keeps of this callback."""
         return {"args": self.settings.as_saved(), "attributes": {}}
 
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Make ready for several processes, before the Trainer wraps the model."""
+        self._sharded = check_processes()
+        if num_ranks() > 1 and not self._sharded and model is not None:
+            self._copies = Copies(find_layers(model, self.settings.decoder_name))
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the layers; freeze nothing yet."""
-        if num_ranks() > 1:  # args.world_size is 1 on processes of a CPU, though the Trainer joins them
-            raise UserError(
-                f"LisaCallback works on one process, not on {num_ranks()}: start the script without torchrun and "
-                f"accelerate launch, or train with lisatune train --nproc {num_ranks()}"
-            )
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         check_alone(saved)
         self.settings.check_saved(saved["args"])
         check_adapters(model)
-        check_checkpointing(model, self.settings.train_embedding)
+        check_checkpointing(model, self.settings.train_embedding, num_ranks())
+        self._join(model)
         self.engine = self.settings.engine(model)
-        unchecked = check_causal(self.engine.layers)
+        unchecked = check_causal(self.engine.layers) if not self._sharded else ""
+        if self._copies or hasattr(self.engine.sampler, "observe"):
+            self._after_backward = AfterBackward(model, self._gradients_are_there)
         if self.settings.train_embedding is not True and getattr(model, "is_gradient_checkpointing", False):
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
         if state.is_world_process_zero:
@@ -95,12 +105,35 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer once for each optimizer step, before its first forward."""
         assert self.engine is not None
-        self.engine.begin_step(state.global_step, optimizer)
+        if self.engine.begin_step(state.global_step, optimizer) and self._after_backward:
+            self._after_backward.follow()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer when the optimizer has made its step."""
+        assert self.engine is not None
+        self.engine.observe(state.global_step, self._scores)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let every parameter ask for gradients as before."""
         assert self.engine is not None
         self.engine.release()
+        if self._after_backward:
+            self._after_backward.remove()
+
+    def _join(self, model: Any) -> None:
+        """Be one of the processes that there are, if there are several."""
+        if self._sharded:
+            prepare_shards(model)
+        elif num_ranks() > 1:
+            if self._copies is None or self._copies.model is not model:
+                raise UserError(TOO_LATE)
+            self._copies.begin()
+
+    def _gradients_are_there(self) -> None:
+        assert self.engine is not None
+        if self._copies:
+            self._copies.average()
+        self._scores = self.engine.scores()
 
 
 def describe(engine: LisaEngine | SliceEngine, settings: LisaSettings) -> str:

@@ -48,14 +48,21 @@ def check_causal(layers: Layers) -> str:
     return ""
 
 
-def check_checkpointing(model: nn.Module, train_embedding: Trains) -> None:
-    """Refuse reentrant checkpoints above a frozen embedding: their inputs have no gradient, so they give none."""
-    if train_embedding is True:
+def check_checkpointing(model: nn.Module, train_embedding: Trains, num_processes: int) -> None:
+    """Refuse reentrant checkpoints above a frozen embedding, and on several processes.
+
+    Without a gradient of their inputs they give none. And each is a backward pass of its own, so that nobody can tell
+    when the last gradient has come.
+    """
+    if train_embedding is True and num_processes == 1:
         return
+    why = f"gives no gradients if train_embedding={train_embedding}"
+    if num_processes > 1:
+        why = "does not work on several processes"
     for module in model.modules():
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
         if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant", False):
             raise UserError(
-                f"gradient checkpointing with use_reentrant=True gives no gradients if train_embedding={train_embedding}: "
+                f"gradient checkpointing with use_reentrant=True {why}: "
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )

@@ -1,0 +1,129 @@
+"""The Trainer's processes: whole copies under DistributedDataParallel, shards under FSDP2, and what cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lisatune.distributed import num_ranks
+from lisatune.errors import UserError
+from lisatune.layers import Layers
+
+BUCKET_BYTES = 2**25  # one message for many small tensors, as DDP's buckets of 25 MB
+TOO_LATE = (
+    "on several processes LisaCallback has to be there when the Trainer is made: give it a model (no model_init) and "
+    "callbacks=[LisaCallback()], instead of add_callback"
+)
+
+
+def check_processes() -> bool:
+    """Refuse the ways of joining processes that cannot freeze layers. Returns whether the model will be in shards."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    state = AcceleratorState()
+    kind = state.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        raise UserError(
+            "DeepSpeed copies all weights into flat tensors when it starts, so it cannot freeze layers or drop their "
+            "optimizer state later: use FSDP2 (examples/accelerate_fsdp2.yaml) or DistributedDataParallel"
+        )
+    if kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+        raise UserError(
+            "FSDP1 joins the parameters of a layer into one flat tensor, which LISA cannot follow: set fsdp_version: 2 "
+            "(examples/accelerate_fsdp2.yaml)"
+        )
+    known = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
+    if kind.name not in known:
+        raise UserError(f"LisaCallback does not know processes joined by {kind.name}: use DDP or FSDP2")
+    return bool(kind == DistributedType.FSDP)
+
+
+class Copies:
+    """A model that every process holds whole; gradients of what trains are averaged, and of nothing else.
+
+    DistributedDataParallel decides once which parameters it averages, and reserves and sends gradients for all of them.
+    So it is told to leave all but one small tensor alone, since it wants one. The others are averaged here, when a
+    step's last backward pass has ended. The average is DDP's: the sum over processes divided by their number, in the
+    type of the gradient. A gradient that a process lacks counts as 0; one that all lack stays away.
+
+    Args:
+        layers: The model, before the Trainer wraps it.
+    Raises: UserError if no small tensor of the model trains in every step.
+    Cost: a step sends the bytes of what trains, all at the end of the backward pass, and holds ``BUCKET_BYTES`` more.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self.model = layers.model
+        kept = next((name for name, p in layers.parts()["norm"].items() if p.requires_grad), None)
+        if kept is None:
+            raise UserError(
+                f"{type(self.model).__name__} has no norm outside its decoder layers, which DistributedDataParallel would "
+                "need: use FSDP2 (examples/accelerate_fsdp2.yaml)"
+            )
+        self.kept: nn.Parameter = self.model.get_parameter(kept)
+        names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - {kept}
+        self.model._ddp_params_and_buffers_to_ignore = sorted(names)  # type: ignore[assignment]
+
+    def begin(self) -> None:
+        """Give all processes the weights of the first one, as DDP does for what it looks after."""
+        if hasattr(self.model, "_ddp_params_and_buffers_to_ignore"):
+            del self.model._ddp_params_and_buffers_to_ignore  # or a later training without LISA would average nothing
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Make every process' gradients their average."""
+        trained = [p for p in self.model.parameters() if p.requires_grad and p is not self.kept]
+        used = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=self.kept.device)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        gradients = [_gradient(p) for p, anywhere in zip(trained, used.tolist(), strict=True) if anywhere]
+        for bucket in _buckets(gradients):
+            _average(bucket)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one type, up to ``BUCKET_BYTES`` together; a larger tensor by itself."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _average(bucket: list[Tensor]) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():
+        dist.all_reduce(bucket[0].div_(num_ranks()))
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).div_(num_ranks())
+    dist.all_reduce(flat)
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def prepare_shards(model: nn.Module) -> None:
+    """Let FSDP2 see every parameter before anything is frozen.
+
+    It learns the types of gradients when a group of parameters is first used, from those that train then (pytorch#186998).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()

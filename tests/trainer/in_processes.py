@@ -1,0 +1,86 @@
+"""Train with ``LisaCallback`` case after case in the processes that torchrun has started: in_processes.py CASES.json"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from conftest import make_llama, make_tokenizer
+from lisatune import LisaCallback
+
+STEP = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3, "weight_decay": 0.1}
+QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 100, "save_strategy": "no", "bf16": False}
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.steps
+
+
+def rows():
+    """23 rows, so that the last batch has one; each with another number of labels."""
+    ids = torch.randint(3, 128, (23, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": [-100] * (i % 5) + row[i % 5 :]} for i, row in enumerate(ids)]
+
+
+def pairs():
+    from datasets import Dataset
+
+    words = ["big", "small", "red", "blue", "old", "new", "fat", "thin"] * 2
+    return Dataset.from_list([{"prompt": f"a {w}", "chosen": f" cat {w}", "rejected": f" dog {w} no"} for w in words])
+
+
+def make_trainer(case, callbacks):
+    """The Trainer of a case: plain, SFT or DPO."""
+    settings = STEP | QUIET | {"output_dir": case["output"]} | case.get("arguments", {})
+    if case.get("trainer", "plain") == "plain":
+        settings |= {"train_sampling_strategy": "sequential", "accelerator_config": {"even_batches": False}}
+        return Trainer(
+            model=make_llama(**case.get("model", {})), args=TrainingArguments(**settings), train_dataset=rows(),
+            callbacks=callbacks,
+        )  # fmt: skip
+    import trl
+
+    data = pairs()
+    if case["trainer"] == "sft":
+        data = data.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])
+    kinds = {"sft": (trl.SFTConfig, trl.SFTTrainer), "dpo": (trl.DPOConfig, trl.DPOTrainer)}
+    config, trainer = kinds[case["trainer"]]
+    settings |= {"train_sampling_strategy": "sequential", "max_length": 32}
+    model, *reference = (make_llama(vocab_size=len(make_tokenizer())) for _ in range(2 if trainer is trl.DPOTrainer else 1))
+    more = {"ref_model": reference[0]} if reference else {}
+    return trainer(
+        model=model, args=config(**settings), train_dataset=data, processing_class=make_tokenizer(), callbacks=callbacks,
+        **more,
+    )  # fmt: skip
+
+
+def run(case):
+    """Train, and leave the weights and what was sent in the case's folder."""
+    torch.manual_seed(0)
+    lisa = LisaCallback(**case.get("lisa", {}))
+    stop = [StopAfter(case["stop"])] if case.get("stop") else []
+    trainer = make_trainer(case, [lisa, *stop])
+    trainer.train(resume_from_checkpoint=case.get("resume"))
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        weights = {name: value.detach().clone().contiguous() for name, value in state.items()}
+        save_file(weights, str(Path(case["output"]) / "weights.safetensors"))
+
+
+def main(path):
+    torch.set_num_threads(1)
+    for case in json.loads(Path(path).read_text()):
+        run(case)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
