@@ -14,7 +14,7 @@ from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
 from lisatune.trainer.after_backward import AfterBackward
 from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
-from lisatune.trainer.processes import TOO_LATE, Copies, check_processes, prepare_shards
+from lisatune.trainer.processes import TOO_LATE, Copies, check_processes, prepare_shards, trainer_that_resumes
 from lisatune.trainer.settings import LisaSettings
 
 
@@ -72,6 +72,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.engine: LisaEngine | SliceEngine | None = None
         self._copies: Copies | None = None
         self._sharded = False
+        self._resumed = False
         self._after_backward: AfterBackward | None = None
         self._scores: dict[int, float] = {}
 
@@ -82,6 +83,9 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Make ready for several processes, before the Trainer wraps the model."""
         self._sharded = check_processes()
+        if self._sharded and model is not None:
+            check_causal(find_layers(model, self.settings.decoder_name))
+            model.register_load_state_dict_post_hook(self._weights_are_loaded)
         if num_ranks() > 1 and not self._sharded and model is not None:
             self._copies = Copies(find_layers(model, self.settings.decoder_name))
 
@@ -92,8 +96,10 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.settings.check_saved(saved["args"])
         check_adapters(model)
         check_checkpointing(model, self.settings.train_embedding, num_ranks())
-        self._join(model)
-        self.engine = self.settings.engine(model)
+        if not self._resumed:
+            self._join(model)
+            self.engine = self.settings.engine(model)
+        assert self.engine is not None
         unchecked = check_causal(self.engine.layers) if not self._sharded else ""
         if self._copies or hasattr(self.engine.sampler, "observe"):
             self._after_backward = AfterBackward(model, self._gradients_are_there)
@@ -117,6 +123,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Let every parameter ask for gradients as before."""
         assert self.engine is not None
         self.engine.release()
+        self._resumed = False
         if self._after_backward:
             self._after_backward.remove()
 
@@ -128,6 +135,18 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if self._copies is None or self._copies.model is not model:
                 raise UserError(TOO_LATE)
             self._copies.begin()
+
+    def _weights_are_loaded(self, model: Any, _keys: Any) -> None:
+        """Freeze what was frozen when the checkpoint was made, before its optimizer state is read."""
+        trainer = trainer_that_resumes()
+        if trainer is None or trainer.state.global_step == 0 or self._resumed:
+            return
+        prepare_shards(model)
+        self.engine = self.settings.engine(model)
+        step = trainer.state.global_step
+        drawn = self.engine.sampler((step - 1) // self.settings.interval_steps)
+        self.engine.resume(step, drawn, trainer.optimizer)
+        self._resumed = True
 
     def _gradients_are_there(self) -> None:
         assert self.engine is not None

@@ -43,10 +43,12 @@ def make_trainer(case, callbacks):
     settings = STEP | QUIET | {"output_dir": case["output"]} | case.get("arguments", {})
     if case.get("trainer", "plain") == "plain":
         settings |= {"train_sampling_strategy": "sequential", "accelerator_config": {"even_batches": False}}
+        arguments = TrainingArguments(**settings)
+        if case.get("sharded"):
+            on_a_cpu_as_on_gpus(arguments)
         return Trainer(
-            model=make_llama(**case.get("model", {})), args=TrainingArguments(**settings), train_dataset=rows(),
-            callbacks=callbacks,
-        )  # fmt: skip
+            model=make_llama(**case.get("model", {})), args=arguments, train_dataset=rows(), callbacks=callbacks
+        )
     import trl
 
     data = pairs()
@@ -61,6 +63,15 @@ def make_trainer(case, callbacks):
         model=model, args=config(**settings), train_dataset=data, processing_class=make_tokenizer(), callbacks=callbacks,
         **more,
     )  # fmt: skip
+
+
+def on_a_cpu_as_on_gpus(arguments):
+    """accelerate puts FSDP on GPUs alone; what it does then works on a CPU as well."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    assert arguments.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 
 def run(case):

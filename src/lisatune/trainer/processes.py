@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,3 +129,20 @@ def prepare_shards(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.unshard()
             module.reshard()
+
+
+def trainer_that_resumes() -> Any:
+    """The Trainer that is loading its checkpoint further up in this call; None if there is none.
+
+    What is frozen has to be frozen again between the model's weights and the optimizer's state, or PyTorch would look for
+    state of all parameters. The Trainer has no event there, so a hook of the model asks who called it.
+    """
+    from transformers import Trainer
+
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if frame.f_code.co_name == "_load_from_checkpoint" and isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
