@@ -34,12 +34,11 @@ def test_loss_falls(name, model_folder, text_file):
     assert losses[-1] < losses[0]
 
 
-def test_the_callback_refuses_several_processes(model_folder, text_file):
-    """The Trainer would wrap the model in DistributedDataParallel, which fails when the trained set changes."""
+@pytest.mark.slow
+def test_the_trainers_example_runs_on_two_processes(model_folder, text_file):
     pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
-    told = torchrun(2, EXAMPLES / "hf_trainer.py", model_folder, text_file, check=False)
-    assert "UserError: LisaCallback works on one process, not on 2: start the script without torchrun" in told
-    assert "lisatune train --nproc 2" in told
+    told = torchrun(2, EXAMPLES / "hf_trainer.py", model_folder, text_file)
+    assert "LISA: 2 of 4 layers train at a time" in told
 
 
 @pytest.mark.filterwarnings("default")  # TRL warns of its own coming changes
@@ -77,3 +76,15 @@ def test_pubmedqa_rows_leave_the_test_questions_out(tmp_path):
     __import__("pubmedqa_rows").main(*(str(tmp_path / name) for name in ("all.json", "test.json", "rows.jsonl")))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert rows == [{"prompt": "Abstract: We looked.\nIt was.\nQuestion: Is it so?\nAnswer:", "completion": "no"}]
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda p: p.name)
+def test_accelerate_takes_its_settings(path):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert set(config.fsdp_config) <= known.keys()

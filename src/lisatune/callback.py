@@ -82,7 +82,9 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Make ready for several processes, before the Trainer wraps the model."""
-        self._sharded = check_processes()
+        from accelerate.state import AcceleratorState  # an extra, but the Trainer has it
+
+        self._sharded = check_processes(AcceleratorState())
         if self._sharded and model is not None:
             check_causal(find_layers(model, self.settings.decoder_name))
             model.register_load_state_dict_post_hook(self._weights_are_loaded)
@@ -103,7 +105,8 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         unchecked = check_causal(self.engine.layers) if not self._sharded else ""
         if self._copies or hasattr(self.engine.sampler, "observe"):
             self._after_backward = AfterBackward(model, self._gradients_are_there)
-        if self.settings.train_embedding is not True and getattr(model, "is_gradient_checkpointing", False):
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        if self.settings.train_embedding is not True and checkpointed:
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
         if state.is_world_process_zero:
             print(describe(self.engine, self.settings), *([unchecked] if unchecked else []), sep="\n")

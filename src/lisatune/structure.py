@@ -47,12 +47,17 @@ def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _nearest_list(model: nn.Module, embedding_name: str, owner: str = "") -> str:
-    """The list that shares the longest path with the embedding. Lists inside other lists do not count."""
+    """The list that shares the longest path with the embedding; of several the one that is least deep.
+
+    Lists inside other lists do not count.
+    """
     modules = model.named_modules()
     stacks: list[str] = [name for name, m in modules if isinstance(m, nn.ModuleList) and is_stack(m)]
     outer = [s for s in stacks if not any(s.startswith(other + ".") for other in stacks)]
     depth = {s: len(common_parent(embedding_name, s)) for s in outer}  # in characters: all begin alike
     nearest = [s for s in outer if depth[s] == max(depth.values())]
+    levels = [s.count(".") for s in nearest]
+    nearest = [s for s, level in zip(nearest, levels, strict=True) if level == min(levels)]
     if len(nearest) != 1:
         what = "no decoder layers" if not nearest else f"several lists of layers ({', '.join(nearest)})"
         raise UserError(f"found {what} in {owner or type(model).__name__}: {NAME_THEM}")

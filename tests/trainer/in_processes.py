@@ -7,14 +7,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import make_llama, make_tokenizer
-from lisatune import LisaCallback
+from lisatune import LisaCallback, UserError
 
 STEP = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3, "weight_decay": 0.1}
-QUIET = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 100, "save_strategy": "no", "bf16": False}
+QUIET = {
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_steps": 100,
+    "save_strategy": "no",
+    "bf16": False,
+}
 
 
 class StopAfter(TrainerCallback):
@@ -57,7 +67,9 @@ def make_trainer(case, callbacks):
     kinds = {"sft": (trl.SFTConfig, trl.SFTTrainer), "dpo": (trl.DPOConfig, trl.DPOTrainer)}
     config, trainer = kinds[case["trainer"]]
     settings |= {"train_sampling_strategy": "sequential", "max_length": 32}
-    model, *reference = (make_llama(vocab_size=len(make_tokenizer())) for _ in range(2 if trainer is trl.DPOTrainer else 1))
+    model, *reference = (
+        make_llama(vocab_size=len(make_tokenizer())) for _ in range(2 if trainer is trl.DPOTrainer else 1)
+    )
     more = {"ref_model": reference[0]} if reference else {}
     return trainer(
         model=model, args=config(**settings), train_dataset=data, processing_class=make_tokenizer(), callbacks=callbacks,
@@ -74,13 +86,53 @@ def on_a_cpu_as_on_gpus(arguments):
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 
+class Tell(TrainerCallback):
+    """Bytes that this process hands to all-reduce in each step, and holds as optimizer state after it."""
+
+    def __init__(self, output):
+        self.path, self.told, self.sent_bytes = Path(output) / "told.json", [], 0
+        self.all_reduce = dist.all_reduce
+
+    def counted(self, tensor, *args, **kwargs):
+        self.sent_bytes += tensor.nbytes
+        return self.all_reduce(tensor, *args, **kwargs)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        dist.all_reduce = self.counted
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.sent_bytes = 0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.told.append([self.sent_bytes])
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        values = [v for own in optimizer.state.values() for v in own.values() if isinstance(v, torch.Tensor) and v.ndim]
+        self.told[-1].append(sum((v.to_local() if isinstance(v, DTensor) else v).nbytes for v in values))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        dist.all_reduce = self.all_reduce
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(exist_ok=True, parents=True)
+            self.path.write_text(json.dumps(self.told))
+
+
 def run(case):
-    """Train, and leave the weights and what was sent in the case's folder."""
+    """Train, and leave the weights and what was sent in the case's folder; of a mistake, its sentence."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.manual_seed(0)
     lisa = LisaCallback(**case.get("lisa", {}))
-    stop = [StopAfter(case["stop"])] if case.get("stop") else []
-    trainer = make_trainer(case, [lisa, *stop])
-    trainer.train(resume_from_checkpoint=case.get("resume"))
+    callbacks = [lisa, *([Tell(case["output"])] if dist.is_initialized() else [])]
+    callbacks += [StopAfter(case["stop"])] if case.get("stop") else []
+    try:
+        trainer = make_trainer(case, callbacks[1:] if case.get("late") else callbacks)
+        if case.get("late"):
+            trainer.add_callback(lisa)
+        trainer.train(resume_from_checkpoint=case.get("resume"))
+    except UserError as error:
+        Path(case["output"]).mkdir(exist_ok=True, parents=True)
+        (Path(case["output"]) / "refused.txt").write_text(str(error))
+        return
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         weights = {name: value.detach().clone().contiguous() for name, value in state.items()}
@@ -89,6 +141,7 @@ def run(case):
 
 def main(path):
     torch.set_num_threads(1)
+    dist.init_process_group("gloo")
     for case in json.loads(Path(path).read_text()):
         run(case)
 

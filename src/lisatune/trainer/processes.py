@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lisatune.distributed import num_ranks
 from lisatune.errors import UserError
 from lisatune.layers import Layers
+from lisatune.processes.collectives import num_ranks
 
 BUCKET_BYTES = 2**25  # one message for many small tensors, as DDP's buckets of 25 MB
 TOO_LATE = (
@@ -22,22 +22,24 @@ TOO_LATE = (
 )
 
 
-def check_processes() -> bool:
-    """Refuse the ways of joining processes that cannot freeze layers. Returns whether the model will be in shards."""
-    from accelerate.state import AcceleratorState
+def check_processes(state: Any) -> bool:
+    """Refuse the ways of joining processes that cannot freeze layers. Returns whether the model will be in shards.
+
+    Args:
+        state: The ``AcceleratorState``.
+    """
     from accelerate.utils import DistributedType
 
-    state = AcceleratorState()
     kind = state.distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise UserError(
             "DeepSpeed copies all weights into flat tensors when it starts, so it cannot freeze layers or drop their "
-            "optimizer state later: use FSDP2 (examples/accelerate_fsdp2.yaml) or DistributedDataParallel"
+            "optimizer state later: use FSDP2 (examples/accelerate/fsdp2.yaml) or DistributedDataParallel"
         )
     if kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
         raise UserError(
             "FSDP1 joins the parameters of a layer into one flat tensor, which LISA cannot follow: set fsdp_version: 2 "
-            "(examples/accelerate_fsdp2.yaml)"
+            "(examples/accelerate/fsdp2.yaml)"
         )
     known = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
     if kind.name not in known:
@@ -65,7 +67,7 @@ class Copies:
         if kept is None:
             raise UserError(
                 f"{type(self.model).__name__} has no norm outside its decoder layers, which DistributedDataParallel would "
-                "need: use FSDP2 (examples/accelerate_fsdp2.yaml)"
+                "need: use FSDP2 (examples/accelerate/fsdp2.yaml)"
             )
         self.kept: nn.Parameter = self.model.get_parameter(kept)
         names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - {kept}
@@ -116,7 +118,8 @@ def _average(bucket: list[Tensor]) -> None:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).div_(num_ranks())
     dist.all_reduce(flat)
-    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+    sizes = [tensor.numel() for tensor in bucket]
+    for tensor, part in zip(bucket, torch.split(flat, sizes), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
