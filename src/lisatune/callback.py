@@ -14,7 +14,14 @@ from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
 from lisatune.trainer.after_backward import AfterBackward
 from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
-from lisatune.trainer.processes import TOO_LATE, Copies, check_processes, prepare_shards, trainer_that_resumes
+from lisatune.trainer.processes import (
+    TOO_LATE,
+    Copies,
+    check_processes,
+    check_settings,
+    prepare_shards,
+    trainer_that_resumes,
+)
 from lisatune.trainer.settings import LisaSettings
 
 
@@ -85,11 +92,15 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         from accelerate.state import AcceleratorState  # an extra, but the Trainer has it
 
         self._sharded = check_processes(AcceleratorState())
-        if self._sharded and model is not None:
-            check_causal(find_layers(model, self.settings.decoder_name))
+        if num_ranks() == 1 or model is None:
+            return
+        check_settings(self.settings, sharded=self._sharded)
+        layers = find_layers(model, self.settings.decoder_name)
+        if self._sharded:
+            check_causal(layers)
             model.register_load_state_dict_post_hook(self._weights_are_loaded)
-        if num_ranks() > 1 and not self._sharded and model is not None:
-            self._copies = Copies(find_layers(model, self.settings.decoder_name))
+        else:
+            self._copies = Copies(layers)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the layers; freeze nothing yet."""

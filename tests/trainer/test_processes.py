@@ -29,6 +29,7 @@ CASES = {
     "copies, checkpointed, sampled embedding": {"arguments": {"gradient_checkpointing": True}, "lisa": SAMPLED},
     "copies, gradient norm": {"lisa": {"sampler": "gradient_norm"}},
     "copies, tied, keep": {"model": {"tied": True}, "lisa": {"state_policy": "keep"}},
+    "copies, slices": {"lisa": {"sampled_unit": "slices", "num_slices": 4}},
     "copies, SFT": {"trainer": "sft"},
     "copies, DPO": {"trainer": "dpo"},
     "shards": {"arguments": FSDP2, "sharded": True},
@@ -39,6 +40,12 @@ REFUSED = {
     "use_reentrant=True does not work on several processes": {
         "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         "output": "reentrant",
+    },
+    "sampled_unit=slices needs whole weights in each process": {
+        "arguments": FSDP2, "sharded": True, "lisa": {"sampled_unit": "slices"}, "output": "sharded slices"
+    },
+    "sampler=gradient_norm needs whole gradients in each process": {
+        "arguments": FSDP2, "sharded": True, "lisa": {"sampler": "gradient_norm"}, "output": "sharded gradient norm"
     },
 }  # fmt: skip
 ON_FOUR = ["copies", "copies, DPO", "shards"]

@@ -14,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.processes.collectives import num_ranks
+from lisatune.trainer.settings import LisaSettings
 
 BUCKET_BYTES = 2**25  # one message for many small tensors, as DDP's buckets of 25 MB
+INSTEAD = "use DistributedDataParallel (examples/accelerate/ddp.yaml)"
 TOO_LATE = (
     "on several processes LisaCallback has to be there when the Trainer is made: give it a model (no model_init) and "
     "callbacks=[LisaCallback()], instead of add_callback"
@@ -45,6 +47,18 @@ def check_processes(state: Any) -> bool:
     if kind.name not in known:
         raise UserError(f"LisaCallback does not know processes joined by {kind.name}: use DDP or FSDP2")
     return bool(kind == DistributedType.FSDP)
+
+
+def check_settings(settings: LisaSettings, *, sharded: bool) -> None:
+    """Refuse what works on one process alone, or only where each process holds whole weights."""
+    if sharded and settings.sampled_unit == "slices":
+        raise UserError(f"sampled_unit=slices needs whole weights in each process: {INSTEAD}, or sample layers")
+    if sharded and settings.sampler == "gradient_norm":
+        raise UserError(f"sampler=gradient_norm needs whole gradients in each process: {INSTEAD}, or another sampler")
+    if sharded and settings.state_policy == "keep":
+        raise UserError(f"state_policy=keep needs whole optimizer state in each process: {INSTEAD}, or reset_layers")
+    if settings.sampled_unit == "slices" and settings.train_norms is not True:
+        raise UserError("on several processes the norms have to train in every step: leave train_norms out")
 
 
 class Copies:
