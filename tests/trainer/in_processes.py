@@ -9,11 +9,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from conftest import make_llama, make_tokenizer
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from conftest import make_llama, make_tokenizer
 from lisatune import LisaCallback, UserError
 
 STEP = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3, "weight_decay": 0.1}

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_llama
 from safetensors.torch import load_file
 
-from conftest import make_llama
 from lisatune import UniformSampler, UserError, find_layers
 from lisatune.trainer.processes import check_processes
 
