@@ -26,6 +26,7 @@ from lisatune.assemble import make_learner
 from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
 from lisatune.plan.fake_processes import fake_ranks
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
+from lisatune.samplers.fixed import FixedSampler
 
 SHAPES = Path(__file__).parent / "shapes"
 GB = 10**9
@@ -253,8 +254,7 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
         model = AutoModelForCausalLM.from_config(model_config(str(SHAPES / f"{shape}.json")), dtype=dtype)
     learner = make_learner(config, model, device)
     if learner.engine and config.sampled_unit != "slices":
-        drawn = plan.drawn  # that of the forecast
-        learner.engine.sampler = lambda interval: drawn
+        learner.engine.sampler = FixedSampler(len(learner.engine.pool), plan.drawn)  # that of the forecast
     learner.model.train()
     batch = _batch(rows, tokens).to(device)
     learner.step(0, [batch], batch.num_labelled)

@@ -74,6 +74,8 @@ class LisaEngine:
             raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
         if layers.tied and train_embedding != train_head:
             raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
+        if not isinstance(sampler, Sampler):
+            raise UserError(f"{type(sampler).__name__} is no sampler: let its class inherit from lisatune.Sampler")
         self.pool = layers.pool(train_embedding=train_embedding, train_head=train_head)
         if sampler.num_layers != len(self.pool):
             sampled = ", ".join(part for part in self.pool if not part.startswith("layers."))
@@ -122,12 +124,11 @@ class LisaEngine:
         To be taken between the backward pass and whatever changes gradients, and handed to ``observe`` if the step is
         made.
         """
-        learns = hasattr(self.sampler, "observe")
-        return gradient_sq_norms(self.layers, self.pool, mean=True) if learns else {}
+        return gradient_sq_norms(self.layers, self.pool, mean=True) if self.sampler.learns else {}
 
     def observe(self, step: int, scores: dict[int, float]) -> None:
         """Tell the sampler, if it learns, the ``scores`` of optimizer step ``step``."""
-        if hasattr(self.sampler, "observe"):
+        if self.sampler.learns:
             self.sampler.observe(step, scores)
 
     def begin_step(self, step: int, optimizer: Optimizers) -> bool:
@@ -175,7 +176,7 @@ class LisaEngine:
         self._check_optimizers(each_of(optimizer))
         interval = (num_steps - 1) // self.interval_steps
         if sampler_state is not None:
-            self.sampler.load_state_dict(sampler_state)  # type: ignore[attr-defined]
+            self.sampler.load_state_dict(sampler_state)
         if drawn != self.sampler(interval):
             raise UserError(
                 f"the layers active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"

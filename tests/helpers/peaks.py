@@ -5,6 +5,7 @@ import torch
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
 from lisatune.memory.measure import state_bytes, tensor_bytes
+from lisatune.samplers.fixed import FixedSampler
 from tiny import VOCABULARY
 
 WIDE = {"layers": 3, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 4000}
@@ -15,7 +16,7 @@ def measured_peak(config, model, rows, tokens, drawn):
     learner = make_learner(config, model, torch.device("cpu"))
     learner.model.train()
     if learner.engine:
-        learner.engine.sampler = lambda interval: drawn
+        learner.engine.sampler = FixedSampler(len(learner.engine.pool), drawn)
     ids = torch.randint(3, VOCABULARY, (rows, tokens))
     micro = Batch(ids, ids, torch.arange(tokens).repeat(rows, 1), torch.ones_like(ids, dtype=torch.bool))
     micros = [micro] * config.gradient_accumulation_steps

@@ -6,6 +6,7 @@ import torch
 from lisatune import AdamW, LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.levers.inverse_chance import ChanceCorrection, active_chances
 from lisatune.levers.optimizer_in_backward import StepInBackward
+from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.weighted import WeightedSampler
 from tiny import VOCABULARY, make_llama
 
@@ -31,7 +32,7 @@ def one_step(drawn, chances, make_optimizer):
     """How far one LISA step moves each weight."""
     model = make_llama()
     layers, optimizer = find_layers(model), make_optimizer(model.parameters())
-    engine = LisaEngine(layers, lambda_sampler(drawn, 4), interval_steps=1)
+    engine = LisaEngine(layers, FixedSampler(4, drawn), interval_steps=1)
     engine.begin_step(0, optimizer)
     if chances is not None:
         ChanceCorrection(optimizer).set(active_chances(layers, layers.pool(), drawn, chances))
@@ -39,15 +40,6 @@ def one_step(drawn, chances, make_optimizer):
     backward(model)
     optimizer.step()
     return {name: after.double() - before[name] for name, after in weights(model).items()}
-
-
-def lambda_sampler(drawn, num_layers):
-    class Drawn:
-        def __call__(self, interval):
-            return drawn
-
-    Drawn.num_layers = num_layers
-    return Drawn()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,9 +1,10 @@
 import json
+import sys
 
 import pytest
 
 from frequencies import assert_frequencies
-from lisatune import UniformSampler, UserError
+from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.samplers import SAMPLERS, make_sampler
 from lisatune.samplers.bernoulli import BernoulliSampler
 from lisatune.samplers.fixed import FixedSampler
@@ -11,6 +12,8 @@ from lisatune.samplers.gradient_norm import GradientNormSampler
 from lisatune.samplers.round_robin import RoundRobinSampler
 from lisatune.samplers.sweep import SweepSampler
 from lisatune.samplers.weighted import WeightedSampler
+from lisatune.settings import build_config
+from tiny import make_llama
 
 COMMON = {"num_layers": 4, "num_active": 2, "interval_steps": 5, "seed": 3}
 
@@ -68,3 +71,72 @@ def test_refusals(name, options, message):
 def test_bernoulli_refuses_more_layers_than_there_are():
     with pytest.raises(UserError, match="num_active is 5, but the model has 4 decoder layers"):
         make_sampler("bernoulli", num_layers=4, num_active=5)
+
+
+OWN = """
+from dataclasses import dataclass
+from lisatune import Sampler
+
+@dataclass(frozen=True)
+class Top(Sampler):
+    num_layers: int
+    num_active: int
+    below: int = 0
+
+    def __call__(self, interval):
+        return tuple(range(self.num_layers - self.below))[-self.num_active :]
+
+class Nothing:
+    pass
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "own_samplers.py").write_text(OWN)
+    (tmp_path / "broken_samplers.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_samplers"
+    sys.modules.pop("own_samplers", None)
+
+
+def test_a_class_of_ones_own_is_found_by_its_module(own_module):
+    sampler = make(f"{own_module}:Top", below=1)
+    assert sampler(7) == (1, 2)
+    assert not sampler.learns
+    assert sampler.largest_draws([1, 1, 1, 1]) == [(2, 3)]
+    with pytest.raises(UserError, match="Top does not say how likely a layer is to be drawn"):
+        sampler.inclusion(0)
+    with pytest.raises(UserError, match=f"sampler {own_module}:Top has no option 'belo'; did you mean 'below'"):
+        make(f"{own_module}:Top", belo=1)
+    config = build_config(
+        {"model": "m", "data": "d", "output": "o", "sampler": f"{own_module}:Top", "sampler_options": {"below": 2}}
+    )
+    assert config.sampler == f"{own_module}:Top"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("own_samplers:Bottom", "cannot be imported .*has no attribute 'Bottom'.*: install its package, or set PYTHONPATH"),
+    ("own_samplers:Nothing", "is no sampler: write a dataclass that inherits from lisatune.Sampler"),
+    ("broken_samplers:Top", "cannot be imported .division by zero."),
+    ("no_such_module:Top", "cannot be imported .No module named 'no_such_module'."),
+    (":Top", "cannot be imported"),
+])  # fmt: skip
+def test_refusals_of_a_class_of_ones_own(own_module, name, message):
+    with pytest.raises(UserError, match=f"^sampler {name} .*{message}"):
+        make(name)
+
+
+def test_the_planner_learns_from_the_sampler_which_draws_are_largest():
+    sizes = [5, 5, 5, 9]  # three layers and an embedding
+    assert make("uniform").largest_draws(sizes) == [(2, 3)]
+    assert make("uniform").largest_draws(sizes, num_decoder=3) == [(0, 3), (1, 2), (2, 3)]
+    assert make("fixed", layers=[1, 0]).largest_draws(sizes, num_decoder=3) == [(0, 1)]
+    # 4 chances of 1/2: 2 on average, and 2 + 2.33 * 1 bounds 99 of 100 draws, so all 4
+    assert make("bernoulli").largest_draws(sizes) == [(0, 1, 2, 3)]
+    assert make("bernoulli", probabilities=[0.01] * 4).largest_draws(sizes) == [(3,)]
+
+
+def test_an_engine_wants_a_sampler_that_declares_what_it_can():
+    with pytest.raises(UserError, match="function is no sampler: let its class inherit from lisatune.Sampler"):
+        LisaEngine(find_layers(make_llama()), lambda interval: (0,))

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 
 from lisatune import UserError
+from lisatune.samplers import SAMPLERS
 from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, differences, used_settings
 from lisatune.settings.config import GROUPS, heading
 from lisatune.settings.methods import Method
@@ -14,6 +15,7 @@ from lisatune.settings.rules import WORD, holds, is_on
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 FIELDS = TrainConfig.model_fields
+REGISTRIES = {"sampler": SAMPLERS}
 METHODS = get_args(Method)
 OPTIMS = get_args(FIELDS["optim"].annotation)
 MANNERED = re.compile(r"^Of |\b(beside|anew|lies?|is told|drawn?|so many (?!steps|minutes|from))\b")
@@ -22,6 +24,8 @@ MANNERED = re.compile(r"^Of |\b(beside|anew|lies?|is told|drawn?|so many (?!step
 def some_value(name):
     """A value of the setting other than its default, if there is one that needs nothing else."""
     default = FIELDS[name].default
+    if name in REGISTRIES:
+        return next(choice for choice in list(REGISTRIES[name])[1:])
     words = [w for kind in (FIELDS[name].annotation, *get_args(FIELDS[name].annotation)) for w in get_args(kind)]
     words = [word for word in words if isinstance(word, str) and word != default]
     if isinstance(default, bool):
@@ -108,7 +112,9 @@ def settings_of(words):
     for match in words:
         setting, operator, text = match.groups()
         assert operator in (None, "=")
-        setting = setting.partition(".")[0]
+        setting, _, fact = setting.partition(".")
+        if fact:
+            text = next(choice for choice, facts in REGISTRIES[setting].items() if getattr(facts, fact))
         found[setting] = some_value(setting) if text is None else text
     return found
 
@@ -140,6 +146,7 @@ def test_what_would_have_no_effect_is_refused(name, condition):
 BROKEN = {  # a config in which the need is not met, for needs whose words cannot be turned round one by one
     "num_active!=0": {"num_active": 0},
     "sampled_unit!=slices or num_active<=num_slices": {"sampled_unit": "slices", "num_active": 20},
+    "sampled_unit!=slices or sampler.for_slices": {"sampled_unit": "slices", "sampler": "bernoulli"},
     "max_steps=null or warmup_steps<max_steps": {"max_steps": 5, "warmup_steps": 5},
     "train_embedding or train_head": {"train_embedding": False, "train_head": False},
     "sampled_unit!=slices or train_embedding=true or train_head=true": {"sampled_unit": "slices"},
@@ -156,12 +163,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
 @pytest.mark.parametrize(("name", "condition"), columns("needs"))
 def test_needs_are_refused_if_not_met(name, condition):
     text = ROWS[name].needs[condition]
-    if condition.startswith("optim"):
-        broken = {"optim": "lamb"}
-    elif condition.startswith("sampled_unit!=slices or sampler"):
-        broken = {"sampled_unit": "slices", "sampler": "bernoulli"}
-    else:
-        broken = BROKEN[condition]
+    broken = {"optim": "lamb"} if condition.startswith("optim") else BROKEN[condition]
     allowed = (
         ALLOWED.get(name, {}) if condition.partition("=")[0] not in ("gradient_checkpointing", "max_grad_norm") else {}
     )
@@ -187,6 +189,16 @@ def test_what_works_on_one_process_is_refused_on_two(name):
         with pytest.raises(UserError, match=f"^{name}=.* works on one process alone"):
             check_num_ranks(config, 2)
     check_num_ranks(build({"method": "lora"} if name.startswith("lora") else {}), 2)
+
+
+@pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in REGISTRIES for choice in REGISTRIES[name]])
+def test_choices_say_on_how_many_processes_they_work(name, choice):
+    config = build({name: choice} | ({"sampler_options": {"weights": [1]}} if choice == "weighted" else {}))
+    if REGISTRIES[name][choice].processes == 1:
+        with pytest.raises(UserError, match=f"^{name}={choice} works on one process alone"):
+            check_num_ranks(config, 2)
+    else:
+        check_num_ranks(config, 2)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -32,7 +32,7 @@ class InverseChance(Lever):
         engine = learner.engine
         if engine is None or engine.drawn is None:
             return
-        chances = engine.sampler.inclusion(engine.interval)  # type: ignore[attr-defined]
+        chances = engine.sampler.inclusion(engine.interval)  # type: ignore[arg-type]
         self.correction.set(active_chances(learner.layers, engine.pool, engine.drawn, chances))
 
 

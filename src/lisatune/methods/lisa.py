@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine, StatePolicy
-from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
 from lisatune.methods.base import Method
 from lisatune.pieces import split_layers
@@ -20,8 +19,6 @@ from lisatune.slices.engine import SliceEngine
 
 if TYPE_CHECKING:
     from lisatune.learner import Learner
-
-OWN_SETTINGS = {"name", "num_layers", "num_active", "interval_steps", "seed"}  # what sampler_options may not hold
 
 
 @dataclass(kw_only=True)
@@ -61,14 +58,9 @@ class Lisa(Method):
         Raises: UserError for options that the sampler does not know.
         """
         pool = layers.pool(train_embedding=self.train_embedding, train_head=self.train_head)
-        if taken := self.sampler_options.keys() & OWN_SETTINGS:
-            raise UserError(
-                f"sampler_options: {min(taken)} is none of them, give it as a setting of its own or not at all"
-            )
-        options = self.sampler_options | ({"names": pool} if self.sampler == "weighted" else {})
         sampler = make_sampler(
             self.sampler, num_layers=len(pool), num_active=self.num_active, interval_steps=self.interval_steps,
-            seed=self.seed, **options,
+            seed=self.seed, names=pool, **self.sampler_options,
         )  # fmt: skip
         return LisaEngine(
             layers, sampler, self.interval_steps, self.state_policy, train_embedding=self.train_embedding,

@@ -8,7 +8,6 @@ follows each storage as autograd, checkpoints and the optimizer make it and let 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,6 +31,7 @@ from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
 from lisatune.samplers import make_sampler
+from lisatune.samplers.base import Sampler
 from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
 from lisatune.slices.blocks import whole_of
 
@@ -190,11 +190,7 @@ def plan_run(
 
 
 def _worst_draws(config: TrainConfig, model: nn.Module) -> list[tuple[int, ...]]:
-    """The draws of which one needs most: as a rule the top layers, whose gradients lie beside everybody's activations.
-
-    With the embedding frozen the backward pass ends at the lowest active layer, so one with layer 0 can need more; and
-    where parts differ in size, the largest ones.
-    """
+    """The draws of which one needs most, as the sampler says."""
     if config.method not in LAYERWISE or config.sampled_unit == "slices":  # slices are equal to a row
         return [()]
     _, layers = make_method(config).prepare(model)
@@ -203,23 +199,16 @@ def _worst_draws(config: TrainConfig, model: nn.Module) -> list[tuple[int, ...]]
     if gamma > len(pool):
         unit = "decoder layers" if config.sampled_unit == "layers" else config.sampled_unit
         raise UserError(f"num_active is {gamma}, but the model has {len(pool)} {unit}: choose fewer")
-    if config.sampler == "fixed":
-        return [
-            make_sampler("fixed", num_layers=len(pool), num_active=gamma, seed=config.seed, **config.sampler_options)(0)
-        ]
-    if config.sampler == "bernoulli":  # 99 of 100 draws have no more
-        chances = config.sampler_options.get("probabilities") or [gamma / len(pool)] * len(pool)
-        mean, variance = sum(chances), sum(p * (1 - p) for p in chances)
-        gamma = min(len(pool), math.ceil(mean + 2.33 * math.sqrt(variance)))
-    by_size = sorted(range(len(pool)), key=lambda i: (-counts[pool[i]], -i))
-    draws = {tuple(sorted(by_size[:gamma]))}
-    if gamma and config.train_embedding is not True:
-        draws |= {tuple(sorted({0, *by_size[: gamma - 1]})), tuple(range(len(layers.decoder)))[-gamma:]}
-    return sorted(draws)
+    sampler = make_sampler(
+        config.sampler, num_layers=len(pool), num_active=gamma, interval_steps=config.interval_steps, seed=config.seed,
+        names=pool, **config.sampler_options,
+    )  # fmt: skip
+    ends_early = config.train_embedding is not True
+    return sampler.largest_draws([counts[part] for part in pool], len(layers.decoder) if ends_early else None)
 
 
 @dataclass(frozen=True)
-class _Draw:
+class _Draw(Sampler):
     """The same draw in each interval."""
 
     num_layers: int

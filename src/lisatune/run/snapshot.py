@@ -254,14 +254,17 @@ def _scalars_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampler_state(learner: Learner) -> dict[str, Any] | None:
-    state = getattr(learner.engine.sampler, "state_dict", None) if learner.engine else None
-    return None if state is None else state()
+    sampler = learner.engine.sampler if learner.engine else None
+    return sampler.state_dict() if sampler is not None and sampler.learns else None
 
 
 def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine | SliceEngine) -> None:
     """Refuse a draw that names no layer of this model, and the state of a sampler that has none."""
-    learns = hasattr(engine.sampler, "load_state_dict")
-    if state.drawn is None or any(i >= len(engine.pool) for i in state.drawn) or learns != (state.sampler is not None):
+    if (
+        state.drawn is None
+        or any(i >= len(engine.pool) for i in state.drawn)
+        or engine.sampler.learns != (state.sampler is not None)
+    ):
         raise Damaged(f"{checkpoint.folder / 'state.json'}: its draw of layers is not one of this run's sampler")
 
 

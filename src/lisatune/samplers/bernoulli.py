@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
 
 from lisatune.errors import UserError
+from lisatune.samplers.base import Sampler, largest_of
 from lisatune.samplers.draws import check_counts, hashed
 
 
 @dataclass(frozen=True)
-class BernoulliSampler:
+class BernoulliSampler(Sampler):
     """Draw each layer by itself with its own chance, as the pseudo code of the paper's first version does.
 
     How many are active varies: with chance 2/32 each, 2 on average, none in 13% of intervals and 5 or more in 5%. So
@@ -17,22 +21,27 @@ class BernoulliSampler:
 
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
-        probability: The chance of every layer, or a tuple with one for each (p of the paper), each from 0 to 1.
+        probabilities: The chance of every layer, or one for each (p of the paper), each from 0 to 1. By default
+            ``num_active / num_layers`` for each.
         seed: Any integer; another seed gives other draws.
+        num_active: The number of layers to expect (gamma), used only if there are no ``probabilities``.
     Raises: UserError for another number of chances than layers, and for what is no chance.
     Reference: Pan et al., LISA, arXiv:2403.17919v1, Algorithm 1.
     Example:
-        >>> [BernoulliSampler(num_layers=8, probability=0.25, seed=0)(interval) for interval in range(3)]
+        >>> [BernoulliSampler(num_layers=8, probabilities=0.25, seed=0)(interval) for interval in range(3)]
         [(0, 2, 4), (2, 3, 7), ()]
     """
 
     num_layers: int
-    probability: float | tuple[float, ...]
+    probabilities: float | Sequence[float] | None = None
     seed: int = 0
+    num_active: int = field(default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_counts(self.num_layers, 0)
-        chances = self.inclusion(0)
+        check_counts(self.num_layers, self.num_active)
+        given = self.num_active / self.num_layers if self.probabilities is None else self.probabilities
+        chances = (given,) * self.num_layers if isinstance(given, int | float) else tuple(given)
+        object.__setattr__(self, "probabilities", chances)
         if len(chances) != self.num_layers:
             raise UserError(f"{len(chances)} probabilities were given for {self.num_layers} layers: give one for each")
         for layer, chance in enumerate(chances):
@@ -49,4 +58,10 @@ class BernoulliSampler:
 
     def inclusion(self, interval: int) -> tuple[float, ...]:
         """The chances themselves."""
-        return self.probability if isinstance(self.probability, tuple) else (self.probability,) * self.num_layers
+        return cast(tuple[float, ...], self.probabilities)
+
+    def largest_draws(self, sizes: Sequence[int], num_decoder: int | None = None) -> list[tuple[int, ...]]:
+        """Those of as many parts as 99 of 100 draws do not exceed."""
+        chances = self.inclusion(0)
+        mean, variance = sum(chances), sum(p * (1 - p) for p in chances)
+        return largest_of(min(len(sizes), math.ceil(mean + 2.33 * math.sqrt(variance))), sizes, num_decoder)

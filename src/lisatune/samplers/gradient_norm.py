@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from lisatune.errors import UserError
+from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_counts, draw_by_weights, hashed, inclusion_by_weights
 
 
-class GradientNormSampler:
+@dataclass(eq=False)
+class GradientNormSampler(Sampler):
     """Draw the layers whose gradients are large more often.
 
     The score of a layer is the mean over an interval's steps of its gradient's root mean square, so that layers of any
@@ -55,39 +58,31 @@ class GradientNormSampler:
         [0, 2, 1, 2, 2, 2, 2, 2, 2]
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_active: int,
-        interval_steps: int,
-        seed: int = 0,
-        *,
-        temperature: float = 1.0,
-        exploration: float = 0.1,
-        smoothing: float = 0.5,
-        refresh_intervals: int = 1,
-    ) -> None:
-        check_counts(num_layers, num_active)
-        for name, count in [("interval_steps", interval_steps), ("refresh_intervals", refresh_intervals)]:
-            if count < 1:
+    num_layers: int
+    num_active: int
+    interval_steps: int
+    seed: int = 0
+    temperature: float = field(default=1.0, kw_only=True)
+    exploration: float = field(default=0.1, kw_only=True)
+    smoothing: float = field(default=0.5, kw_only=True)
+    refresh_intervals: int = field(default=1, kw_only=True)
+    learns: ClassVar[bool] = True
+    processes: ClassVar[int | None] = 1
+
+    def __post_init__(self) -> None:
+        check_counts(self.num_layers, self.num_active)
+        for name in ("interval_steps", "refresh_intervals"):
+            if (count := getattr(self, name)) < 1:
                 raise UserError(f"{name} is {count}: choose at least 1")
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature is {temperature}: choose a number above 0")
-        if not 0 <= exploration <= 1:
-            raise UserError(f"exploration is {exploration}: choose 0 to 1")
-        if not 0 < smoothing <= 1:
-            raise UserError(f"smoothing is {smoothing}: choose a number above 0, at most 1")
-        self.num_layers = num_layers
-        self.num_active = num_active
-        self.interval_steps = interval_steps
-        self.seed = seed
-        self.temperature = temperature
-        self.exploration = exploration
-        self.smoothing = smoothing
-        self.refresh_intervals = refresh_intervals
-        self._scores: list[float | None] = [None] * num_layers  # from before the current period
-        self._sums = [0.0] * num_layers  # of the current period
-        self._counts = [0] * num_layers
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature is {self.temperature}: choose a number above 0")
+        if not 0 <= self.exploration <= 1:
+            raise UserError(f"exploration is {self.exploration}: choose 0 to 1")
+        if not 0 < self.smoothing <= 1:
+            raise UserError(f"smoothing is {self.smoothing}: choose a number above 0, at most 1")
+        self._scores: list[float | None] = [None] * self.num_layers  # from before the current period
+        self._sums = [0.0] * self.num_layers  # of the current period
+        self._counts = [0] * self.num_layers
         self._period = 0  # the one that was last observed; a period is refresh_intervals intervals
 
     def __call__(self, interval: int) -> tuple[int, ...]:

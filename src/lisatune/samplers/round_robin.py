@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_counts
 
 
 @dataclass(frozen=True)
-class RoundRobinSampler:
+class RoundRobinSampler(Sampler):
     """Go through the layers in order, from the bottom, and start again after the last.
 
     Args:
@@ -24,6 +26,7 @@ class RoundRobinSampler:
         [(0, 1), (2, 3), (0, 4), (1, 2)]
     """
 
+    for_slices: ClassVar[bool] = True
     num_layers: int
     num_active: int
     descending: bool = False

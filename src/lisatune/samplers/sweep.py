@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_counts, shuffled
 
 
 @dataclass(frozen=True)
-class SweepSampler:
+class SweepSampler(Sampler):
     """Go through all layers in random order, each once, then again in another order.
 
     A sweep takes ``num_active`` layers an interval, and so ceil(num_layers / num_active) intervals. If the layers do
@@ -30,6 +32,7 @@ class SweepSampler:
         [(0, 4), (2, 3), (1, 5, 6)]
     """
 
+    for_slices: ClassVar[bool] = True
     num_layers: int
     num_active: int
     seed: int = 0

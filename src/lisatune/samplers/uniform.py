@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_counts, shuffled
 
 
 @dataclass(frozen=True)
-class UniformSampler:
+class UniformSampler(Sampler):
     """Draw ``num_active`` of ``num_layers`` layers, every set equally likely: the paper's gamma of N_L.
 
     Each layer gets a 64-bit hash of (seed, interval, layer) and those with the smallest hashes are drawn. A hash
@@ -25,6 +27,7 @@ class UniformSampler:
         (3, 13)
     """
 
+    for_slices: ClassVar[bool] = True
     num_layers: int
     num_active: int
     seed: int = 0

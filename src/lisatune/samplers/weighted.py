@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lisatune.errors import UserError, did_you_mean
+from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_counts, draw_by_weights, hashed, inclusion_by_weights
 
 
 @dataclass(frozen=True)
-class WeightedSampler:
+class WeightedSampler(Sampler):
     """Draw ``num_active`` layers one after another, each time by weight among those that are left.
 
     With equal weights it draws what ``UniformSampler`` draws, layer for layer. The chance to be active grows more
@@ -24,8 +25,10 @@ class WeightedSampler:
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
         num_active: Layers drawn for each interval (gamma), at most as many as have a weight above 0.
-        weights: One for each layer, in any unit; a layer of weight 0 never trains.
+        weights: One for each layer, in any unit; a layer of weight 0 never trains. A tuple, or what ``parse_weights``
+            or ``read_weights`` takes: a list, an object from names to weights, or the path of a JSON file.
         seed: Any integer; another seed gives other draws.
+        names: What the layers are called in an object: ``layers.pool()``. Default: layers.0, layers.1, ...
     Raises: UserError for another number of weights than layers, for a weight that is negative or not finite, and if
         fewer than ``num_active`` are above 0.
     Reference: The paper's p(l), arXiv:2403.17919; Li et al., OWS, arXiv:2405.18380, which draws by
@@ -40,10 +43,15 @@ class WeightedSampler:
 
     num_layers: int
     num_active: int
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = field(metadata={"needs": "a list, or the path of a JSON file"})
     seed: int = 0
+    names: Sequence[str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        given: Any = self.weights
+        if not isinstance(given, tuple):
+            read = read_weights if isinstance(given, str | PathLike) else parse_weights
+            object.__setattr__(self, "weights", read(given, self.num_layers, self.names))
         check_counts(self.num_layers, self.num_active)
         if len(self.weights) != self.num_layers:
             raise UserError(f"{len(self.weights)} weights were given for {self.num_layers} layers: give one for each")

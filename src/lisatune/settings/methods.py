@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
+from lisatune.samplers import SAMPLERS, check_options, find_sampler
 from lisatune.settings.row import row
 
 Method = Literal["lisa", "fixed", "badam", "lora", "full", "mezo"]
 LAYERWISE: tuple[str, ...] = ("lisa", "fixed", "badam")  # train some layers at a time
 FIRST_ORDER: tuple[str, ...] = (*LAYERWISE, "lora", "full")
-SLICES_SAMPLERS = ("sweep", "uniform", "round_robin", "fixed")
 
 # what a method is, where it is LISA with other settings; the user's own win
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,14 +51,14 @@ class Sampling(BaseModel):
     interval_steps: int = row(20, "Optimizer steps until new layers are sampled (K).", ge=1, methods=LAYERWISE)
     sampler: str = row(
         "uniform",
-        "How layers are sampled: uniform, bernoulli, sweep, round_robin, fixed, weighted, gradient_norm.",
-        methods=LAYERWISE, one_process=("gradient_norm",),
+        f"How layers are sampled: {', '.join(SAMPLERS)}; or MODULE:CLASS, a class of your own.",
+        methods=LAYERWISE, choices=find_sampler,
         never_with={
-            "optimizer_in_backward and sampler=gradient_norm": "after which no gradient is left to look at",
+            "optimizer_in_backward and sampler.learns": "after which no gradient is left to look at",
         },
         needs={
-            " or ".join(["sampled_unit!=slices", *(f"sampler={name}" for name in SLICES_SAMPLERS)]): "cannot draw slices, of "
-            f"which each matrix needs the same number: choose {', '.join(SLICES_SAMPLERS)}",
+            "sampled_unit!=slices or sampler.for_slices": "cannot draw slices, of which each matrix needs the same number: "
+            f"choose {', '.join(name for name, kind in SAMPLERS.items() if kind.for_slices)}",
         },
     )  # fmt: skip
     sampler_options: dict[str, Any] = row(
@@ -121,6 +121,11 @@ class Sampling(BaseModel):
         True, "The same for the head. If it is tied to the embedding, both take the same value.", methods=LAYERWISE
     )
     decoder_name: str | None = row(None, "Dotted path of the decoder layers, if they are not recognised.")
+
+    @model_validator(mode="after")
+    def _check_sampler(self) -> Self:
+        check_options(self.sampler, self.sampler_options)
+        return self
 
 
 class Lora(BaseModel):

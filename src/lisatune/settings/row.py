@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Row:
         place: It names a place, which each host may have elsewhere; the content is compared instead.
         ladder: Where the planner pulls it; the lower, the less time it costs. None: the planner leaves it alone.
         pulled: The value to which the planner sets it; None if the planner finds the value.
+        choices: Finds what a choice says about itself, by its name. It works on ``processes`` processes at most.
         was: Its name in an earlier version, which is still understood.
     """
 
@@ -46,6 +47,7 @@ class Row:
     place: bool = False
     ladder: int | None = None
     pulled: Any = True
+    choices: Callable[[str], Any] | None = None
     was: str = ""
 
     def __call__(self, schema: dict[str, Any]) -> None:

@@ -72,13 +72,21 @@ def _word_holds(word: str, config: TrainConfig) -> bool:
     match = WORD.fullmatch(word)
     assert match, f"'{word}' is no condition"
     name, operator, text = match.groups()
-    value = getattr(config, name)
+    name, _, fact = name.partition(".")
+    value = getattr(_choice(name, config), fact) if fact else getattr(config, name)
     if operator is None:
         return bool(value)
     if operator in ("=", "!="):
         return (_spelled(value) == text) == (operator == "=")
     limit = getattr(config, text)
     return bool(value <= limit if operator == "<=" else value < limit)
+
+
+def _choice(name: str, config: TrainConfig) -> Any:
+    """What the choice that is made says about itself: a row of its registry."""
+    find = ROWS[name].choices
+    assert find is not None, f"{name} is no choice from a registry"
+    return find(getattr(config, name))
 
 
 def _spelled(value: Any) -> str:
@@ -132,5 +140,6 @@ def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
         return
     for name, value in used_settings(config).items():
         alone = ROWS[name].one_process
-        if value in alone if isinstance(alone, tuple) else alone and is_on(name, config):
+        alone = value in alone if isinstance(alone, tuple) else alone and is_on(name, config)
+        if alone or (ROWS[name].choices and (_choice(name, config).processes or num_ranks) < num_ranks):
             raise UserError(f"{name}={value} works on one process alone: leave it out, or start one")

@@ -13,16 +13,12 @@ from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
 from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of
+from lisatune.samplers import SAMPLERS
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
-from lisatune.samplers.fixed import FixedSampler
-from lisatune.samplers.round_robin import RoundRobinSampler
-from lisatune.samplers.sweep import SweepSampler
-from lisatune.samplers.uniform import UniformSampler
 from lisatune.slices.blocks import Cut, Slots, cut_of
 from lisatune.slices.modules import SlicedForward
 
-SAMPLERS = (SweepSampler, UniformSampler, RoundRobinSampler, FixedSampler)
 NAME = "lisatune_slices"  # of the modules that hold what trains
 
 
@@ -87,14 +83,14 @@ class SliceEngine:
             raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
         if layers.tied and train_embedding != train_head:
             raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
-        if not isinstance(sampler, SAMPLERS):
+        if not (isinstance(sampler, Sampler) and sampler.for_slices):
+            choices = ", ".join(kind.__name__ for kind in SAMPLERS.values() if kind.for_slices)
             raise UserError(
-                f"{type(sampler).__name__} cannot draw slices, of which each tensor needs the same number: choose "
-                f"{', '.join(kind.__name__ for kind in SAMPLERS)}"
+                f"{type(sampler).__name__} cannot draw slices, of which each tensor needs the same number: choose {choices}"
             )
         self.layers = layers
         self.sampler = sampler
-        self._num_active = len(sampler.layers) if isinstance(sampler, FixedSampler) else sampler.num_active
+        self._num_active: int = sampler.num_active  # type: ignore[attr-defined]  # ``for_slices`` says so
         self.interval_steps = interval_steps
         self.state_policy = state_policy
         self.pool = tuple(f"slices.{block}" for block in range(sampler.num_layers))

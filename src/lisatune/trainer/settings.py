@@ -79,13 +79,12 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
         layers = split_layers(layers, settings.sampled_unit)  # type: ignore[arg-type]
     trains = {"train_embedding": settings.train_embedding, "train_head": settings.train_head}
     pool = layers.pool(**trains)
-    options = settings.sampler_options | ({"names": pool} if settings.sampler == "weighted" else {})
     if settings.num_active > len(pool):
         unit = "decoder layers" if settings.sampled_unit == "layers" else settings.sampled_unit
         raise UserError(f"num_active is {settings.num_active}, but the model has {len(pool)} {unit}: choose fewer")
     sampler = make_sampler(
         settings.sampler, num_layers=len(pool), num_active=settings.num_active, seed=settings.seed,
-        interval_steps=settings.interval_steps, **options,
+        interval_steps=settings.interval_steps, names=pool, **settings.sampler_options,
     )  # fmt: skip
     return LisaEngine(layers, sampler, settings.interval_steps, settings.state_policy, **trains)
 
