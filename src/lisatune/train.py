@@ -70,7 +70,7 @@ def train(
 
 def train_built(run: Run, *, console: Console, resume: bool = False, allow_changes: bool = False) -> dict[str, Any]:
     """Train ``run`` as ``train`` does, while no other process may use its folder."""
-    config, folder = run.config, Path(run.config.output)
+    config, folder = run.config, run.folder
     model_config, device = run.learner.layers.model.config, run.device.type
     try:
         with hold(folder, resume), stop_signals() as stop:
@@ -130,7 +130,7 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
         # a bad step changed nothing: go on without it, or stop
         progress.advance(batch, position, bad=outcome.bad)
         if outcome.bad:
-            skip_or_stop(config, progress, batch, outcome, console)
+            skip_or_stop(run, progress, batch, outcome, console)
 
         # what the step led to
         evaluation = run.evaluate(step + 1)
@@ -144,8 +144,6 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
             saving.save(progress)
             if signal:
                 saving.wait()
-                raise Stopped(
-                    f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_resume(Path(config.output))}", signal
-                )
+                raise Stopped(f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_resume(run.folder)}", signal)
     journal.settle(progress)
     saving.wait()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from lisatune.common.console import warn
@@ -12,17 +10,18 @@ from lisatune.data.loader import Batch
 from lisatune.errors import UserError
 from lisatune.learner import Outcome
 from lisatune.processes.collectives import together
+from lisatune.run.build import Run
 from lisatune.run.progress import Progress
-from lisatune.settings import TrainConfig
 
 MOST_SKIPPED_IN_A_ROW = 10
 
 
-def skip_or_stop(config: TrainConfig, progress: Progress, batch: Batch, outcome: Outcome, console: Console) -> None:
+def skip_or_stop(run: Run, progress: Progress, batch: Batch, outcome: Outcome, console: Console) -> None:
     """Report a step that was left out.
 
     Raises: UserError if ``on_bad_step`` says to stop, or if too many steps in a row were left out.
     """
+    config = run.config
     shown = "; ".join(batch.places[:3]) + (f" and {len(batch.places) - 3} more" if len(batch.places) > 3 else "")
     limit = f" (bad_grad_norm={config.bad_grad_norm})" if config.bad_grad_norm else ""
     text = (
@@ -36,6 +35,6 @@ def skip_or_stop(config: TrainConfig, progress: Progress, batch: Batch, outcome:
     with together():
         raise UserError(
             f"{text}{again}, so the run was stopped, with its last checkpoint as it was; try a lower learning_rate, "
-            f"warmup_steps or on_bad_step=skip; {how_to_resume(Path(config.output))} --allow-changes, with the settings "
+            f"warmup_steps or on_bad_step=skip; {how_to_resume(run.folder)} --allow-changes, with the settings "
             "that change"
         )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class Run:
     meter: PeakMeter
     device: torch.device
     scorer: Scorer | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.config.output)
 
     def batches(self, progress: Progress) -> Iterator[tuple[int, Batch, Position]]:
         """The steps that are left: number (from 0), batch, and where the data goes on after it.

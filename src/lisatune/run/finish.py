@@ -22,14 +22,13 @@ def finish(run: Run, progress: Progress, scores: dict[str, float] | None, consol
 
     Returns: The summary, as ``summary.json`` holds it.
     """
-    folder = Path(run.config.output)
     summary = summarize(run, progress, scores)
     if run.data.streamed:
         console.print(f"train: {run.data.streamed.describe()}", highlight=False)
-    save_trained(run, folder)
+    save_trained(run, run.folder)
     if rank() == 0:
-        write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        report_if_possible(folder, console)
+        write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        report_if_possible(run.folder, console)
     barrier()
     return summary
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from rich.console import Console
 
@@ -38,10 +37,9 @@ class Journal:
         self.run = run
         self.scores: dict[str, float] | None = None
         self._console = console
-        self._folder = Path(run.config.output)
         self._recorder: NormRecorder | None = None
         if run.config.norm_steps:
-            self._recorder = NormRecorder(run.learner.layers, self._folder, source=run.config.model)
+            self._recorder = NormRecorder(run.learner.layers, self.run.folder, source=run.config.model)
             console.print(self._recorder.describe(), highlight=False)
 
     @contextmanager
@@ -49,7 +47,7 @@ class Journal:
         """Open all files where ``progress`` says; lines of later steps are dropped."""
         self._started = time.perf_counter() - progress.train_seconds
         with ExitStack() as stack:
-            self._metrics = stack.enter_context(Metrics(self.run.config, self._folder, progress.step))
+            self._metrics = stack.enter_context(Metrics(self.run.config, self.run.folder, progress.step))
             self._advance = stack.enter_context(training_bar(self.run.data.num_steps, self._console))
             if self._recorder:
                 stack.enter_context(self._recorder).begin(progress.step, progress.trained_steps or None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from lisatune.errors import UserError
 from lisatune.run.build import Run
 from lisatune.run.progress import Progress
 from lisatune.run.snapshot import Snapshots, State, environment, read_state_of
-from lisatune.settings import TrainConfig, differences, read_settings, used_settings
+from lisatune.settings import differences, read_settings, used_settings
 
 
 def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bool) -> Progress:
@@ -21,7 +20,7 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
 
     Raises: UserError if settings or data have changed and ``allow_changes`` is false, or there is nothing to go on from.
     """
-    folder = Path(run.config.output)
+    folder = run.folder
     checkpoint = snapshots.checkpoints.latest(lambda text: warn(console, text))
     state = None if checkpoint is None else read_state_of(checkpoint)
 
@@ -52,7 +51,7 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
 
 def _changes(run: Run, state: State | None) -> list[str]:
     """Settings and data that are not those that the run began with, in words."""
-    before = _settings_before(run.config) if state is None else state.config
+    before = _settings_before(run) if state is None else state.config
     identity = {} if state is None else state.identity
     return differences(before, used_settings(run.config)) + [
         f"{name} data: {run.data.identity.get(name, 'none')} (was {was})"
@@ -61,10 +60,10 @@ def _changes(run: Run, state: State | None) -> list[str]:
     ]
 
 
-def _settings_before(config: TrainConfig) -> dict[str, Any]:
+def _settings_before(run: Run) -> dict[str, Any]:
     """The settings that a run without a checkpoint began with."""
-    path = Path(config.output) / "config.yaml"
-    return read_settings(str(path), []) if path.is_file() else used_settings(config)
+    path = run.folder / "config.yaml"
+    return read_settings(str(path), []) if path.is_file() else used_settings(run.config)
 
 
 def _warn_of_environment(state: State, device: torch.device, console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 from lisatune.common.signals import StopSignal
 from lisatune.processes.collectives import most, num_ranks, rank
@@ -26,7 +25,7 @@ class Saving:
     def __init__(self, run: Run, stop: StopSignal) -> None:
         config = run.config
         background = run.device.type == "cuda" and num_ranks() == 1
-        checkpoints = Checkpoints(Path(config.output), keep=config.save_total_limit, background=background)
+        checkpoints = Checkpoints(run.folder, keep=config.save_total_limit, background=background)
         self.snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
         self._times = SaveTimes(config)
         self._stop = stop
