@@ -316,7 +316,7 @@ def test_what_has_not_trained_is_not_read_again(tmp_path, method):
     with NormRecorder(layers, tmp_path) as recorder:
         recorder.begin()
         measured = []
-        recorder._measure = lambda part: measured.append(part) or {"norm": 1.0, "change": 1.0}
+        recorder._distances.measure = lambda part: measured.append(part) or {"norm": 1.0, "change": 1.0}
         recorder.count({"layers.2", "outside", "no such part"})
         recorder.record(1)
         recorder.record(2)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lisatune.common.files import write_whole
+from lisatune.common.lines import drop_later_lines
 from lisatune.errors import missing_package
 from lisatune.processes.collectives import rank
 from lisatune.settings import TrainConfig
@@ -29,8 +30,7 @@ class Metrics:
 
     def __init__(self, config: TrainConfig, folder: Path, num_steps: int = 0) -> None:
         path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
-        if path.is_file():
-            write_whole(path, "".join(line + "\n" for line in _lines_until(path, num_steps)))
+        drop_later_lines(path, num_steps, step_of=_step_of)
         self._file = path.open("a", encoding="utf-8")
         self._tracker = _make_tracker(config, folder, num_steps) if rank() == 0 else None
 
@@ -67,17 +67,12 @@ def check_tracker(config: TrainConfig) -> None:
         raise missing_package(config.log_to, f"log_to={config.log_to}", config.log_to)
 
 
-def _lines_until(path: Path, num_steps: int) -> list[str]:
-    """Lines of the steps up to ``num_steps``; of none, not of step 0 either, if no step is done. Half a line is left out."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if num_steps and step <= num_steps:
-            kept.append(line)
-    return kept
+def _step_of(text: str) -> int | None:
+    try:
+        step = json.loads(text)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _make_tracker(config: TrainConfig, folder: Path, num_steps: int) -> Any:

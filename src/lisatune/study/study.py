@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lisatune.errors import UserError
 from lisatune.pages.html import html_page, html_table
-from lisatune.study.recorder import NORMS, read_line
+from lisatune.study.norms_file import NORMS, read_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
