@@ -30,6 +30,7 @@ from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
 from lisatune.processes.collectives import check_alike, num_ranks, rank, together
 from lisatune.processes.group import local_device
+from lisatune.run.coverage import describe_coverage
 from lisatune.run.data import Data, prepare_data
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.metrics import check_tracker
@@ -144,6 +145,8 @@ def build(
     meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
     with explain_out_of_memory(config, model.config, device.type, data.longest), together():
         learner = make_learner(config, model, device)
+    for line in describe_coverage(config, learner, data.num_steps):
+        console.print(line, highlight=False)
     if config.packing:
         learner.call(_check_packing, learner.layers, device)
     return Run(config, tokenizer, learner, data, plan, meter, device, scorer)

@@ -1,0 +1,99 @@
+"""What a run's settings mean before its first step: how far each part moves, and what will never train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lisatune.engine import LisaEngine
+from lisatune.learner import Learner
+from lisatune.samplers.base import Sampler
+from lisatune.samplers.fixed import FixedSampler
+from lisatune.settings.config import TrainConfig
+from lisatune.slices.engine import SliceEngine
+
+MOST_INTERVALS = 5000  # that are looked at; after so many a unit that had no turn has next to no chance
+
+
+def describe_coverage(config: TrainConfig, learner: Learner, num_steps: int) -> list[str]:
+    """One or two lines: the effective rate of each part, and how many units train never or once in ``num_steps``.
+
+    The effective rate is the learning rate times the share of steps in which a part trains: how far it moves, against full
+    fine-tuning at that rate. Nothing is said where all parts train in every step at one rate.
+    """
+    shares = _shares(learner)
+    if config.norm_lr_ratio == 1:
+        shares.pop("norms", None)
+    rates = {part: config.learning_rate * ratio for part, ratio in _ratios(config, learner).items() if part in shares}
+    lines = []
+    if len(set(rates.values())) > 1 or min(shares.values(), default=1.0) < 1:
+        said = [
+            f"{part} {rates[part] * share:.2g}" + (f" ({rates[part]:.2g} in {100 * share:.2g}% of steps)" if share < 1 else "")
+            for part, share in shares.items()
+        ]  # fmt: skip
+        lines.append(f"effective learning rates: {', '.join(said)}")
+    if learner.engine is not None:
+        lines += _untrained(config, learner.engine, num_steps)
+    return lines
+
+
+def turns(sampler: Sampler, num_intervals: int) -> list[int] | None:
+    """How often each unit is sampled, counted up to 2; None if that depends on what a sampler will learn.
+
+    Example:
+        >>> from lisatune.samplers.sweep import SweepSampler
+        >>> turns(SweepSampler(num_layers=4, num_active=1), num_intervals=6)
+        [1, 1, 2, 2]
+    """
+    if hasattr(sampler, "observe"):
+        return None
+    counts = [0] * sampler.num_layers
+    for interval in range(min(num_intervals, MOST_INTERVALS)):
+        for unit in sampler(interval):
+            counts[unit] = min(2, counts[unit] + 1)
+        if min(counts) == 2:
+            break
+    return counts
+
+
+def _untrained(config: TrainConfig, engine: LisaEngine | SliceEngine, num_steps: int) -> Iterator[str]:
+    if isinstance(engine.sampler, FixedSampler):
+        return  # what never trains was asked for
+    counts = turns(engine.sampler, -(-num_steps // engine.interval_steps))
+    if counts is None or min(counts) == 2:
+        return
+    unit = {"layers": "decoder layers"}.get(config.sampled_unit, config.sampled_unit)
+    remedy = "fewer interval_steps or more num_active" + ("" if config.sampler == "sweep" else ", or sampler=sweep")
+    yield (
+        f"of {len(counts)} {unit}, {counts.count(0)} will never train and {counts.count(1)} in one interval only, in "
+        f"{num_steps:,} steps" + (f": {remedy} would reach them" if 0 in counts else "")
+    )
+
+
+def _shares(learner: Learner) -> dict[str, float]:
+    """Parts to the share of steps in which they train; those that never do are left out."""
+    engine, layers = learner.engine, learner.layers
+    if engine is None:
+        return {part: 1.0 for part in ("layers", "embedding", "head", "norms") if _trains(learner, part)}
+    inclusion = engine.sampler.inclusion(0)  # type: ignore[attr-defined]
+    mean = sum(inclusion) / len(inclusion)
+    if isinstance(engine, SliceEngine):
+        found = {"layers": mean} | {
+            part: mean if kind == "sampled" else float(kind) for part, kind in engine.trains.items()
+        }
+    else:
+        trains = {"embedding": engine.train_embedding, "head": engine.train_head}
+        found = {"layers": mean} | {part: mean if kind == "sampled" else float(kind) for part, kind in trains.items()}
+    if layers.tied or layers.head is None:
+        found.pop("head")
+    return {part: share for part, share in found.items() if share}
+
+
+def _trains(learner: Learner, part: str) -> bool:
+    own = learner.layers.parts()[{"layers": "layers.0", "norms": "norm"}.get(part, part)]
+    return any(p.requires_grad for p in own.values())
+
+
+def _ratios(config: TrainConfig, learner: Learner) -> dict[str, float]:
+    embedding = config.embedding_lr_ratio
+    head = config.head_lr_ratio or (embedding if learner.layers.tied else 1.0)
+    return {"layers": 1.0, "embedding": embedding, "head": head, "norms": config.norm_lr_ratio}

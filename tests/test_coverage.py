@@ -1,0 +1,51 @@
+"""What a run says of effective rates and of units that never train."""
+
+import pytest
+import torch
+
+from conftest import make_llama
+from lisatune.assemble import make_learner
+from lisatune.run.coverage import describe_coverage, turns
+from lisatune.samplers.uniform import UniformSampler
+from lisatune.settings.config import build_config
+
+NEEDED = {"model": "m", "data": "d", "output": "o", "device": "cpu", "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "full"}, []),
+        (
+            {"method": "full", "embedding_lr_ratio": 0.1, "norm_lr_ratio": 2},
+            ["effective learning rates: layers 0.001, embedding 0.0001, head 0.001, norms 0.002"],
+        ),
+        (
+            {"num_active": 1, "interval_steps": 5},
+            [
+                "effective learning rates: layers 0.00025 (0.001 in 25% of steps), embedding 0.001, head 0.001",
+                "of 4 decoder layers, 2 will never train and 1 in one interval only, in 15 steps: fewer interval_steps or "
+                "more num_active, or sampler=sweep would reach them",
+            ],
+        ),
+        ({"sampler": "fixed"}, ["effective learning rates: layers 0.0005 (0.001 in 50% of steps), embedding 0.001, head 0.001"]),
+        (
+            {"sampled_unit": "slices", "num_slices": 10, "train_head": True, "head_lr_ratio": 0.1},
+            [
+                "effective learning rates: layers 0.0001 (0.001 in 10% of steps), embedding 0.0001 (0.001 in 10% of steps), "
+                "head 0.0001",
+                "of 10 slices, 0 will never train and 5 in one interval only, in 15 steps",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_it_says_how_far_parts_move_and_what_never_trains(settings, said):
+    config = build_config(NEEDED | settings)
+    learner = make_learner(config, make_llama(), torch.device("cpu"))
+    assert describe_coverage(config, learner, num_steps=15) == said
+
+
+def test_turns_are_those_that_the_engine_will_take():
+    sampler = UniformSampler(30, 2, seed=1)
+    drawn = [unit for interval in range(14) for unit in sampler(interval)]
+    assert turns(sampler, 14) == [min(2, drawn.count(unit)) for unit in range(30)]
