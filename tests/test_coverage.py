@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import make_llama
+
 from lisatune.assemble import make_learner
 from lisatune.run.coverage import describe_coverage, turns
 from lisatune.samplers.uniform import UniformSampler

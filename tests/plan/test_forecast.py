@@ -25,6 +25,20 @@ CASES = {
     "in backward": {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_checkpointing": True},
     "embedding frozen": {"train_embedding": False, "train_head": False},
     "two micro-batches": {"gradient_accumulation_steps": 2},
+    "slices": {"sampled_unit": "slices", "num_slices": 8},
+    "slices with moments": {
+        "sampled_unit": "slices",
+        "num_slices": 3,
+        "interval_steps": 5,
+        "train_embedding": True,
+        "train_head": True,
+    },
+    "slices in backward": {
+        "sampled_unit": "slices",
+        "num_slices": 8,
+        "optimizer_in_backward": True,
+        "max_grad_norm": 0,
+    },
 }
 
 

@@ -9,7 +9,7 @@ from lisatune import UserError
 from lisatune.samplers import SAMPLERS
 from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, differences, used_settings
 from lisatune.settings.config import GROUPS, heading
-from lisatune.settings.methods import Method
+from lisatune.settings.methods import NOT_FORGOTTEN, Method
 from lisatune.settings.row import Row
 from lisatune.settings.rules import WORD, holds, is_on
 
@@ -150,6 +150,9 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "max_steps=null or warmup_steps<max_steps": {"max_steps": 5, "warmup_steps": 5},
     "train_embedding or train_head": {"train_embedding": False, "train_head": False},
     "sampled_unit!=slices or train_embedding=true or train_head=true": {"sampled_unit": "slices"},
+    NOT_FORGOTTEN: {"sampled_unit": "slices"},
+    "optim!=sign": {"optim": "sign"},
+    f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": {"sampled_unit": "slices", "optim": "adamw_8bit"},
     "gradient_checkpointing": {},
     "gradient_checkpointing=true": {},
     "max_grad_norm=0": {},
@@ -163,7 +166,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
 @pytest.mark.parametrize(("name", "condition"), columns("needs"))
 def test_needs_are_refused_if_not_met(name, condition):
     text = ROWS[name].needs[condition]
-    broken = {"optim": "lamb"} if condition.startswith("optim") else BROKEN[condition]
+    broken = BROKEN[condition] if condition in BROKEN else {"optim": "lamb"}
     allowed = (
         ALLOWED.get(name, {}) if condition.partition("=")[0] not in ("gradient_checkpointing", "max_grad_norm") else {}
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from lisatune.processes.tensors import local
+from lisatune.slices.blocks import whole_of
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -27,8 +28,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of ``tensors``, each object counted once; of one in shards those of this process."""
-    return sum(local(t).numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+    """Bytes of ``tensors``, each object counted once, slices of others not at all; of one in shards those of this process."""
+    whole = {id(t): t for t in tensors if whole_of(t) is t}
+    return sum(local(t).numel() * t.element_size() for t in whole.values())
 
 
 class PeakMeter:

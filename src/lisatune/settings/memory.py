@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from lisatune.settings.methods import FIRST_ORDER
+from lisatune.settings.methods import FIRST_ORDER, NOT_FORGOTTEN
 from lisatune.settings.optim import IN_BLOCKS
 from lisatune.settings.row import row
 
@@ -61,7 +61,10 @@ class Memory(BaseModel):
     )  # fmt: skip
     offload_optimizer: bool = row(
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time. For a GPU.",
-        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS,
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS | {
+            NOT_FORGOTTEN: "has no effect with slices that train for one step, of which no optimizer state is held: leave it out",
+            "optim!=sign": "has no effect with optim=sign, which has no state: leave it out",
+        },
     )  # fmt: skip
     offload_frozen: bool = row(
         False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time. For a GPU.",

@@ -26,6 +26,12 @@ UNIT_PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# no slice trains for longer than a step: whatever an optimizer would remember of it, is dropped
+NOT_FORGOTTEN = (
+    "sampled_unit!=slices or interval_steps!=1 or num_slices<=num_active or sampler=fixed or state_policy=keep or "
+    "train_embedding=true or train_head=true"
+)
+
 WITH_SLICES = {"sampled_unit=slices": "has no effect with sampled_unit={sampled_unit}: leave it out, or set slices"}
 NO_SLICES = {"sampled_unit=slices": ": leave it out, and set learning_rate itself"}
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from lisatune.settings.methods import FIRST_ORDER
+from lisatune.settings.methods import FIRST_ORDER, NOT_FORGOTTEN
 from lisatune.settings.row import row
 
 OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit", "sign")
@@ -25,6 +25,10 @@ class Optim(BaseModel):
         "no state); or another.",
         methods=FIRST_ORDER, one_process=("adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"),
         ladder=3, pulled="adamw_8bit",
+        needs={
+            f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": "has no effect with slices that train for "
+            "one step, of which no optimizer state is held: leave it out",
+        },
     )  # fmt: skip
     momentum: float | None = row(
         None, "Momentum of sgd and lars (0.9 if not given) and of muon (0.95).", ge=0, lt=1,
