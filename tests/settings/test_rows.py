@@ -166,7 +166,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
 @pytest.mark.parametrize(("name", "condition"), columns("needs"))
 def test_needs_are_refused_if_not_met(name, condition):
     text = ROWS[name].needs[condition]
-    broken = BROKEN[condition] if condition in BROKEN else {"optim": "lamb"}
+    broken = BROKEN.get(condition, {"optim": "lamb"})
     allowed = (
         ALLOWED.get(name, {}) if condition.partition("=")[0] not in ("gradient_checkpointing", "max_grad_norm") else {}
     )
