@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lisatune.engine import LisaEngine
+from lisatune.errors import UserError
 from lisatune.learner import Learner
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.fixed import FixedSampler
@@ -44,7 +45,7 @@ def turns(sampler: Sampler, num_intervals: int) -> list[int] | None:
         >>> turns(SweepSampler(num_layers=4, num_active=1), num_intervals=6)
         [1, 1, 2, 2]
     """
-    if hasattr(sampler, "observe"):
+    if sampler.learns:
         return None
     counts = [0] * sampler.num_layers
     for interval in range(min(num_intervals, MOST_INTERVALS)):
@@ -74,7 +75,10 @@ def _shares(learner: Learner) -> dict[str, float]:
     engine, layers = learner.engine, learner.layers
     if engine is None:
         return {part: 1.0 for part in ("layers", "embedding", "head", "norms") if _trains(learner, part)}
-    inclusion = engine.sampler.inclusion(0)  # type: ignore[attr-defined]
+    try:
+        inclusion = engine.sampler.inclusion(0)
+    except UserError:  # a sampler of the user's own that does not say
+        return {}
     mean = sum(inclusion) / len(inclusion)
     if isinstance(engine, SliceEngine):
         found = {"layers": mean} | {
