@@ -4,17 +4,17 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
-from conftest import make_llama, make_tokenizer
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lisatune import LisaCallback, UserError
+from tiny import make_llama, make_tokenizer
 
 STEP = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3, "weight_decay": 0.1}
 QUIET = {

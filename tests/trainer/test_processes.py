@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_llama
 from safetensors.torch import load_file
 
 from lisatune import UniformSampler, UserError, find_layers
 from lisatune.trainer.processes import check_processes
+from tiny import make_llama
 
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
 import in_processes
