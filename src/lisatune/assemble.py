@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 
+from lisatune.layers import Layers
 from lisatune.learner import Learner
 from lisatune.levers import LEVERS
 from lisatune.levers.base import Lever
 from lisatune.levers.offload_frozen import HostLayers, rest_to_device
 from lisatune.methods import method_of
 from lisatune.methods.base import Method
-from lisatune.optim.build import make_optimizer, parameter_groups
+from lisatune.optim import OPTIMS, make_optimizer
+from lisatune.optim.build import parameter_groups
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.sharded import Sharded
 from lisatune.settings import TrainConfig
@@ -45,10 +47,15 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     if sharded is None:
         linear_head = layers.head_is_linear()
     method.start(layers, linear_head=linear_head)
-    groups = parameter_groups(config, layers, model)
+    groups = make_groups(config, layers, model)
     optimizer = method.make_optimizer(groups)
     if optimizer is None:
-        optimizer = make_optimizer(config, groups, layers, ours=any(lever.needs_our_adamw for lever in levers))
+        parts = layers.parts()
+        optimizer = make_optimizer(
+            config.optim, groups, **vars(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon, vocabulary=[*parts["embedding"].values(), *parts["head"].values()],
+            ours=any(lever.needs_our_adamw for lever in levers),
+        )  # fmt: skip
     method.adopt(optimizer)
     learner = Learner(
         model=model, method=method, optimizer=optimizer, levers=levers, device=device, host_layers=host_layers,
@@ -69,6 +76,18 @@ def make_method(config: TrainConfig) -> Method:
 def make_levers(config: TrainConfig) -> list[Lever]:
     """The levers that ``config`` puts on, in their order."""
     return [from_settings(kind, config) for name, kind in LEVERS.items() if getattr(config, name)]
+
+
+def make_groups(config: TrainConfig, layers: Layers, model: Any) -> list[dict[str, Any]]:
+    """The optimizer's groups of parameters."""
+    optim = OPTIMS[config.optim]
+    # no slice trains for longer than a step, so Adam has nothing to remember of it
+    changes = config.num_active < config.num_slices and config.sampler != "fixed" and config.interval_steps == 1
+    return parameter_groups(
+        layers, model, weight_decay=config.weight_decay, embedding_lr_ratio=config.embedding_lr_ratio,
+        head_lr_ratio=config.head_lr_ratio, norm_lr_ratio=config.norm_lr_ratio, stateless=optim.stateless,
+        stateless_slices=optim.in_blocks and changes and config.state_policy != "keep",
+    )  # fmt: skip
 
 
 def from_settings(kind: type[Kind], config: TrainConfig) -> Kind:

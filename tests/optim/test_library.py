@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.memory.measure import state_bytes
-from lisatune.optim import layerwise
+from lisatune.optim import layerwise, make_optimizer
 from lisatune.optim.layerwise import Lamb, Lars
-from lisatune.optim.library import make_library_optimizer
 from tiny import VOCABULARY, make_llama
 
 NAMES = ["sgd", "lars", "lamb", "adafactor", "muon"]
@@ -92,7 +91,7 @@ def make(name, model, **options):
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     settings = {"lr": 1e-2, "betas": (BETA1, BETA2), "eps": EPS, "momentum": MOMENTUM, "trust_coefficient": ETA}
-    return make_library_optimizer(name, groups, vocabulary=list(vocabulary(model).values()), **(settings | options))
+    return make_optimizer(name, groups, vocabulary=list(vocabulary(model).values()), **(settings | options))
 
 
 def vocabulary(model):
@@ -185,7 +184,7 @@ def test_a_layer_that_begins_late_or_again_steps_as_in_a_fresh_optimizer_to_the_
     start, grads = late.detach().clone(), torch.randn(60, *shape, generator=generator)
 
     def optimizer(*parameters):
-        return make_library_optimizer(name, [{"params": list(parameters), "weight_decay": DECAY}], lr=1e-2)
+        return make_optimizer(name, [{"params": list(parameters), "weight_decay": DECAY}], lr=1e-2)
 
     def steps(opt, p, count):
         for grad in grads[:count]:
@@ -262,7 +261,7 @@ def test_vectors_are_scaled_by_their_norms_only_if_asked(name):
     def change(adapt, shape):
         p = torch.nn.Parameter(torch.full(shape, 3.0))
         p.grad = torch.full(shape, 0.25)
-        make_library_optimizer(name, [{"params": [p], "weight_decay": 0.0}], lr=0.1, adapt_vectors=adapt).step()
+        make_optimizer(name, [{"params": [p], "weight_decay": 0.0}], lr=0.1, adapt_vectors=adapt).step()
         return 3.0 - p.detach().flatten()
 
     plain = {"lars": 0.1 * 0.25, "lamb": 0.1}[name]
@@ -280,7 +279,7 @@ def test_the_size_of_a_block_changes_nothing_but_rounding(dtype, size, data):
     for block in (size, 2**20):
         generator = torch.Generator().manual_seed(0)
         p = torch.nn.Parameter(torch.randn(7, 9, generator=generator).to(dtype))
-        optimizer = make_library_optimizer(name, [{"params": [p], "weight_decay": DECAY}], lr=0.1)
+        optimizer = make_optimizer(name, [{"params": [p], "weight_decay": DECAY}], lr=0.1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layerwise, "CPU_BLOCK", block)
             for _ in range(3):
@@ -315,7 +314,7 @@ def test_small_updates_arrive_in_bfloat16(name):
     rate = 2e-3 if name == "muon" else 2e-4  # of a matrix of ones, which has rank one, muon's step is about 0.02 * lr
 
     def ours(p):
-        return make_library_optimizer(name, [{"params": [p], "weight_decay": 0.0}], lr=rate, momentum=0.0)
+        return make_optimizer(name, [{"params": [p], "weight_decay": 0.0}], lr=rate, momentum=0.0)
 
     in_float32, in_bfloat16 = moved(ours, torch.float32), moved(ours, torch.bfloat16)
     assert in_float32 > 1e-3
@@ -349,7 +348,7 @@ def test_bfloat16_is_float32_to_rounding(name):
 def test_rounding_depends_on_the_seed_the_step_and_the_place():
     def after(seed, first_step=0, place=0):
         parameters = [torch.nn.Parameter(torch.ones(256, 1, dtype=torch.bfloat16)) for _ in range(2)]
-        optimizer = make_library_optimizer("sgd", [{"params": parameters, "weight_decay": 0.0}], lr=1e-3, seed=seed)
+        optimizer = make_optimizer("sgd", [{"params": parameters, "weight_decay": 0.0}], lr=1e-3, seed=seed)
         for _ in range(first_step):
             optimizer.step()
         parameters[place].grad = torch.ones(256, 1, dtype=torch.bfloat16)
@@ -368,7 +367,7 @@ def test_adafactor_bears_rows_without_gradient_and_gradients_of_any_size():
         p.grad = torch.randn(16, 8, generator=generator) * scale
         p.grad[3] = 0
         start, grad = p.detach().double(), p.grad.double()
-        make_library_optimizer("adafactor", [{"params": [p], "weight_decay": 0.0}], lr=1e-2).step()
+        make_optimizer("adafactor", [{"params": [p], "weight_decay": 0.0}], lr=1e-2).step()
         expected = start - 1e-2 * start.pow(2).mean().sqrt() * (u := paper_factored(grad)) / max(
             1, u.pow(2).mean() ** 0.5
         )
@@ -387,7 +386,7 @@ def test_muons_iteration_is_that_of_its_page(shape):
     left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     p = torch.nn.Parameter(torch.zeros(shape))
     p.grad = left * torch.linspace(1, 2, min(shape)) @ right
-    make_library_optimizer("muon", [{"params": [p], "weight_decay": 0.0}], lr=1.0, momentum=0.0).step()
+    make_optimizer("muon", [{"params": [p], "weight_decay": 0.0}], lr=1.0, momentum=0.0).step()
     expected = -0.2 * max(shape) ** 0.5 * newton_schulz(p.grad)
     assert (p.detach() - expected).norm() < 0.03 * expected.norm()
 
@@ -396,7 +395,7 @@ def test_muon_takes_hidden_matrices_alone():
     shapes = {"hidden": (4, 6), "head": (9, 4), "bias": (4,), "experts": (2, 4, 6), "scalar": ()}
     parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
     groups = [{"params": list(parameters.values()), "weight_decay": 0.0}]
-    optimizer = make_library_optimizer("muon", groups, lr=1e-3, vocabulary=[parameters["head"]])
+    optimizer = make_optimizer("muon", groups, lr=1e-3, vocabulary=[parameters["head"]])
     for p in parameters.values():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -412,7 +411,7 @@ def test_a_forecast_holds_the_same_state(name, dtype):
     sizes = []
     for device in ("cpu", "meta"):
         parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device)) for shape in [(8, 6), (5,)]]
-        optimizer = make_library_optimizer(name, [{"params": parameters, "weight_decay": DECAY}], lr=1e-2)
+        optimizer = make_optimizer(name, [{"params": parameters, "weight_decay": DECAY}], lr=1e-2)
         for _ in range(2):
             for p in parameters:
                 p.grad = torch.ones_like(p)
@@ -423,12 +422,12 @@ def test_a_forecast_holds_the_same_state(name, dtype):
 
 def test_what_cannot_be_is_refused():
     p = torch.nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(UserError, match="optim is 'lion': choose one of sgd, lars, lamb, adafactor, muon"):
-        make_library_optimizer("lion", [{"params": [p]}], lr=1e-2)
+    with pytest.raises(UserError, match="optim is 'lion': choose one of adamw, adamw_16bit"):
+        make_optimizer("lion", [{"params": [p]}], lr=1e-2)
     turned = torch.nn.Parameter(torch.ones(4, 5).T)
     for name in NAMES:
         with pytest.raises(UserError, match=r"shape \(5, 4\) is not contiguous"):
-            make_library_optimizer(name, [{"params": [turned], "weight_decay": 0.0}], lr=1e-2)
+            make_optimizer(name, [{"params": [turned], "weight_decay": 0.0}], lr=1e-2)
 
 
 class Sizes(TorchDispatchMode):
@@ -450,7 +449,7 @@ class Sizes(TorchDispatchMode):
 def test_no_temporary_is_larger_than_a_block(name, dtype, monkeypatch):
     monkeypatch.setattr(layerwise, "CPU_BLOCK", 64)
     p = torch.nn.Parameter(torch.ones(64, 16, dtype=dtype))
-    optimizer = make_library_optimizer(name, [{"params": [p], "weight_decay": DECAY}], lr=1e-2)
+    optimizer = make_optimizer(name, [{"params": [p], "weight_decay": DECAY}], lr=1e-2)
     for sizes in (Sizes(), Sizes()):
         p.grad = torch.ones_like(p)
         with sizes:

@@ -6,18 +6,18 @@ from typing import get_args
 import pytest
 
 from lisatune import UserError
+from lisatune.methods import METHODS, UNITS
+from lisatune.optim import OPTIMS
 from lisatune.samplers import SAMPLERS
 from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, differences, used_settings
 from lisatune.settings.config import GROUPS, heading
-from lisatune.settings.methods import NOT_FORGOTTEN, Method
+from lisatune.settings.methods import NOT_FORGOTTEN
 from lisatune.settings.row import Row
 from lisatune.settings.rules import WORD, holds, is_on
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 FIELDS = TrainConfig.model_fields
-REGISTRIES = {"sampler": SAMPLERS}
-METHODS = get_args(Method)
-OPTIMS = get_args(FIELDS["optim"].annotation)
+REGISTRIES = {"method": METHODS, "sampler": SAMPLERS, "sampled_unit": UNITS, "optim": OPTIMS}
 MANNERED = re.compile(r"^Of |\b(beside|anew|lies?|is told|drawn?|so many (?!steps|minutes|from))\b")
 
 
@@ -144,6 +144,7 @@ def test_what_would_have_no_effect_is_refused(name, condition):
 
 
 BROKEN = {  # a config in which the need is not met, for needs whose words cannot be turned round one by one
+    "optim.in_blocks": {"optim": "lamb"},
     "num_active!=0": {"num_active": 0},
     "sampled_unit!=slices or num_active<=num_slices": {"sampled_unit": "slices", "num_active": 20},
     "sampled_unit!=slices or sampler.for_slices": {"sampled_unit": "slices", "sampler": "bernoulli"},
@@ -166,7 +167,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
 @pytest.mark.parametrize(("name", "condition"), columns("needs"))
 def test_needs_are_refused_if_not_met(name, condition):
     text = ROWS[name].needs[condition]
-    broken = BROKEN.get(condition, {"optim": "lamb"})
+    broken = BROKEN[condition]
     allowed = (
         ALLOWED.get(name, {}) if condition.partition("=")[0] not in ("gradient_checkpointing", "max_grad_norm") else {}
     )
@@ -192,6 +193,12 @@ def test_what_works_on_one_process_is_refused_on_two(name):
         with pytest.raises(UserError, match=f"^{name}=.* works on one process alone"):
             check_num_ranks(config, 2)
     check_num_ranks(build({"method": "lora"} if name.startswith("lora") else {}), 2)
+
+
+@pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in REGISTRIES for choice in REGISTRIES[name]])
+def test_choices_are_where_they_say(name, choice):
+    facts = REGISTRIES[name][choice]
+    assert callable(facts if name == "sampler" else facts.load())
 
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in REGISTRIES for choice in REGISTRIES[name]])

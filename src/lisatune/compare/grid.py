@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from lisatune.errors import UserError, did_you_mean
+from lisatune.methods import METHODS
 from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings
-from lisatune.settings.methods import Method
 
-METHODS: tuple[str, ...] = get_args(Method)
 PLURALS = {"methods": "method", "seeds": "seed"}
 # what held-out losses and times can only be compared within
 ONE_VALUE = tuple(name for name, row in ROWS.items() if row.one_value)

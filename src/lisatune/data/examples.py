@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from lisatune.data.files import HELD_OUT_SPLITS, find_source
 from lisatune.data.formats import Example, parse_row, read_rows
 from lisatune.errors import UserError
-from lisatune.settings import TrainConfig
+
+if TYPE_CHECKING:
+    from lisatune.settings import TrainConfig
 
 HeldOut = dict[str, list[Example]]
 

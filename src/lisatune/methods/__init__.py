@@ -5,22 +5,57 @@
 
 from __future__ import annotations
 
-from lisatune.methods.base import Method
-from lisatune.methods.full import Full
-from lisatune.methods.lisa import Lisa
-from lisatune.methods.lora import Lora
-from lisatune.methods.mezo import Mezo
-from lisatune.methods.slices import Slices
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-METHODS: dict[str, type[Method]] = {
-    "lisa": Lisa,
-    "fixed": Lisa,  # LISA's engine with other settings: ``PRESETS``
-    "badam": Lisa,
-    "lora": Lora,
-    "full": Full,
-    "mezo": Mezo,
-}
-UNITS: dict[str, type[Method]] = {"slices": Slices}  # of ``sampled_unit``: those that are more than other parts
+from lisatune.common.choice import Choice
+
+if TYPE_CHECKING:
+    from lisatune.methods.base import Method
+
+
+@dataclass(frozen=True)
+class MethodChoice(Choice):
+    """A method, or a unit that LISA samples: a class, and the settings that are usual for it.
+
+    Args:
+        layerwise: It trains some parts of the model at a time, which a sampler draws.
+        backward: Its gradients come from a backward pass.
+        preset: Settings that it takes in place of the defaults; the user's own win.
+    """
+
+    layerwise: bool = False
+    backward: bool = True
+    preset: Mapping[str, Any] = field(default_factory=dict)
+
+
+LISA = "lisatune.methods.lisa:Lisa"
+
+METHODS: dict[str, MethodChoice] = {
+    "lisa": MethodChoice(LISA, layerwise=True),
+    "fixed": MethodChoice(LISA, layerwise=True, preset={"sampler": "fixed"}),
+    "badam": MethodChoice(
+        LISA, layerwise=True,
+        preset={"sampler": "sweep", "num_active": 1, "train_embedding": False, "train_head": False},
+    ),
+    "lora": MethodChoice("lisatune.methods.lora:Lora"),
+    "full": MethodChoice("lisatune.methods.full:Full"),
+    "mezo": MethodChoice("lisatune.methods.mezo:Mezo", backward=False, processes=1),
+}  # fmt: skip
+
+# what a layerwise method samples
+UNITS: dict[str, MethodChoice] = {
+    "layers": MethodChoice(LISA),
+    "halves": MethodChoice(LISA),
+    "modules": MethodChoice(LISA),
+    "slices": MethodChoice(
+        "lisatune.methods.slices:Slices", processes=1,
+        preset={
+            "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
+        },
+    ),
+}  # fmt: skip
 
 
 def method_of(method: str, sampled_unit: str) -> type[Method]:
@@ -30,4 +65,6 @@ def method_of(method: str, sampled_unit: str) -> type[Method]:
         >>> method_of("badam", "layers").__name__, method_of("badam", "slices").__name__
         ('Lisa', 'Slices')
     """
-    return UNITS.get(sampled_unit, METHODS[method])
+    chosen = METHODS[method]
+    kind: type[Method] = (UNITS[sampled_unit] if chosen.layerwise else chosen).load()
+    return kind

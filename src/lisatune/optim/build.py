@@ -10,69 +10,64 @@ from torch import Tensor
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.optim.adamw import AdamW
-from lisatune.optim.library import make_library_optimizer
 from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local, over_shards
-from lisatune.settings import TrainConfig
-from lisatune.settings.optim import OUR_OPTIMS
 from lisatune.slices.blocks import whole_of
 
-STATE_BITS: dict[str, StateBits] = {"adamw": 32, "adamw_16bit": 16, "adamw_8bit": 8, "sign": 32}  # sign has none
+
+def make_adamw(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, seed: int = 0,
+    state_bits: StateBits = 32, offload_optimizer: bool = False, ours: bool = False,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """PyTorch's AdamW in float32 if nothing asks for ours, as some levers do; ours for the rest."""
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+    trained = groups[0]["params"]
+    ours = ours or offload_optimizer or state_bits != 32 or any(group["stateless"] for group in groups)
+    if not ours and trained[0].dtype == torch.float32:
+        return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
+    return AdamW(groups, **options, seed=seed, state_bits=state_bits, offload_state=offload_optimizer)
 
 
-def make_optimizer(
-    config: TrainConfig, groups: list[dict[str, Any]], layers: Layers, *, ours: bool = False
-) -> torch.optim.Optimizer:
-    """The optimizer of ``config`` over ``groups``, as ``parameter_groups`` makes them.
+def parameter_groups(
+    layers: Layers,
+    model: torch.nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    embedding_lr_ratio: float = 1.0,
+    head_lr_ratio: float | None = None,
+    norm_lr_ratio: float = 1.0,
+    stateless: bool = False,
+    stateless_slices: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first.
 
-    Of AdamW PyTorch's own where float32 and nothing asks for ours, as some levers do; ours for the rest.
+    Args:
+        layers: The parts of the model.
+        model: The model, perhaps wrapped.
+        weight_decay: Decay of matrices; vectors have none.
+        embedding_lr_ratio: Learning rate of the embedding, as a multiple of the optimizer's.
+        head_lr_ratio: The same for the head; None for 1, or for that of the embedding if the two are tied.
+        norm_lr_ratio: The same for vectors.
+        stateless: Keep no state of any parameter.
+        stateless_slices: Keep no state of what is cut into slices.
     """
     parts = layers.parts()
-    vocabulary = [*parts["embedding"].values(), *parts["head"].values()]  # which are no hidden matrices
-    if config.optim not in OUR_OPTIMS:
-        return make_library_optimizer(
-            config.optim, groups, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon, momentum=config.momentum, adapt_vectors=config.adapt_vectors, vocabulary=vocabulary,
-            seed=config.seed,
-        )  # fmt: skip
-    trained = groups[0]["params"]
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-    }
-    ours = ours or config.offload_optimizer or any(group["stateless"] for group in groups)
-    if config.optim == "adamw" and not ours and trained[0].dtype == torch.float32:
-        return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
-    return AdamW(
-        groups, **options, seed=config.seed, state_bits=STATE_BITS[config.optim], offload_state=config.offload_optimizer
-    )  # fmt: skip
-
-
-def parameter_groups(config: TrainConfig, layers: Layers, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first."""
-    parts = layers.parts()
     part_of = {p: part for part in ("embedding", "head") for p in parts[part].values()}
-    head_ratio = config.embedding_lr_ratio if config.head_lr_ratio is None and layers.tied else config.head_lr_ratio
-    if layers.tied and head_ratio != config.embedding_lr_ratio:
+    head_ratio = embedding_lr_ratio if head_lr_ratio is None and layers.tied else head_lr_ratio
+    if layers.tied and head_ratio != embedding_lr_ratio:
         raise UserError("embedding and head are one tensor in this model: leave head_lr_ratio out")
-    ratios = {"embedding": config.embedding_lr_ratio, "head": 1.0 if head_ratio is None else head_ratio}
+    ratios = {"embedding": embedding_lr_ratio, "head": 1.0 if head_ratio is None else head_ratio}
     groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
     trained = [p for p in model.parameters() if p.requires_grad and whole_of(p) is p]
     for p in sorted(trained, key=lambda p: p.ndim < 2):
-        ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else config.norm_lr_ratio
-        stateless = config.optim == "sign" or (hasattr(p, "cut_into") and _forgets(config))
-        groups.setdefault((p.ndim < 2, stateless, ratio), []).append(p)
+        ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else norm_lr_ratio
+        forgets = stateless or (stateless_slices and hasattr(p, "cut_into"))
+        groups.setdefault((p.ndim < 2, forgets, ratio), []).append(p)
     return [
-        {
-            "params": own,
-            "weight_decay": 0.0 if vector else config.weight_decay,
-            "lr_ratio": ratio,
-            "stateless": stateless,
-        }
-        for (vector, stateless, ratio), own in groups.items()
+        {"params": own, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets}
+        for (vector, forgets, ratio), own in groups.items()
     ]
 
 
@@ -105,9 +100,3 @@ def clip_gradients(
         if row_gradients is not None:
             row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch does
     return norm
-
-
-def _forgets(config: TrainConfig) -> bool:
-    """Whether no slice trains for longer than a step, so that Adam has nothing to remember of it."""
-    changes = config.num_active < config.num_slices and config.sampler != "fixed"
-    return config.optim in STATE_BITS and config.interval_steps == 1 and changes and config.state_policy != "keep"

@@ -220,3 +220,22 @@ def _adam(block: Block) -> Tensor:
     root = (block.moments["exp_avg_sq"] / (1 - beta2**block.t)).sqrt_().add_(block.group["eps"])
     step: Tensor = (block.moments["exp_avg"] / (1 - beta1**block.t)).div_(root)
     return step.add_(block.weight, alpha=block.group["weight_decay"])
+
+
+def make_lars(
+    groups: list[dict[str, Any]], lr: float, momentum: float | None = None, trust_coefficient: float = 1.0,
+    adapt_vectors: bool = False, seed: int = 0,
+) -> Lars:  # fmt: skip
+    """``Lars``, with a momentum of 0.9 if none is given."""
+    return Lars(
+        groups, lr, 0.9 if momentum is None else momentum, trust_coefficient=trust_coefficient,
+        adapt_vectors=adapt_vectors, seed=seed,
+    )  # fmt: skip
+
+
+def make_lamb(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+    adapt_vectors: bool = False, seed: int = 0,
+) -> Lamb:  # fmt: skip
+    """``Lamb``."""
+    return Lamb(groups, lr, betas, eps, adapt_vectors=adapt_vectors, seed=seed)

@@ -25,7 +25,7 @@ from lisatune.errors import UserError
 from lisatune.learner import Learner
 from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
 from lisatune.models.names import check_model_name
-from lisatune.optim.build import STATE_BITS
+from lisatune.optim import OPTIMS
 from lisatune.plan.fake_processes import fake_ranks
 from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
@@ -102,7 +102,7 @@ class Plan:
         host = f"; {gib(self.host_bytes)} in host memory" if self.host_bytes else ""
         return (
             f"{self.method} on {self.device}, weights and gradients {self.settings.get('dtype')}, optimizer state "
-            f"{STATE_BITS.get(self.settings.get('optim', 'adamw'), 32)} bits: trains {self.num_trained:,} of "
+            f"{OPTIMS[self.settings.get('optim', 'adamw')].state_bits} bits: trains {self.num_trained:,} of "
             f"{self.num_parameters:,} parameters at a time ({share:.1f}%)\n"
             f"predicted peak{each} {gib(self.peak_bytes)} {self.peak_at}, batch {self.rows} x {self.tokens} tokens: {sizes}{host}\n"
             + (f"each sends {self.sent()} in a step\n" if self.num_ranks > 1 else "")
@@ -381,7 +381,7 @@ def _bytes_of(peak: Any) -> dict[str, int]:
 def _formula(plan: Plan, config: TrainConfig, hf_config: Any, learner: Learner, parts: dict[nn.Parameter, str]) -> Plan:
     """The plan of a model that cannot be run on meta; the levers that it can count are counted."""
     sizes = dict.fromkeys(plan.bytes_of, 0)
-    bits = STATE_BITS.get(config.optim, 32)
+    bits = OPTIMS[config.optim].state_bits
     for p, part in parts.items():
         size = local(p).numel() * p.element_size()
         sizes[f"weights/{part}"] += size

@@ -11,11 +11,11 @@ import torch
 
 from lisatune.common.amounts import gib
 from lisatune.errors import UserError
+from lisatune.optim import OPTIMS
 from lisatune.plan.fake_processes import fake_ranks
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.processes.collectives import num_ranks, rank
 from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays
-from lisatune.settings.optim import OUR_OPTIMS
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
 UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
@@ -205,7 +205,7 @@ def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
                 config = _with(config, per_device_train_batch_size=rows, gradient_accumulation_steps=times)
                 yield f"per_device_train_batch_size={rows} gradient_accumulation_steps={times}", config
             continue
-        if name in config.model_fields_set or (name == "optim" and config.optim not in OUR_OPTIMS):
+        if name in config.model_fields_set or (name == "optim" and not OPTIMS[config.optim].in_blocks):
             continue
         if name == "dp_shard_size" and num_ranks() == 1:
             continue

@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lisatune.errors import UserError, did_you_mean, shown
+from lisatune.methods import METHODS, UNITS, MethodChoice
 from lisatune.settings.config import TrainConfig
-from lisatune.settings.methods import PRESETS, UNIT_PRESETS
 from lisatune.settings.rules import refusals
 
 UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # categories: control, half of a surrogate pair, line and paragraph separator
@@ -36,8 +36,8 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     try:
         method = settings.get("method")
         unit = settings.get("sampled_unit")
-        preset = UNIT_PRESETS.get(unit, {}) if isinstance(unit, str) else {}
-        preset = preset | (PRESETS.get(method, {}) if isinstance(method, str) else {})
+        # what is usual for the unit that is sampled, then for the method; the user's own win
+        preset = {**_preset(UNITS, unit), **_preset(METHODS, method)}
         config = TrainConfig.model_validate(preset | dict(settings))
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
@@ -48,6 +48,10 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     if refusal := next(refusals(config, settings), ""):
         raise UserError(refusal)
     return config
+
+
+def _preset(registry: Mapping[str, MethodChoice], name: Any) -> Mapping[str, Any]:
+    return registry[name].preset if isinstance(name, str) and name in registry else {}
 
 
 def _in_words(error: ValidationError) -> str:

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, model_validator
 
+from lisatune.methods import METHODS, UNITS
 from lisatune.samplers import SAMPLERS, check_options, find_sampler
-from lisatune.settings.row import row
+from lisatune.settings.row import OneOf, row
 
-Method = Literal["lisa", "fixed", "badam", "lora", "full", "mezo"]
-LAYERWISE: tuple[str, ...] = ("lisa", "fixed", "badam")  # train some layers at a time
-FIRST_ORDER: tuple[str, ...] = (*LAYERWISE, "lora", "full")
-
-# what a method is, where it is LISA with other settings; the user's own win
-PRESETS: dict[str, dict[str, Any]] = {
-    "fixed": {"sampler": "fixed"},
-    "badam": {"sampler": "sweep", "num_active": 1, "train_embedding": False, "train_head": False},
-}
-
-# what is usual for a unit that is drawn; a method's settings and the user's own win
-UNIT_PRESETS: dict[str, dict[str, Any]] = {
-    "slices": {
-        "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
-    },
-}  # fmt: skip
+LAYERWISE = tuple(name for name, method in METHODS.items() if method.layerwise)
+FIRST_ORDER = tuple(name for name, method in METHODS.items() if method.backward)
 
 # no slice trains for longer than a step: whatever an optimizer would remember of it, is dropped
 NOT_FORGOTTEN = (
@@ -39,11 +26,11 @@ NO_SLICES = {"sampled_unit=slices": ": leave it out, and set learning_rate itsel
 class Sampling(BaseModel):
     """Method, and which layers it trains."""
 
-    method: Method = row(
+    method: Annotated[str, OneOf(METHODS)] = row(
         "lisa",
         "lisa; fixed (the same layers always); badam (lisa with one layer at a time, by sweeps, and embedding and head frozen); "
         "lora (adapters, by peft); full (every parameter in every step); mezo (zeroth-order, without a backward pass).",
-        one_process=("mezo",),
+        choices=METHODS.__getitem__,
     )
     num_active: int = row(
         2, "Number of decoder layers that train at a time (gamma). Embedding and head train with them.", ge=0,
@@ -72,11 +59,11 @@ class Sampling(BaseModel):
         "Options of the sampler, for example {weights: weights.json}, {layers: [0, 5]} or {temperature: 0.5}.",
         methods=LAYERWISE,
     )
-    sampled_unit: Literal["layers", "halves", "modules", "slices"] = row(
+    sampled_unit: Annotated[str, OneOf(UNITS)] = row(
         "layers",
         "What is sampled: decoder layers, their attention and MLP halves, single matrices (MISA), or a block of rows of "
         "every matrix (slices).",
-        methods=LAYERWISE, one_process=("slices",),
+        methods=LAYERWISE, choices=UNITS.__getitem__,
     )  # fmt: skip
     num_slices: int = row(
         15, "Blocks that each matrix is cut into. num_active of them train at a time.", ge=1, only_with=WITH_SLICES

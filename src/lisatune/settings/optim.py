@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel
 
+from lisatune.optim import OPTIMS
 from lisatune.settings.methods import FIRST_ORDER, NOT_FORGOTTEN
-from lisatune.settings.row import row
+from lisatune.settings.row import OneOf, row
 
-OUR_OPTIMS = ("adamw", "adamw_16bit", "adamw_8bit", "sign")
 IN_BLOCKS = {
-    " or ".join(f"optim={name}" for name in OUR_OPTIMS): "needs an optimizer that works on blocks: set optim to one of "
-    + ", ".join(OUR_OPTIMS),
+    "optim.in_blocks": "needs an optimizer that works on blocks: set optim to one of "
+    + ", ".join(name for name, optim in OPTIMS.items() if optim.in_blocks),
 }
 
 
 class Optim(BaseModel):
     """Optimizer and learning rate."""
 
-    optim: Literal["adamw", "adamw_16bit", "adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"] = row(
+    optim: Annotated[str, OneOf(OPTIMS)] = row(
         "adamw",
         "AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically); sign (the gradient's sign, "
         "no state); or another.",
-        methods=FIRST_ORDER, one_process=("adamw_8bit", "sign", "sgd", "lars", "lamb", "adafactor", "muon"),
+        methods=FIRST_ORDER, choices=OPTIMS.__getitem__,
         ladder=3, pulled="adamw_8bit",
         needs={
             f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": "has no effect with slices that train for "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field
+from pydantic_core.core_schema import CoreSchema, literal_schema
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ def row(default: Any, help: str, **columns: Any) -> Any:
     """
     own = {name: columns.pop(name) for name in COLUMNS if name in columns}
     return Field(default, description=help, json_schema_extra=Row(**own), **columns)
+
+
+class OneOf:
+    """For ``Annotated[str, OneOf(registry)]``: a name in ``registry``, checked as a ``Literal`` of its names would be."""
+
+    def __init__(self, registry: Iterable[str]) -> None:
+        self.names = list(registry)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return literal_schema(self.names)
 
 
 def row_of(field: Any) -> Row:

@@ -12,9 +12,9 @@ from torch import nn
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
+from lisatune.methods import UNITS
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
-from lisatune.settings.methods import UNIT_PRESETS
 from lisatune.slices.engine import SliceEngine
 
 
@@ -47,7 +47,8 @@ class LisaSettings:
     def usual(cls, **given: Any) -> LisaSettings:
         """``given``, without what is None; what is left out is as usual for the unit that is sampled."""
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(**UNIT_PRESETS.get(given.get("sampled_unit", "layers"), {}) | given)
+        unit = UNITS.get(given.get("sampled_unit", "layers"))
+        return cls(**{**(unit.preset if unit else {}), **given})
 
     def engine(self, model: nn.Module) -> LisaEngine | SliceEngine:
         """LISA for ``model``."""
