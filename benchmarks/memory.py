@@ -234,7 +234,7 @@ def measure(rounds: int, minutes: float) -> None:
     print(
         write_page(
             "memory-measured",
-            f"Measured: {what}. Random weights; defaults of `lisatune train` (float32 on a CPU).\n\n"
+            f"Measured: {what}. Random weights; defaults of `lisatune train` (float32 on a CPU, bfloat16 on a GPU).\n\n"
             + "\n".join(lines),
             __doc__ or "",
         )
