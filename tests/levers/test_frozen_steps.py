@@ -104,3 +104,12 @@ def test_blocks_change_nothing(monkeypatch):
 def test_a_model_without_such_matrices_is_refused():
     with pytest.raises(UserError, match=r"no decoder layer holds an nn\.Linear"):
         InactiveUpdates([nn.Sequential(nn.LayerNorm(3))], lr=0.1)
+
+
+def test_steps_by_the_sign_are_of_one_length():
+    layer = nn.Linear(3, 2, bias=False).requires_grad_(False)
+    before = layer.weight.clone()
+    InactiveUpdates([nn.Sequential(layer)], lr=0.5, sign=True)
+    input = torch.tensor([[1.0, -3.0, 0.0]], requires_grad=True)
+    layer(input).sum().backward()
+    assert torch.equal(layer.weight, before - 0.5 * torch.tensor([[1.0, -1.0, 0.0]]))

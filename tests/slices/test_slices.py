@@ -13,6 +13,7 @@ from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.sweep import SweepSampler
 from lisatune.slices.blocks import Cut, block_rows
 from lisatune.slices.engine import SliceEngine
+from lisatune.slices.modules import SlicedForward
 from tiny import VOCABULARY, make_llama
 
 
@@ -40,7 +41,20 @@ def make_mixtral(seed=0):
     )  # fmt: skip
 
 
+def make_gemma(seed=0):
+    """Its embedding has a forward of its own, and its norms add 1."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(seed)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=16,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
 MODELS = {
+    "gemma": make_gemma,
     "llama": make_llama,
     "tied llama": lambda: make_llama(tied=True),
     "llama with biases": lambda: make_llama(attention_bias=True, mlp_bias=True),
@@ -211,6 +225,18 @@ def test_several_optimizers_share_the_slices():
             one.zero_grad()
         train_step(plain, optimizer, step, single)
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), weights(plain).values(), strict=True))
+
+
+def test_a_module_s_own_forward_gets_gradients_of_its_trained_rows_alone():
+    embedding = make_gemma().model.embed_tokens
+    cut = Cut("embedding", embedding.weight, num_slices=4, num_active=1)
+    cut.place([2])
+    forward = SlicedForward(embedding)
+    assert forward.kind is None  # it is no plain nn.Embedding
+    out = forward(torch.arange(10))
+    assert out.grad_fn.next_functions[0][0].name() == "_EmbeddingBackward"
+    assert torch.equal(out, embedding(torch.arange(10)))
+    assert type(out) is torch.Tensor
 
 
 def test_a_graph_that_is_still_held_does_not_fix_the_number_of_rows():

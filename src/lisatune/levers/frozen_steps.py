@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lisatune.optim.rounding import random_bits, round_stochastically
 if TYPE_CHECKING:
     from lisatune.learner import Learner
 
+Step = Literal["gradient", "sign"]
 BLOCK = 2**22  # elements of a gradient that exist at a time
 
 
@@ -26,13 +27,16 @@ class FrozenSteps(Lever):
     """Puts ``InactiveUpdates`` on. Its rate follows the schedule of the learning rate. The arguments are settings."""
 
     inactive_learning_rate: float
+    inactive_step: Step
     learning_rate: float
     seed: int
     updates: InactiveUpdates = field(init=False, repr=False)
 
     def put_on(self, learner: Learner) -> None:
         """Let the matrices of frozen decoder layers step in the backward pass."""
-        self.updates = InactiveUpdates(learner.layers.decoder, self.inactive_learning_rate, self.seed)
+        self.updates = InactiveUpdates(
+            learner.layers.decoder, self.inactive_learning_rate, self.seed, sign=self.inactive_step == "sign"
+        )
 
     def before_step(self, learner: Learner, number: int) -> None:
         """Keep the ratio between the two rates, whatever the schedule does."""
@@ -63,14 +67,17 @@ class InactiveUpdates:
     Args:
         decoder: The decoder layers. The forward of each ``nn.Linear`` in them is replaced.
         lr: Of these steps, in the gradient's unit as for SGD, not in Adam's.
-        seed: Of the rounding of bfloat16 weights.
+        seed: Seed of the rounding of bfloat16 weights.
+        sign: Step by the gradient's sign, so that ``lr`` is a distance, as with Adam. FRUGAL does so, at a tenth of the
+            learning rate in fine-tuning.
     Attributes:
         lr: May be changed between steps.
         number: Of the optimizer step, for the rounding; to be set before each one.
     Raises: UserError if no decoder layer holds an ``nn.Linear`` with floating-point weights.
     Cost: for frozen layers above the lowest one that trains, the third unit of matrix work, and their inputs, kept for
         the backward pass as those of active layers are; with checkpointing of one layer at a time.
-    Reference: the idea is BREAD's (openreview.net/forum?id=DBybUx7ARy), which takes such steps on the inactive blocks of BAdam.
+    Reference: the idea is BREAD's (openreview.net/forum?id=DBybUx7ARy), which takes such steps on the inactive blocks of BAdam;
+        Zmushko et al., FRUGAL, arXiv:2411.07837, for steps by the sign.
     Example:
         >>> layer = nn.Sequential(nn.Linear(2, 1, bias=False)).requires_grad_(False)
         >>> _ = layer[0].weight.fill_(1.0)
@@ -80,8 +87,9 @@ class InactiveUpdates:
         [[0.5, -0.5]]
     """
 
-    def __init__(self, decoder: Sequence[nn.Module], lr: float, seed: int = 0) -> None:
+    def __init__(self, decoder: Sequence[nn.Module], lr: float, seed: int = 0, *, sign: bool = False) -> None:
         self.lr = lr
+        self.sign = sign
         self.seed = seed
         self.number = 0
         modules = [m for layer in decoder for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -105,7 +113,8 @@ class InactiveUpdates:
         rows = max(1, BLOCK // weight.shape[1])
         for start in range(0, len(weight), rows):
             block = weight[start : start + rows]
-            change = (grad[:, start : start + rows].T @ input).float().mul_(self.lr)
+            change = (grad[:, start : start + rows].T @ input).float()
+            change = (change.sign_() if self.sign else change).mul_(self.lr)
             moved = block.float().sub_(change)
             if weight.dtype == torch.bfloat16:
                 first = start * weight.shape[1]

@@ -100,6 +100,11 @@ class Sampling(BaseModel):
             "weights: set gradient_accumulation_steps=1, or leave it out",
         },
     )  # fmt: skip
+    inactive_step: Literal["gradient", "sign"] = row(
+        "gradient",
+        "What the small steps of frozen layers follow: the gradient, or its sign (FRUGAL), at about a tenth of learning_rate.",
+        methods=LAYERWISE, only_with={"inactive_learning_rate": "has no effect without inactive_learning_rate: leave it out"},
+    )  # fmt: skip
     state_policy: Literal["reset_layers", "reset_all", "keep"] = row(
         "reset_layers",
         "Optimizer state when new layers are sampled: drop that of frozen layers, drop all, or keep it on the CPU.",

@@ -6,27 +6,67 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from lisatune.slices.blocks import Cut, cut_of
 from lisatune.slices.functions import sliced_conv1d, sliced_embedding, sliced_linear, whole_weight
 
 
+class ShownWeight(Tensor):
+    """A cut tensor as a module's own code sees it: the whole one, whose use as a linear map or an embedding is noticed.
+
+    Then only the trained rows get a gradient. For any other use (a norm's product, stacked experts) the whole gradient is
+    made, and thrown away but for the trained rows.
+    """
+
+    cut_into: Cut
+
+    @classmethod
+    def of(cls, cut: Cut) -> Tensor:
+        """The weight of ``cut``."""
+        if cut.weight.ndim < 2:
+            return whole_weight(cut)
+        shown = cut.weight.detach().as_subclass(cls)
+        shown.cut_into = cut
+        return shown
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for whatever is done with such a tensor."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if getattr(function, "__name__", "") == "__get__":  # its shape, type or device
+                return function(*args, **kwargs)
+            weight = args[1] if len(args) > 1 else None
+            if isinstance(weight, cls) and not isinstance(args[0], cls):
+                if function is nn.functional.linear and weight.ndim == 2:
+                    return sliced_linear(args[0], weight.cut_into, *args[2:], **kwargs)
+                if function is nn.functional.embedding and not any(kwargs.get(name) for name in UNUSUAL):
+                    return sliced_embedding(args[0], weight.cut_into, kwargs.get("padding_idx"))
+            args, kwargs = tree_map_only(cls, lambda shown: whole_weight(shown.cut_into), (args, kwargs))
+            return function(*args, **kwargs)
+
+
+UNUSUAL = ("max_norm", "scale_grad_by_freq", "sparse")  # of embeddings
+
+
 class SlicedForward:
     """A module's forward in which only the trained rows of its cut tensors get gradients.
 
     ``nn.Linear``, ``Conv1D`` and ``nn.Embedding`` have functions of their own. Any other module runs as it is, and sees
-    in place of a cut tensor one whose whole gradient is made and thrown away but for the trained rows.
+    ``ShownWeight`` in place of a cut tensor.
 
     An object instead of a closure, so that a deep copy of the model calls the modules of the copy.
     """
 
     def __init__(self, module: nn.Module, slow: bool = False) -> None:
         self.module = module
+        self.show = whole_weight if slow else ShownWeight.of
         self.inner = module.forward
         plain = "forward" not in vars(module) and not slow
         self.kind = next((kind for kind in KNOWN if plain and type(module).forward is kind.forward), None)
-        if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+        if isinstance(module, nn.Embedding) and any(getattr(module, name) for name in UNUSUAL):
             self.kind = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +88,7 @@ class SlicedForward:
     def _shadowed(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module while its cut tensors are hidden by others of the same values, whose gradient goes to blocks."""
         cuts = {name: cut_of(p) for name, p in self.module._parameters.items()}
-        shadows = {name: whole_weight(cut) for name, cut in cuts.items() if cut is not None}
+        shadows = {name: self.show(cut) for name, cut in cuts.items() if cut is not None}
         vars(self.module).update(shadows)  # found before the parameters of nn.Module are
         try:
             return self.inner(*args, **kwargs)
