@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import make_llama
 
 from lisatune.assemble import make_learner
 from lisatune.run.coverage import describe_coverage, turns
 from lisatune.samplers.uniform import UniformSampler
 from lisatune.settings import build_config
+from tiny import make_llama
 
 NEEDED = {"model": "m", "data": "d", "output": "o", "device": "cpu", "learning_rate": 1e-3}
 
