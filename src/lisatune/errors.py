@@ -62,6 +62,9 @@ def missing_package(package: str, feature: str, extra: str) -> MissingPackageErr
     return MissingPackageError(f"{feature} needs the package {package}: pip install 'lisatune[{extra}]'")
 
 
+NEEDS_MATPLOTLIB = "needs matplotlib: pip install 'lisatune[report]'"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the nearest known word, or nothing.
 

@@ -51,7 +51,7 @@ def main(path):
         with Wire() as wire:
             out = step(*args)
         if args[0].sharded:  # the forecast takes steps of its own
-            sent.append(dict(wire.payload_bytes) | {"sent": wire.sent_bytes})
+            sent.append(dict(wire.payload_bytes) | {"sent": sum(wire.sent_bytes_of.values())})
         return out
 
     Learner.step = counted

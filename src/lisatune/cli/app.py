@@ -19,6 +19,7 @@ from lisatune.cli.plan import plan
 from lisatune.cli.report import report
 from lisatune.cli.settings import settings
 from lisatune.cli.train import train
+from lisatune.common.console import tell, warn
 from lisatune.errors import Stopped, UserError
 from lisatune.processes.launch import num_started, number_started
 
@@ -58,9 +59,9 @@ def main() -> None:
             raise UserError("several processes can only train: start this command once, without torchrun")
         app()
     except UserError as error:
-        console.print(f"{name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        tell(console, f"{name}: {error}", style="red")
         sys.exit(2)
     except Stopped as stopped:
         if number_started() == 0:
-            console.print(f"lisatune: {stopped}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            warn(console, f"lisatune: {stopped}")
         sys.exit(128 + stopped.signal)

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import quiet_libraries
+from lisatune.cli.common import AnswerTokens, AnyDevice, quiet_libraries
 
 
 def chat(
     run: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this once, instead of talking.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    max_new_tokens: AnswerTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")] = "auto",
+    device: AnyDevice = "auto",
 ) -> None:
     """Speak with a trained model."""
     from lisatune.models.names import check_model_name

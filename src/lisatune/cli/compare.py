@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, console
+from lisatune.cli.common import AsJson, DataName, ModelName, console, given
+from lisatune.common.console import tell
 from lisatune.errors import UserError
 
 
@@ -23,8 +24,8 @@ def compare(
         ),
     ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of settings; a list holds several values.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
-    data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
+    model: ModelName = None,
+    data: DataName = None,
     output: Annotated[str | None, typer.Option(help="Folder of the comparison; one that is there goes on.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="MEMORY", help="Peak within which the best is looked for, for example 24GiB.")
@@ -41,17 +42,16 @@ def compare(
     from lisatune.compare.runner import compare as compare_all
     from lisatune.compare.table import show
 
-    given = read_grid(config, overrides or [])
-    given |= {name: value for name, value in {"model": model, "data": data}.items() if value is not None}
-    folder = output or given.pop("output", None)
+    grid = read_grid(config, overrides or []) | given(model=model, data=data)
+    folder = output or grid.pop("output", None)
     if not isinstance(folder, str):
         raise UserError("output is missing: give --output, the folder of the comparison")
     memory_bytes = None if memory is None else parse_bytes(memory)
     result = compare_all(
-        given, Path(folder), console=console, memory_bytes=memory_bytes, retry=retry, drop_models=drop_models
+        grid, Path(folder), console=console, memory_bytes=memory_bytes, retry=retry, drop_models=drop_models
     )
     if as_json:
         print(json.dumps(result))
     else:
         Console().print(show(result))
-        console.print(f"the page: {Path(folder) / 'report.html'}", highlight=False, soft_wrap=True)
+        tell(console, f"the page: {Path(folder) / 'report.html'}")

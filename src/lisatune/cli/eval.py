@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.cli.common import AnyDevice, AsJson, console, quiet_libraries
 
 
 def evaluate(
@@ -27,7 +27,7 @@ def evaluate(
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Write prompts as chats, for a model that was taught chats.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")] = "auto",
+    device: AnyDevice = "auto",
     output: Annotated[
         Path | None, typer.Option(help="Folder of scores.json; a run's own folder by default, for a model none.")
     ] = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.common.console import tell
 
 
 def export(
@@ -48,4 +49,4 @@ def export(
         print(json.dumps(told))
         return
     share = f", {told['tensors']} of {told['of']} tensors, of {gib(told['of_bytes'])}" if delta else ""
-    console.print(f"{output}: {gib(told['bytes'])}{share}", highlight=False, soft_wrap=True)
+    tell(console, f"{output}: {gib(told['bytes'])}{share}")

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from lisatune.cli.common import AsJson, console
+from lisatune.common.console import tell
+from lisatune.errors import NEEDS_MATPLOTLIB
 
 
 def norms(
@@ -31,4 +33,4 @@ def norms(
     try:
         print(write_page(found, output or runs[0] / "norms.html"))
     except ImportError:
-        console.print("no norms.html, which needs matplotlib: pip install 'lisatune[report]'", markup=False)
+        tell(console, f"no norms.html, which {NEEDS_MATPLOTLIB}")

@@ -8,15 +8,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.cli.common import AsJson, ConfigFile, Overrides, console, given, quiet_libraries
 from lisatune.errors import UserError
 
 
 def plan(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, as for train.")
-    ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
     model: Annotated[str | None, typer.Option(help="Folder, config.json or hub name of the model.")] = None,
     method: Annotated[
         str, typer.Option(help="Methods to put side by side; with --gpu-memory levers are pulled for the first.")
@@ -32,9 +30,7 @@ def plan(
     from lisatune.common.amounts import parse_bytes
     from lisatune.settings import read_settings
 
-    settings = read_settings(config, overrides or [])
-    named = {"model": model} if model is not None else {}
-    settings |= named
+    settings = read_settings(config, overrides or []) | given(model=model)
     settings.pop("device", None)
     memory_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
     methods = [settings.pop("method")] if "method" in settings else [m.strip() for m in method.split(",")]

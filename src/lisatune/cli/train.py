@@ -12,18 +12,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.cli.common import AsJson, ConfigFile, DataName, ModelName, Overrides, console, given, quiet_libraries
+from lisatune.common.console import tell
 from lisatune.errors import UserError
 from lisatune.processes.launch import command, num_started, number_started, without_nproc
 
 
 def train(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which win over the file's.")
-    ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
-    data: Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")] = None,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    model: ModelName = None,
+    data: DataName = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in the output folder, if there is one.")
@@ -51,21 +50,24 @@ def train(
     from lisatune.run.preflight import preflight
     from lisatune.settings import build_config, read_settings
 
+    # the settings, of which the options win
     settings = read_settings(config, overrides or [])
-    named: dict[str, Any] = {"model": model, "data": data, "output": output, "log_to": log_to}
-    named["save_total_limit"] = keep
-    named |= {} if save_every is None else parse_period(save_every)
-    checked = build_config(settings | {name: value for name, value in named.items() if value is not None})
+    settings |= given(model=model, data=data, output=output, log_to=log_to, save_total_limit=keep)
+    settings |= {} if save_every is None else parse_period(save_every)
+    checked = build_config(settings)
     memory_bytes = None if fit is None else parse_bytes(fit)
     if memory_bytes is not None and (nproc or num_started()) > 1:
         raise UserError("--fit works on one process alone: leave it out, or start one")
     if allow_changes and not resume:
         raise UserError("--allow-changes has no effect without --resume: add it, or leave this out")
     resume = resume or offer_to_go_on(Path(checked.output))
+
+    # this process becomes the one that starts the others
     if nproc is not None and num_started() == 1:
         words = command(nproc, without_nproc(sys.argv[1:]))
         os.execv(words[0], words)
-    # several processes have to meet before one of them may give up
+
+    # mistakes are found before torch is imported; several processes have to meet before one of them may give up
     examples = preflight(checked, resume=resume) if num_started() == 1 else None
     quiet_libraries()
     from lisatune.train import train as train_run
@@ -78,6 +80,8 @@ def train(
         memory_bytes=memory_bytes,
         examples=examples,
     )
+
+    # one of the processes reports
     if number_started() > 0:
         return
     if as_json:
@@ -126,4 +130,4 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
         + f", optimizer state {gib(summary['state_bytes'])}",
     )
     console.print(table)
-    console.print(f"speak with it: lisatune chat {output}", highlight=False, soft_wrap=True)
+    tell(console, f"speak with it: lisatune chat {output}")

@@ -28,15 +28,16 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lisatune.common.console import tell, warn
 from lisatune.common.files import write_whole
 from lisatune.common.run_folder import finished, only_run
 from lisatune.common.signals import StopSignal, stop_signals
 from lisatune.compare.grid import Grid, Trial, identity, plan_grid, read_grid
 from lisatune.compare.results import Measured, read_run, results
 from lisatune.data.examples import read_examples
-from lisatune.errors import Stopped, UserError
+from lisatune.errors import NEEDS_MATPLOTLIB, Stopped, UserError
 from lisatune.models.names import check_model_name
-from lisatune.run.preflight import check_num_active
+from lisatune.run.preflight import check_num_layers
 from lisatune.settings import build_config, read_settings
 
 POLL_SECONDS = 0.2
@@ -181,7 +182,7 @@ def _check_inputs(grid: Grid, before: Mapping[str, Any]) -> str:
     first = grid.trials[0].config
     check_model_name(first.model)
     for trial in grid.trials:
-        check_num_active(trial.config)
+        check_num_layers(trial.config)
     train, held_out = read_examples(first)
     rows = [] if first.streaming else list(train)
     own = held_out.get("", held_out)  # as of one, where there is one
@@ -244,7 +245,7 @@ def _run_all(session: _Session, console: Console, run_one: Runner, drop_models: 
                 )
             if failure:
                 session.failed[trial.name] = failure
-                console.print(f"{trial.name} failed: {failure}", style="yellow", markup=False, soft_wrap=True)
+                warn(console, f"{trial.name} failed: {failure}")
             elif drop_models:
                 _drop_models(run)
             session.publish()
@@ -331,6 +332,6 @@ def _write_page(folder: Path, console: Console) -> None:
     try:
         from lisatune.compare.page import write_comparison
     except ImportError:
-        console.print("no report.html, which needs matplotlib: pip install 'lisatune[report]'")
+        tell(console, f"no report.html, which {NEEDS_MATPLOTLIB}")
         return
     write_comparison(folder)

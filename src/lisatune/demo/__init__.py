@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lisatune.common.amounts import gib
+from lisatune.common.console import tell
 from lisatune.common.files import write_whole
-from lisatune.errors import UserError
+from lisatune.errors import NEEDS_MATPLOTLIB, UserError
 from lisatune.models.chat import answers
 from lisatune.models.load import load_model
 from lisatune.run.preflight import preflight
@@ -86,7 +87,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
         highlight=False,
     )
     _rewrite_report(output, console)
-    console.print(f"speak with it: lisatune chat {output}", highlight=False, soft_wrap=True)
+    tell(console, f"speak with it: lisatune chat {output}")
     return summary
 
 
@@ -108,5 +109,5 @@ def _rewrite_report(output: Path, console: Console) -> None:
     try:
         from lisatune.run.report import write_report
     except ImportError as error:
-        raise UserError("the demo's report needs matplotlib: pip install 'lisatune[report]'") from error
-    console.print(f"report: {write_report(output)}", highlight=False, soft_wrap=True)
+        raise UserError(f"the demo's report {NEEDS_MATPLOTLIB}") from error
+    tell(console, f"report: {write_report(output)}")

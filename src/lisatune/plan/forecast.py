@@ -32,6 +32,7 @@ from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
 from lisatune.samplers import make_sampler
 from lisatune.samplers.base import Sampler
+from lisatune.samplers.draws import check_num_active
 from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
 from lisatune.slices.blocks import whole_of
 
@@ -196,9 +197,8 @@ def _worst_draws(config: TrainConfig, model: nn.Module) -> list[tuple[int, ...]]
     _, layers = make_method(config).prepare(model)
     options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
     pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
-    if gamma > len(pool):
-        unit = "decoder layers" if config.sampled_unit == "layers" else config.sampled_unit
-        raise UserError(f"num_active is {gamma}, but the model has {len(pool)} {unit}: choose fewer")
+    unit = "decoder layers" if config.sampled_unit == "layers" else config.sampled_unit
+    check_num_active(gamma, len(pool), unit=unit, least=0)
     sampler = make_sampler(
         config.sampler, num_layers=len(pool), num_active=gamma, interval_steps=config.interval_steps, seed=config.seed,
         names=pool, **config.sampler_options,

@@ -31,11 +31,6 @@ class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.payload_bytes: Counter[str] = Counter()
         self.sent_bytes_of: Counter[str] = Counter()
 
-    @property
-    def sent_bytes(self) -> int:
-        """Of this process, all kinds together."""
-        return sum(self.sent_bytes_of.values())
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._count(func, args)

@@ -8,8 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
+from lisatune.common.console import tell
 from lisatune.common.files import write_whole
 from lisatune.common.loss_names import named_losses
+from lisatune.errors import NEEDS_MATPLOTLIB
 from lisatune.memory.measure import state_bytes
 from lisatune.processes.collectives import barrier, rank
 from lisatune.run.build import Run
@@ -51,8 +53,6 @@ def report_if_possible(folder: Path, console: Console) -> None:
     try:
         from lisatune.run.report import write_report
     except ImportError:
-        console.print(
-            "no report.html, which needs matplotlib: pip install 'lisatune[report]', then lisatune report RUN"
-        )
+        tell(console, f"no report.html, which {NEEDS_MATPLOTLIB}, then lisatune report RUN")
         return
     write_report(folder)

@@ -13,10 +13,11 @@ from lisatune.errors import UserError
 from lisatune.evaluation.tasks.check import check_eval_tasks
 from lisatune.models.names import check_model_name
 from lisatune.processes.launch import number_started
+from lisatune.samplers.draws import check_num_active
 from lisatune.settings import LAYERWISE, TrainConfig
 
 
-def check_num_active(config: TrainConfig) -> None:
+def check_num_layers(config: TrainConfig) -> None:
     """Refuse more active layers than a local model's config.json says there are; other models are checked when loaded."""
     file = Path(config.model).expanduser() / "config.json"
     if config.method not in LAYERWISE or config.sampled_unit != "layers" or not file.is_file():
@@ -26,10 +27,8 @@ def check_num_active(config: TrainConfig) -> None:
         num_layers = {**settings, **settings.get("text_config", {})}.get("num_hidden_layers")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not the config.json of a model ({error})") from error
-    if isinstance(num_layers, int) and config.num_active > num_layers:
-        raise UserError(
-            f"num_active is {config.num_active}, but the model has {num_layers} decoder layers: choose 1 to {num_layers}"
-        )
+    if isinstance(num_layers, int):
+        check_num_active(config.num_active, num_layers)
 
 
 def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Example], HeldOut]:
@@ -37,6 +36,6 @@ def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[Iterable[Ex
     # one of several processes holds the folder for all; if each tried, they would take one another for another run
     check_output(Path(config.output), resume=resume, held=number_started() > 0)
     check_model_name(config.model)
-    check_num_active(config)
+    check_num_layers(config)
     check_eval_tasks(config)
     return read_examples(config)

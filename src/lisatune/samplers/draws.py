@@ -33,9 +33,27 @@ def check_counts(num_layers: int, num_active: int) -> None:
     """
     if num_layers < 1:
         raise UserError(f"num_layers is {num_layers}: a model needs at least 1 decoder layer")
-    if not 0 <= num_active <= num_layers:
+    check_num_active(num_active, num_layers, least=0)
+
+
+def check_num_active(num_active: int, num_units: int, *, unit: str = "decoder layers", least: int = 1) -> None:
+    """Refuse to sample more than there are.
+
+    Args:
+        num_active: How many are sampled at a time.
+        num_units: How many there are.
+        unit: What is sampled, as people call it.
+        least: The fewest that make sense.
+    Raises: UserError.
+    Example:
+        >>> check_num_active(2, 2)
+        >>> check_num_active(3, 2, unit="slices")
+        Traceback (most recent call last):
+        lisatune.errors.UserError: num_active is 3, but the model has 2 slices: choose 1 to 2
+    """
+    if not least <= num_active <= num_units:
         raise UserError(
-            f"num_active is {num_active}, but the model has {num_layers} decoder layers: choose 0 to {num_layers}"
+            f"num_active is {num_active}, but the model has {num_units} {unit}: choose {least} to {num_units}"
         )
 
 

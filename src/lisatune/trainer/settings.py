@@ -15,6 +15,7 @@ from lisatune.layers import Trains, find_layers
 from lisatune.methods import UNITS
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
+from lisatune.samplers.draws import check_num_active
 from lisatune.slices.engine import SliceEngine
 
 
@@ -80,9 +81,8 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
         layers = split_layers(layers, settings.sampled_unit)  # type: ignore[arg-type]
     trains = {"train_embedding": settings.train_embedding, "train_head": settings.train_head}
     pool = layers.pool(**trains)
-    if settings.num_active > len(pool):
-        unit = "decoder layers" if settings.sampled_unit == "layers" else settings.sampled_unit
-        raise UserError(f"num_active is {settings.num_active}, but the model has {len(pool)} {unit}: choose fewer")
+    unit = "decoder layers" if settings.sampled_unit == "layers" else settings.sampled_unit
+    check_num_active(settings.num_active, len(pool), unit=unit)
     sampler = make_sampler(
         settings.sampler, num_layers=len(pool), num_active=settings.num_active, seed=settings.seed,
         interval_steps=settings.interval_steps, names=pool, **settings.sampler_options,
@@ -92,10 +92,7 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
 
 def slice_engine(settings: LisaSettings, model: nn.Module) -> SliceEngine:
     """Blocks of rows of every matrix."""
-    if settings.num_active > settings.num_slices:
-        raise UserError(
-            f"num_active is {settings.num_active}, but there are {settings.num_slices} slices: choose fewer"
-        )
+    check_num_active(settings.num_active, settings.num_slices, unit="slices")
     sampler = make_sampler(
         settings.sampler, num_layers=settings.num_slices, num_active=settings.num_active, seed=settings.seed,
         interval_steps=settings.interval_steps, **settings.sampler_options,

@@ -12,9 +12,6 @@ from lisatune.evaluation.mt_bench.records import Records, key_of
 from lisatune.evaluation.mt_bench.verdicts import Verdict, read_verdict
 
 NUM_THREADS = 4
-MOST_REPLY_TOKENS = (
-    2048  # an explanation of a few sentences and the grade; a judge that thinks aloud needs more than that
-)
 
 
 class Judge:

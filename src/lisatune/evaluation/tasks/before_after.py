@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from lisatune.common.bars import scoring_bar
+from lisatune.common.console import warn
 from lisatune.common.files import write_whole
 from lisatune.common.run_folder import finished, only_run
 from lisatune.errors import UserError
@@ -127,10 +128,10 @@ def score_targets(
                 with scoring_bar(f"{name}: {task}", console) as progress:
                     scores = scorer(model, tokenizer, batch_size=batch_size, progress=progress)
                 if scorer.num_cut:
-                    console.print(
+                    warn(
+                        console,
                         f"{name}, {task}: {scorer.num_cut:,} prompts exceed the model's context, their beginning was cut",
-                        style="yellow", markup=False, highlight=False, soft_wrap=True,
-                    )  # fmt: skip
+                    )
                 record.add(name, task, conditions, scores)
                 _write(record, targets, target.folder)
             del model
