@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lisatune.data.loader import Batch
 from lisatune.errors import UserError
 from lisatune.layers import Layers
+from lisatune.memory.blocks import Cut, cut_of
 from lisatune.optim.row_gradients import HeadPart, RowGradients
-from lisatune.slices.blocks import Cut, cut_of
 from lisatune.slices.functions import whole_weight
 
 IGNORED = -100

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from lisatune import UniformSampler, UserError, find_layers
 from lisatune.loss import linear_cross_entropy
+from lisatune.memory.blocks import Cut, block_rows
 from lisatune.memory.measure import state_bytes
 from lisatune.samplers.bernoulli import BernoulliSampler
 from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.sweep import SweepSampler
-from lisatune.slices.blocks import Cut, block_rows
 from lisatune.slices.engine import SliceEngine
 from lisatune.slices.modules import SlicedForward
 from tiny import VOCABULARY, make_llama

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from lisatune.memory.blocks import whole_of
 from lisatune.processes.tensors import local
-from lisatune.slices.blocks import whole_of
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lisatune.errors import UserError
+from lisatune.memory.blocks import whole_of
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
 from lisatune.optim.rounding import random_bits, random_bits_of, round_stochastically
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.processes.tensors import first_element, local
-from lisatune.slices.blocks import whole_of
 
 # On a CPU, 8-bit blocks of 2**20 take 0.8 of the time of 2**22, which leave its cache. Smaller ones are faster still
 # (2**18: 0.6), but have many more waits of threads for each other, of 5 ms each when the cores are shared.

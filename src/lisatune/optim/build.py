@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lisatune.errors import UserError
 from lisatune.layers import Layers
+from lisatune.memory.blocks import whole_of
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local, over_shards
-from lisatune.slices.blocks import whole_of
 
 
 def make_adamw(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lisatune.errors import UserError
+from lisatune.memory.blocks import whole_of
 from lisatune.optim.rounding import random_bits, round_stochastically
 from lisatune.processes.tensors import first_element
-from lisatune.slices.blocks import whole_of
 
 
 class RoundedOptimizer(torch.optim.Optimizer, ABC):

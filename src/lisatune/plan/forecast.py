@@ -23,6 +23,7 @@ from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
+from lisatune.memory.blocks import whole_of
 from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
 from lisatune.models.names import check_model_name
 from lisatune.optim import OPTIMS
@@ -34,7 +35,6 @@ from lisatune.samplers import make_sampler
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_num_active
 from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
-from lisatune.slices.blocks import whole_of
 
 ATTENTION = "lisatune_plan"
 PARTS = ("decoder", "embedding", "head")

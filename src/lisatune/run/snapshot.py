@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
+from lisatune.memory.blocks import whole_of
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.shard_files import Shards, without_rank
 from lisatune.processes.tensors import as_shard, whole
 from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
 from lisatune.run.progress import Count, Progress
-from lisatune.slices.blocks import whole_of
 from lisatune.slices.engine import SliceEngine
 
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
+from lisatune.memory.blocks import Cut, Slots, cut_of
 from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of
 from lisatune.samplers import SAMPLERS
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
-from lisatune.slices.blocks import Cut, Slots, cut_of
 from lisatune.slices.modules import SlicedForward
 
 NAME = "lisatune_slices"  # of the modules that hold what trains

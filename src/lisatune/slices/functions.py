@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.slices.blocks import Cut, Rows
+from lisatune.memory.blocks import Cut, Rows
 
 
 def sliced_linear(input: Tensor, cut: Cut, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
-from lisatune.slices.blocks import Cut, cut_of
+from lisatune.memory.blocks import Cut, cut_of
 from lisatune.slices.functions import sliced_conv1d, sliced_embedding, sliced_linear, whole_weight
 
 
