@@ -11,15 +11,15 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-# equal sums get equal bits on every processor; MKL reads it at its first product, and processes of the tests inherit it
-os.environ["MKL_CBWR"] = "COMPATIBLE"
+# equal sums get equal bits on every processor; MKL reads it before its first product, and processes of tests inherit it
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from places import SHARED
-from tiny import make_llama, make_tokenizer
+from tiny import make_llama, make_tokenizer, write_rows
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and two test processes share two cores
 
@@ -51,12 +51,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     """Sixty short questions and answers."""
-    import json
-
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.fixture

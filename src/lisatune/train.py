@@ -44,8 +44,9 @@ def train(
     Args:
         config: The settings.
         console: Where messages go; stderr by default.
-        resume: Go on with the run in ``config.output``, if there is one, from its newest whole checkpoint. On a CPU
-            weights and metrics are bit-identical to those of a run never stopped; on a GPU set ``full_determinism`` for that.
+        resume: Go on with the run in ``config.output``, if there is one, from its newest whole checkpoint.
+            Weights and metrics are bit-identical to those of a run never stopped, wherever equal sums give equal bits; with
+            ``full_determinism`` they do.
         allow_changes: Go on although settings or data are not those that the run began with.
         memory_bytes: If given, pull levers until the run fits into a device of that size.
         examples: What ``preflight`` returned, if it was called already.

@@ -1,5 +1,7 @@
-"""Tiny random models, and a tokenizer for them: they build in milliseconds, and nothing is downloaded."""
+"""Tiny random models, a tokenizer for them, and a few rows of data: they build in milliseconds, and nothing is downloaded."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,3 +49,10 @@ def make_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def write_rows(path: Path) -> Path:
+    """Write sixty short questions and answers to ``path``, and return it."""
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -72,7 +72,6 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
             {"inactive_learning_rate": 1, "on_bad_step": "skip"},
             "on_bad_step=skip cannot go with inactive_learning_rate",
         ),
-        ({"full_determinism": True, "device": "cpu"}, "full_determinism has no effect on a CPU"),
         ({"eval_steps": 5}, "eval_steps has no effect without held-out rows"),
         ({"streaming": True}, "streaming needs max_steps"),
         ({"max_steps": 5, "num_train_epochs": 2}, "num_train_epochs has no effect beside max_steps"),

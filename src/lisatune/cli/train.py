@@ -47,6 +47,7 @@ def train(
 ) -> None:
     """Fine-tune a model with LISA, LoRA or all parameters."""
     from lisatune.common.amounts import parse_bytes
+    from lisatune.common.equal_sums import ask_for_equal_sums
     from lisatune.run.preflight import preflight
     from lisatune.settings import build_config, read_settings
 
@@ -66,6 +67,8 @@ def train(
     if nproc is not None and num_started() == 1:
         words = command(nproc, without_nproc(sys.argv[1:]))
         os.execv(words[0], words)
+    if checked.full_determinism:
+        ask_for_equal_sums()  # before torch is loaded
 
     # mistakes are found before torch is imported; several processes have to meet before one of them may give up
     examples = preflight(checked, resume=resume) if num_started() == 1 else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,6 +31,7 @@ from lisatune.processes.collectives import check_alike, num_ranks, rank, togethe
 from lisatune.processes.group import local_device
 from lisatune.run.coverage import describe_coverage
 from lisatune.run.data import Data, prepare_data
+from lisatune.run.determinism import be_deterministic
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.metrics import check_tracker
 from lisatune.run.progress import Evaluation, Progress
@@ -116,15 +116,14 @@ def build(
     with together():
         check_tracker(config)
         config, device = settle(config)
+        if config.full_determinism:
+            be_deterministic(device)
         scorer = _scorer(config)
         model, tokenizer = loaded or load_model(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
         )
         if num_ranks() > 1:
             check_saved_names(model)
-    if config.full_determinism:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask for
-        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)  # of LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)

@@ -17,6 +17,7 @@ from lisatune.memory.measure import state_bytes
 from lisatune.run.build import Run, is_due
 from lisatune.run.metrics import Metrics
 from lisatune.run.progress import Evaluation, Progress
+from lisatune.run.snapshot import environment
 from lisatune.slices.engine import SliceEngine
 from lisatune.study.recorder import NormRecorder
 
@@ -57,7 +58,7 @@ class Journal:
         """The line of step 0: what the run consists of, and how good the model is before the first step."""
         self._metrics.write(
             step=0, **named_losses(evaluation.losses or {}), layers=self.run.learner.layers.describe(),
-            plan=self.run.plan.as_dict(), scores=evaluation.scores,
+            plan=self.run.plan.as_dict(), environment=environment(self.run.device), scores=evaluation.scores,
         )  # fmt: skip
 
     def write(

@@ -18,6 +18,8 @@ from lisatune.settings import differences, read_settings, used_settings
 def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bool) -> Progress:
     """Restore the newest whole checkpoint of ``run``; without one the run begins at step 0.
 
+    Another processor or version is reported, and with ``full_determinism`` counts as a change.
+
     Raises: UserError if settings or data have changed and ``allow_changes`` is false, or there is nothing to go on from.
     """
     folder = run.folder
@@ -25,7 +27,8 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
     state = None if checkpoint is None else read_state_of(checkpoint)
 
     # what has changed since the run began
-    changes = _changes(run, state)
+    elsewhere = _elsewhere(state, run.device)
+    changes = _changes(run, state) + (elsewhere if run.config.full_determinism else [])
     if changes and not allow_changes:
         raise UserError(
             f"{folder} did not begin like this: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
@@ -42,7 +45,8 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
         return Progress()
 
     # from the checkpoint on; a finished run that goes on is finished no more
-    _warn_of_environment(state, run.device, console)
+    for change in [] if run.config.full_determinism else elsewhere:
+        warn(console, f"{change}: weights equal to the bit need the same")
     (folder / "summary.json").unlink(missing_ok=True)
     progress = snapshots.restore(checkpoint)
     console.print(f"going on after step {progress.step:,} of {run.data.num_steps:,}", highlight=False)
@@ -66,9 +70,7 @@ def _settings_before(run: Run) -> dict[str, Any]:
     return read_settings(str(path), []) if path.is_file() else used_settings(run.config)
 
 
-def _warn_of_environment(state: State, device: torch.device, console: Console) -> None:
-    """Report versions and devices that were others when the checkpoint was saved."""
-    for name, was in state.environment.items():
-        now = environment(device).get(name)
-        if now != was:
-            warn(console, f"{name} was {was}, now it is {now}: weights equal to the bit need the same")
+def _elsewhere(state: State | None, device: torch.device) -> list[str]:
+    """Versions, processors and devices that were others when the checkpoint was saved, in words."""
+    before, here = {} if state is None else state.environment, environment(device)
+    return [f"{name} was {was}, now it is {here.get(name)}" for name, was in before.items() if here.get(name) != was]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lisatune.common.equal_sums import processor_name
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
@@ -22,6 +23,7 @@ from lisatune.processes.collectives import num_ranks
 from lisatune.processes.shard_files import Shards, without_rank
 from lisatune.processes.tensors import as_shard, whole
 from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
+from lisatune.run.determinism import blas
 from lisatune.run.progress import Count, Progress
 from lisatune.slices.engine import SliceEngine
 
@@ -215,9 +217,12 @@ class Snapshots:
 def environment(device: torch.device) -> dict[str, str]:
     """What the bits of a sum may depend on, beside the numbers."""
     found = {package: version(package) for package in ("torch", "transformers")}
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
-    )
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{torch.get_num_threads()} threads of a CPU"
+        found["processor"] = f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
+        found["BLAS"] = blas()
     return found | {"device": name + (f", {num_ranks()} processes" if num_ranks() > 1 else "")}
 
 

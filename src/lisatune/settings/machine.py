@@ -16,9 +16,8 @@ class Machine(BaseModel):
 
     device: str = row("auto", "cpu, cuda, cuda:1, ... auto takes a GPU if there is one.", one_value=True)
     full_determinism: bool = row(
-        False, "The same bits in every run on a GPU too, with slower kernels. A CPU gives them anyway.",
-        gpu="where equal runs give equal bits anyway",
-    )  # fmt: skip
+        False, "Equal runs give equal bits on a CPU of any maker, and on a GPU, with slower kernels."
+    )
     trust_remote_code: bool = row(False, "Run the code that the model's folder contains.", free=True, one_value=True)
     seed: int = row(0, "Seed of the sampled layers, the order of the data, and the dropout.", ge=0)
     log_to: Tracker = row("none", "Send the metrics to tensorboard, wandb or trackio as well.", free=True)

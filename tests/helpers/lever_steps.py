@@ -1,0 +1,45 @@
+"""Optimizer steps of a tiny model, taken with every lever."""
+
+import torch
+
+from lisatune.assemble import make_learner
+from lisatune.data.loader import Batch
+from lisatune.settings import build_config
+from tiny import VOCABULARY, make_llama
+
+CPU = torch.device("cpu")
+LEVERS = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "some checkpointed": {"gradient_checkpointing": 2},
+    "inputs off the device": {"gradient_checkpointing": True, "activation_offloading": True},
+    "moments off the device": {"offload_optimizer": True},
+    "frozen layers off the device": {"gradient_checkpointing": True, "offload_frozen": True},
+    "step in backward": {"optimizer_in_backward": True, "max_grad_norm": 0},
+}
+
+
+def config(**settings):
+    needed = {"model": "-", "data": "-", "output": "-", "dtype": "float32", "learning_rate": 1e-2}
+    return build_config(needed | settings)
+
+
+def batch(step, rows=4, tokens=12):
+    ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(step))
+    labels = ids.roll(-1, 1)
+    labels[step % rows, : 3 + step % 5] = -100  # micro-batches of unequal numbers of labelled tokens
+    positions = torch.arange(tokens).repeat(rows, 1)
+    return Batch(ids, labels, positions, torch.ones_like(ids, dtype=torch.bool))
+
+
+def run(steps=9, micro_rows=4, tied=False, **settings):
+    """Weights, losses and norms of a run over several switches."""
+    if settings.get("method", "lisa") == "lisa":
+        settings = {"num_active": 1, "interval_steps": 2} | settings
+    learner = make_learner(config(**settings), make_llama(tied=tied), CPU)
+    learner.model.train()
+    told = []
+    for step in range(steps):
+        whole = batch(step)
+        loss, norm, _ = learner.step(step, whole.split(micro_rows), whole.num_labelled)
+        told.append((loss.item(), norm.item()))
+    return {n: p.detach().clone() for n, p in learner.model.named_parameters()}, told
