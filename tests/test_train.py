@@ -11,7 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from lisatune import UserError
-from lisatune.common.loss_names import told
+from lisatune.common.loss_names import loss_lines
 from lisatune.models.load import load_model
 from lisatune.optim.build import clip_gradients
 from lisatune.run.schedule import learning_rate_at
@@ -193,7 +193,7 @@ def test_held_out_sets_with_names_are_told_apart(model_folder, data_file, tmp_pa
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     assert first["eval_far_loss"] == summary["eval_far_loss_before"]
     assert last["eval_loss"] == last["eval_near_loss"] == summary["eval_loss_after"]
-    lines = dict(told(summary))
+    lines = dict(loss_lines(summary))
     assert list(lines) == ["held-out loss, near", "held-out loss, far"]
     assert lines["held-out loss, far"].startswith(f"{summary['eval_far_loss_before']:.4f} -> ")
     with pytest.raises(UserError, match="no.rows.jsonl"):

@@ -38,15 +38,15 @@ def export(
     from lisatune.models.export import export_delta, export_gguf, export_model, push
 
     if delta:
-        told = export_delta(run, output)
+        result = export_delta(run, output)
     elif gguf is not None:
-        told = export_gguf(run, output, gguf)
+        result = export_gguf(run, output, gguf)
     else:
-        told = export_model(run, output, dtype)
+        result = export_model(run, output, dtype)
     if push_to is not None:
-        told["pushed"] = push(output, push_to)
+        result["pushed"] = push(output, push_to)
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(result))
         return
-    share = f", {told['tensors']} of {told['of']} tensors, of {gib(told['of_bytes'])}" if delta else ""
-    tell(console, f"{output}: {gib(told['bytes'])}{share}")
+    share = f", {result['tensors']} of {result['of']} tensors, of {gib(result['of_bytes'])}" if delta else ""
+    tell(console, f"{output}: {gib(result['bytes'])}{share}")

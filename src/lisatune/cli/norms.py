@@ -25,11 +25,11 @@ def norms(
     from lisatune.study.study import read_norms, show, study, write_page
 
     found = [read_norms(run) for run in runs]
-    told = study(found)
+    result = study(found)
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(result))
         return
-    Console().print(show(told))
+    Console().print(show(result))
     try:
         print(write_page(found, output or runs[0] / "norms.html"))
     except ImportError:

@@ -30,7 +30,7 @@ def other_losses(numbers: Mapping[str, Any], ending: str = "") -> dict[str, floa
     return {match[1]: value for match, value in found if match}
 
 
-def told(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def loss_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """A line for each held-out set: its name, and loss and perplexity before and after."""
     before, after = (other_losses(summary, ending) for ending in ("_before", "_after"))
     if not before and summary.get("eval_loss_before") is not None:

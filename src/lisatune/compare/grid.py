@@ -28,7 +28,7 @@ class Trial:
     """One run of the grid.
 
     Args:
-        name: Of its folder.
+        name: Name of its folder.
         contender: What it is a run of.
         varied: The settings that name the contender.
         searched: Values of the settings that are searched.
@@ -88,13 +88,13 @@ def read_grid(path: str | None, words: Sequence[str]) -> dict[str, Any]:
         method, dot, inner = name.partition(".")
         if not dot:
             grid[name] = value
-        elif isinstance(own := grid.setdefault(method, {}), dict):
-            own[inner] = value
+        elif isinstance(settings := grid.setdefault(method, {}), dict):
+            settings[inner] = value
     return grid
 
 
 def _read_value(text: str) -> Any:
-    """As in a setting's word; what stands in quotes is text."""
+    """The value that a setting's word stands for; what stands in quotes is text."""
     if text.startswith('"'):
         with suppress(ValueError):
             return json.loads(text)
@@ -123,7 +123,7 @@ def plan_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
     """Every run of the grid ``given``, its settings checked.
 
     Args:
-        given: As ``read_grid`` returns it.
+        given: What ``read_grid`` returned.
         output: The comparison's folder.
         names: Identity of a run that is there to the name of its folder.
     Raises: UserError for a setting that cannot be, or if contenders would get different numbers of runs.
@@ -144,12 +144,12 @@ def plan_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
             )
     shared = {n: v for n, v in given.items() if n not in (*METHODS, "search", "method")}
     for method in METHODS:
-        own = given.get(method, {})
-        if method in given and (method not in methods or not isinstance(own, Mapping)):
+        of_method = given.get(method, {})
+        if method in given and (method not in methods or not isinstance(of_method, Mapping)):
             raise UserError(
                 f"settings of {method} alone have no effect: write {method}.name=value, and method={method} too"
             )
-        for name in own:
+        for name in of_method:
             if name in (*ONE_VALUE, "method", "seed", "search"):
                 raise UserError(f"{method}.{name}: contenders are compared within one {name}, so give it for all")
     _check_names(shared, methods)
@@ -162,13 +162,13 @@ def plan_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
             taken.add(trial.name.casefold())
             trials.append(trial)
     order = list(dict.fromkeys(trial.config.seed for trial in trials))
-    rank = {trial.name: i for i, trial in enumerate(_by_turns(trials))}
-    trials.sort(key=lambda trial: (order.index(trial.config.seed), rank[trial.name]))
+    turn = {trial.name: i for i, trial in enumerate(_by_turns(trials))}
+    trials.sort(key=lambda trial: (order.index(trial.config.seed), turn[trial.name]))
     counts = Counter(trial.contender for trial in trials)
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{contender}: {count}" for contender, count in counts.items())
+        numbers = ", ".join(f"{contender}: {count}" for contender, count in counts.items())
         raise UserError(
-            f"contenders would get different numbers of runs ({told}): give each as many values of {', '.join(search)}"
+            f"contenders would get different numbers of runs ({numbers}): give each as many values of {', '.join(search)}"
         )
     return Grid(given, search, tuple(trials))
 
@@ -190,19 +190,19 @@ def _check_names(shared: Mapping[str, Any], methods: Sequence[Any]) -> None:
             raise UserError(
                 f"{name} holds several values: losses are compared within one, so make a comparison of each"
             )
-        own = ROWS[name].methods
-        if own and not set(own) & set(methods):
+        takers = ROWS[name].methods
+        if takers and not set(takers) & set(methods):
             shown = ",".join(map(str, methods))
-            raise UserError(f"{name} has no effect with method={shown}: leave it out, or add {' or '.join(own)}")
+            raise UserError(f"{name} has no effect with method={shown}: leave it out, or add {' or '.join(takers)}")
     if not (shared.get("eval_data") or shared.get("eval_rows")):
         raise UserError("a comparison needs held-out rows: give eval_rows=<number> or eval_data=<file>")
 
 
 def _settings_of(
-    method: str, shared: Mapping[str, Any], own: Mapping[str, Any], search: Sequence[str]
+    method: str, shared: Mapping[str, Any], of_method: Mapping[str, Any], search: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Settings of each run of ``method``, and the names of those that hold several values."""
-    played = {n: v for n, v in shared.items() if plays(n, method)} | dict(own)
+    played = {n: v for n, v in shared.items() if plays(n, method)} | dict(of_method)
     if "eval_steps" not in played and isinstance(played.get("max_steps"), int):
         played["eval_steps"] = max(1, played["max_steps"] // EVALUATIONS)
     played.setdefault("seed", 0)

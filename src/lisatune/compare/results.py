@@ -175,10 +175,10 @@ def results(
     ``equal_tokens`` and ``equal_time`` are losses where the shortest and the fastest contender ended.
     """
     seeds = list(dict.fromkeys(trial.config.seed for trial in grid.trials))
-    everyone = [_Contender(name, grid.of(name), measured, seeds) for name in grid.contenders()]
-    ready = {c.name: c.reported() for c in everyone if c.choices and _all_ended(c, failed)}
+    contenders = [_Contender(name, grid.of(name), measured, seeds) for name in grid.contenders()]
+    ready = {c.name: c.reported() for c in contenders if c.choices and _all_ended(c, failed)}
     equal = _equal(ready, seeds)
-    entries = [_entry(c, ready, equal, failed) for c in everyone]
+    entries = [_entry(c, ready, equal, failed) for c in contenders]
     within = [e for e in entries if e["status"] == "finished"]
     budget = memory_bytes or min((int(e["peak_bytes"] * TOLERANCE) for e in within), default=0)
     for entry in within:
@@ -197,7 +197,7 @@ def results(
         "reference": next(iter(ready), None),
         "search": list(grid.search),
         "seeds": seeds,
-        "runs_per_contender": len(grid.trials) // len(everyone),
+        "runs_per_contender": len(grid.trials) // len(contenders),
         "confidence": 0.95,
         "equal": equal | {"bytes": budget, "best_within_bytes": fitting},
         "finished": [run["name"] for run in runs if run["status"] == "finished"],
@@ -211,7 +211,7 @@ def _all_ended(contender: _Contender, failed: Mapping[str, str]) -> bool:
 
 
 def _equal(ready: Mapping[str, Mapping[int, Measured]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Of each seed the tokens of the shortest run, and the seconds of the fastest contender."""
+    """For each seed: the tokens of the shortest run, and the seconds of the fastest contender."""
     if not ready:
         return {"tokens": {}, "seconds": {}, "fastest": None}
 

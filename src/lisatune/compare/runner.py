@@ -69,11 +69,11 @@ def run_in_child(trial: Trial, folder: Path, stop: StopSignal, tick: Callable[[]
             env=os.environ | {"NO_COLOR": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         try:
-            told = False
+            passed_on = False
             while child.poll() is None:
-                if stop.received and not told:
+                if stop.received and not passed_on:
                     child.send_signal(stop.received)
-                    told = True
+                    passed_on = True
                 tick()
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(POLL_SECONDS)
@@ -107,7 +107,7 @@ def compare(
     """Run what is left of the grid ``given``, and put its numbers side by side.
 
     Args:
-        given: As ``read_grid`` returns it; without a model, the comparison that ``output`` holds goes on.
+        given: What ``read_grid`` returned; without a model, the comparison that ``output`` holds goes on.
         output: Folder of the comparison. One that is there goes on: finished runs are not run again, a stopped one goes on
             from its checkpoint. The grid may have grown; runs that it no longer holds are refused, since results would
             be chosen after they are known.
@@ -126,16 +126,16 @@ def compare(
             raise UserError(f"{output} holds no comparison to go on with: give --model, --data and a grid")
         given = read_grid(str(record), [])
     _check_folder(output, record)
-    there = {identity(build_config(read_settings(str(path), []))): path.stem for path in _run_files(output)}
-    grid = plan_grid(given, output, there)
-    _refuse_other(grid, there, record)
+    known = {identity(build_config(read_settings(str(path), []))): path.stem for path in _run_files(output)}
+    grid = plan_grid(given, output, known)
+    _refuse_other(grid, known, record)
     before = _read_json(output / "comparison.json")
     data = _check_inputs(grid, before)
     (output / "runs").mkdir(parents=True, exist_ok=True)
     with only_run(output), stop_signals() as stop:
         write_whole(record, yaml.safe_dump(grid.given, sort_keys=False, allow_unicode=True))
         for trial in grid.trials:
-            if trial.name not in there.values():
+            if trial.name not in known.values():
                 settings = trial.config.model_dump(exclude_unset=True)
                 text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
                 write_whole(output / "runs" / f"{trial.name}.yaml", text)
@@ -162,17 +162,17 @@ def _run_files(output: Path) -> list[Path]:
     return sorted((output / "runs").glob("*.yaml"))
 
 
-def _refuse_other(grid: Grid, there: Mapping[str, str], record: Path) -> None:
+def _refuse_other(grid: Grid, known: Mapping[str, str], record: Path) -> None:
     """Refuse a grid that leaves out runs which ``record`` holds."""
     now = {identity(trial.config) for trial in grid.trials}
-    missing = [name for known, name in there.items() if known not in now]
+    missing = [name for key, name in known.items() if key not in now]
     if not missing:
         return
     was = read_grid(str(record), [])
     names = [n for n in dict.fromkeys([*was, *grid.given]) if was.get(n) != grid.given.get(n)]
     changes = "; ".join(f"{n}={grid.given.get(n, 'not given')} (was {was.get(n, 'not given')})" for n in names)
     raise UserError(
-        f"{record.parent} holds a comparison of {len(there)} runs, of which {len(missing)} would be left out: {changes or 'defaults'}. Put "
+        f"{record.parent} holds a comparison of {len(known)} runs, of which {len(missing)} would be left out: {changes or 'defaults'}. Put "
         "back what has changed (values may be added), or choose another output"
     )
 
@@ -185,8 +185,8 @@ def _check_inputs(grid: Grid, before: Mapping[str, Any]) -> str:
         check_num_layers(trial.config)
     train, held_out = read_examples(first)
     rows = [] if first.streaming else list(train)
-    own = held_out.get("", held_out)  # as of one, where there is one
-    digest = hashlib.sha256(repr((rows, own)).encode()).hexdigest()[:16]
+    sets = held_out.get("", held_out)  # the one set itself, if it has no name
+    digest = hashlib.sha256(repr((rows, sets)).encode()).hexdigest()[:16]
     count = f"{len(rows):,} rows to train on, " if rows else ""
     data = f"{count}{sum(map(len, held_out.values())):,} held out ({digest})"
     if before.get("data", data) != data:
@@ -224,8 +224,10 @@ class _Session:
 def _run_all(session: _Session, console: Console, run_one: Runner, drop_models: bool) -> None:
     grid, folder, stop = session.grid, session.folder, session.stop
     left = [t for t in grid.trials if t.name not in session.measured and t.name not in session.failed]
-    told = f"{len(grid.trials)} runs, {len(left)} left" if len(left) < len(grid.trials) else f"{len(grid.trials)} runs"
-    console.print(f"{len(grid.contenders())} contenders: {told}", highlight=False)
+    how_many = (
+        f"{len(grid.trials)} runs, {len(left)} left" if len(left) < len(grid.trials) else f"{len(grid.trials)} runs"
+    )
+    console.print(f"{len(grid.contenders())} contenders: {how_many}", highlight=False)
     if not left:
         return
     with _progress(len(grid.trials), len(left), console) as show:

@@ -22,7 +22,7 @@ def radar(categories: Sequence[str], scores: Mapping[str, Sequence[float | None]
 
     Args:
         categories: Three or more.
-        scores: Of each model, one for each category, from 0 to ``highest``; None leaves a gap.
+        scores: Scores of each model, one for each category, from 0 to ``highest``; None leaves a gap.
     Example:
         >>> drawn = radar(["writing", "maths", "coding"], {"LISA": [7.0, 2.5, None], "LoRA": [6.0, 3.0, 4.0]})
         >>> drawn.startswith("<svg"), all(word in drawn for word in ("writing", "maths", "coding", "LISA", "LoRA"))

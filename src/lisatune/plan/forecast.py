@@ -178,8 +178,8 @@ def plan_run(
         config: The run.
         hf_config: The model's transformers config.
         device: ``cuda`` or ``cpu``.
-        rows: Of a micro-batch; by default as in ``config``.
-        tokens: Of a row; by default ``max_length``.
+        rows: Rows of a micro-batch; by default as in ``config``.
+        tokens: Tokens of a row; by default ``max_length``.
     """
     dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
     config = config.model_copy(update={"dtype": dtype})
@@ -275,7 +275,7 @@ def _plan_draw(
     cannot_run, sent = False, dict[str, int]()
     with ledger:
         learner = make_learner(config, model, torch.device("meta"))
-        parts = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
+        parts = {p: _part(name) for name, parameters in learner.layers.parts().items() for p in parameters.values()}
         _book_weights(ledger, learner, parts)
         if isinstance(learner.engine, LisaEngine):
             learner.engine.sampler = _Draw(len(learner.engine.pool), drawn)
@@ -342,7 +342,9 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
 
 def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int, tokens: int) -> dict[str, int]:
     """The second step is the one that counts: the optimizer's state is there from its beginning. Returns bytes sent in a step."""
-    owner: dict[Tensor, str] = {p: _part(name) for name, own in learner.layers.parts().items() for p in own.values()}
+    owner: dict[Tensor, str] = {
+        p: _part(name) for name, parameters in learner.layers.parts().items() for p in parameters.values()
+    }
     learner.model.train()
     wires = []
     for number, count in enumerate((1, min(2, config.gradient_accumulation_steps))):

@@ -121,9 +121,9 @@ def climb(
     Args:
         config: The run.
         hf_config: The model's transformers config.
-        memory_bytes: Of the device; ``UNCOUNTED_BYTES`` of it are left for what a forecast does not count.
+        memory_bytes: Memory of the device; ``UNCOUNTED_BYTES`` of it are left for what a forecast does not count.
         device: ``cuda`` or ``cpu``.
-        tokens: Of a row; by default ``max_length``.
+        tokens: Tokens of a row; by default ``max_length``.
     Raises: UserError telling the smallest peak there is and what it would need, if nothing fits.
     Cost: a forecast for each rung, and for halving the number of checkpointed layers.
     """

@@ -30,9 +30,9 @@ def show_plans(plans: Sequence[Plan], budget: int | None = None) -> RenderableTy
 
 
 def _table(plans: Sequence[Plan]) -> Table:
-    of = f" of each of {plans[0].num_ranks} processes" if plans[0].num_ranks > 1 else ""
+    whose = f" of each of {plans[0].num_ranks} processes" if plans[0].num_ranks > 1 else ""
     table = Table(
-        title=f"predicted peak{of}, micro-batch {plans[0].rows} x {plans[0].tokens} tokens", title_justify="left"
+        title=f"predicted peak{whose}, micro-batch {plans[0].rows} x {plans[0].tokens} tokens", title_justify="left"
     )
     table.add_column("")
     for plan in plans:
@@ -42,9 +42,9 @@ def _table(plans: Sequence[Plan]) -> Table:
         if f"{kind}/decoder" not in plans[0].bytes_of:
             table.add_row(name, *(gib(p.bytes_of[kind]) for p in plans))
             continue
-        for part, of in PARTS.items():
+        for part, description in PARTS.items():
             sizes = [p.bytes_of[f"{kind}/{part}"] for p in plans]
-            table.add_row(f"{name}, {of}", *(gib(size) if size else "-" for size in sizes))
+            table.add_row(f"{name}, {description}", *(gib(size) if size else "-" for size in sizes))
     table.add_section()
     table.add_row("[bold]peak", *(f"[bold]{gib(p.peak_bytes)}" for p in plans))
     table.add_row("reached", *(p.peak_at.removeprefix("in the ").removeprefix("at the ") for p in plans))

@@ -174,7 +174,7 @@ def _what_must_be_alike(config: TrainConfig, data: Data, model: torch.nn.Module)
     settings = {name: value for name, value in used_settings(config).items() if not ROWS[name].place}
     versions = {f"the version of {package}": version(package) for package in ("torch", "transformers")}
     weights = {"the sum of the model's weights": _exact_sum(model)}
-    return settings | {f"the {name} data": held for name, held in data.identity.items()} | versions | weights
+    return settings | {f"the {name} data": value for name, value in data.identity.items()} | versions | weights
 
 
 def _exact_sum(model: torch.nn.Module) -> int:

@@ -69,7 +69,7 @@ class Checkpoints:
     has no hard links, it is copied. The price: bytes that rot in a file are rotten in every checkpoint that shares it.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         keep: How many are kept, at least 1; with 2 or more there is one to go back to if the newest is damaged.
         background: Write in a thread while training goes on; tensors given to ``save`` must not change then.
 
@@ -97,7 +97,7 @@ class Checkpoints:
             step: Optimizer steps that are done.
             tensors: File names without ``.safetensors`` to tensors on the CPU.
             unchanged: Names of files that are as in the checkpoint saved or read last.
-            state: For JSON; floats come back to the bit.
+            state: Anything that JSON can hold; floats are read back bit-identical.
         Raises: OSError if it cannot be written, from the next call if in the background; what was there before is
             untouched.
         """
@@ -184,8 +184,8 @@ class Checkpoints:
             barrier()
         except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
-            if isinstance(error, SafetensorError) and (said := re.search(r"os error (\d+)", str(error))):
-                raise OSError(int(said[1]), os.strerror(int(said[1])), str(beside)) from error
+            if isinstance(error, SafetensorError) and (cause := re.search(r"os error (\d+)", str(error))):
+                raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(beside)) from error
             raise
         self._last = target, manifest
         steps = checkpoint_steps(self._run)
@@ -203,14 +203,14 @@ class Checkpoints:
             names = [n for n in self._last[1].files if without_rank(n.removesuffix(".safetensors")) in unchanged]
             files = {name: self._link(name, beside) for name in sorted(names)}
         if num_ranks() == 1:
-            for name, held in tensors.items():
+            for name, of_file in tensors.items():
                 path = beside / f"{name}.safetensors"
-                save_file(held, path)
+                save_file(of_file, path)
                 path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
                 files[path.name] = _record(path)
             return files
         files |= {path.name: _record(path) for path in write_shards(beside, tensors)}
-        return {name: record for own in gathered(files) for name, record in own.items()}
+        return {name: record for of_process in gathered(files) for name, record in of_process.items()}
 
     def _link(self, name: str, beside: Path) -> FileRecord:
         assert self._last is not None

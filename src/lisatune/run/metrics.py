@@ -22,8 +22,8 @@ class Metrics:
     """``metrics.jsonl`` of a run, written through line by line, and copied to a tracker if one is asked for; by rank 0 alone.
 
     Args:
-        config: Names the tracker.
-        folder: Of the run.
+        config: Settings of the run, which name the tracker.
+        folder: Folder of the run.
         num_steps: Steps that are done; lines of later ones, which a resumed run takes again, are dropped.
     Raises: UserError if the tracker's package is not installed.
     """
@@ -95,7 +95,7 @@ def _make_tracker(config: TrainConfig, folder: Path, num_steps: int) -> Any:
     tracker = __import__(config.log_to)  # wandb and trackio share one interface
     resume: dict[str, Any] = {"resume": "allow"} if num_steps else {}
     if config.log_to == "wandb":
-        resume["id"] = _own_id(folder)
+        resume["id"] = _wandb_id(folder)
     tracker.init(project="lisatune", name=folder.name, config=config.model_dump(), **resume)
 
     def to_tracker(numbers: dict[str, float] | None, step: int) -> None:
@@ -107,7 +107,7 @@ def _make_tracker(config: TrainConfig, folder: Path, num_steps: int) -> Any:
     return to_tracker
 
 
-def _own_id(folder: Path) -> str:
+def _wandb_id(folder: Path) -> str:
     """What wandb knows the run by, when it is resumed too."""
     path = folder / "wandb-id.txt"
     if not path.exists():

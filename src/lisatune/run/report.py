@@ -11,7 +11,7 @@ import yaml
 
 from lisatune.common.amounts import gib
 from lisatune.common.files import write_whole
-from lisatune.common.loss_names import told
+from lisatune.common.loss_names import loss_lines
 from lisatune.errors import UserError
 from lisatune.evaluation.tasks.record import Record
 from lisatune.evaluation.tasks.score import Score, difference
@@ -79,12 +79,12 @@ def _scores(folder: Path, base: str) -> list[list[str]]:
 
 
 def _change(before: Score | None, after: Score) -> list[str]:
-    told = [f"{after.num_documents:,}", "", with_error(after.value, after.stderr), ""]
+    cells = [f"{after.num_documents:,}", "", with_error(after.value, after.stderr), ""]
     if before is not None:
         change = difference(before, after)
-        told[1] = with_error(before.value, before.stderr)
-        told[3] = with_error(change["value"], change["stderr"], signed=True)
-    return told
+        cells[1] = with_error(before.value, before.stderr)
+        cells[3] = with_error(change["value"], change["stderr"], signed=True)
+    return cells
 
 
 def _headline(summary: dict[str, Any]) -> list[list[str]]:
@@ -93,7 +93,7 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
         ["optimizer steps", f"{summary['steps']:,}"],
         ["tokens", f"{summary['tokens']:,}"],
     ]
-    rows += [[label, text] for label, text in told(summary)]
+    rows += [[label, text] for label, text in loss_lines(summary)]
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
     base = summary.get("base_bytes", 0)  # runs of earlier versions have no forecast
     forecast = f"; predicted were {gib(summary['planned_peak_bytes'])}" if "planned_peak_bytes" in summary else ""

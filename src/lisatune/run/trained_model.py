@@ -37,7 +37,7 @@ def save_trained(run: Run, folder: Path) -> None:
 
 
 def _save_shards(run: Run, folder: Path) -> None:
-    """As ``save_trained``, where no process holds the whole model."""
+    """Do what ``save_trained`` does where no process holds the whole model."""
     model = run.learner.model
     if run.config.method == "lora":
         adapter = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if "lora_" in name}
@@ -52,7 +52,7 @@ def _save_shards(run: Run, folder: Path) -> None:
         save_model_config(model, run.tokenizer, new)
     barrier()
     parts = find_layers(model, run.config.decoder_name).parts()
-    files = {part: {n: p.detach() for n, p in own.items()} for part, own in parts.items() if own}
+    files = {part: {n: p.detach() for n, p in parameters.items()} for part, parameters in parts.items() if parameters}
     kept = model.state_dict().keys()
     if buffers := {name: buffer for name, buffer in model.named_buffers() if name in kept}:
         files["buffers"] = buffers

@@ -50,11 +50,11 @@ class NormRecorder:
     Args:
         layers: The model's parts, before the first step: at W_0, and with every parameter that will ever train asking
             for a gradient. Of a run that is resumed too.
-        folder: Of the run.
+        folder: Folder of the run.
         source: Folder or hub name that the model was loaded from.
     Attributes:
         updates: Part to steps in which it trained.
-        host_bytes: Of the copies.
+        host_bytes: Bytes of the copies in host memory.
     Cost: making it reads the model once. A line reads what trained since the line before, and its W_0, once; with LoRA
         it costs r * r * (out + in) multiplications a module in place of the product's r * out * in. Beside
         the weights it holds 32 MiB at most, between steps, when neither gradients nor activations are there, so that
@@ -160,7 +160,7 @@ class NormRecorder:
         self._file.close()
 
     def _add_to_means(self, parts: Mapping[str, Mapping[str, Any]], step: int) -> None:
-        """In the order of the file and from what it holds, so that a resumed run adds up to the same bits."""
+        """Add what a line holds, in the order of the file, so that a resumed run has the same sums to the bit."""
         for name, values in parts.items():
             if step and "norm" in values and name in self._sums:
                 self._sums[name] += values["norm"]

@@ -28,7 +28,7 @@ SKEWED = (
     2.0  # the largest part this many times the median decoder layer: a word needs a bound, the numbers stand beside
 )
 MOST_COLUMNS = 60  # of a heat map: each of its cells is 100 bytes of the page or more
-# measure: how it is told
+# measure: what tables call it
 MEASURES = {
     "mean_norm": "the paper's mean norm",
     "start": "its value at step 0",
@@ -46,9 +46,9 @@ class NormRun:
     """What a run recorded.
 
     Args:
-        name: Of its folder.
+        name: Name of its folder.
         method: lisa, lora or full.
-        learning_rate: Its peak.
+        learning_rate: Its largest learning rate.
         steps: Recorded steps, from 0.
         parts: Part to its values at each of ``steps``.
     """
@@ -66,7 +66,7 @@ class NormRun:
 
     def series(self, part: str, key: str) -> list[float]:
         """A value at each step; NaN where it was not finite."""
-        return [float(of.get(key, math.nan)) for of in self.parts[part]]
+        return [float(values.get(key, math.nan)) for values in self.parts[part]]
 
 
 def read_norms(folder: Path) -> NormRun:
@@ -106,8 +106,8 @@ def study(runs: Sequence[NormRun]) -> dict[str, Any]:
     Returns: ``{"runs": [{"run", "method", "learning_rate", "steps", "layers": [...], "skewness": {...}, "verdict"}],
         "verdict"}``.
     """
-    told = [_study(run) for run in runs]
-    return {"runs": told, "verdict": _compare(told)}
+    studies = [_study(run) for run in runs]
+    return {"runs": studies, "verdict": _compare(studies)}
 
 
 def _study(run: NormRun) -> dict[str, Any]:
@@ -121,16 +121,16 @@ def _study(run: NormRun) -> dict[str, Any]:
         values = {part: row[measure] for part, row in compared.items() if row[measure] is not None}
         if values:
             skewness[measure] = skewness_of(values)
-    told = {
+    result = {
         "run": run.name, "method": run.method, "learning_rate": run.learning_rate, "steps": run.steps[-1],
         "recorded": len(run.steps), "layers": rows, "skewness": skewness,
     }  # fmt: skip
-    return told | {"verdict": _verdict(told)}
+    return result | {"verdict": _verdict(result)}
 
 
 def _row(run: NormRun, part: str, moved: int) -> dict[str, Any]:
     first, last = run.parts[part][0], run.parts[part][-1]
-    change, start, mean = (of.get(key) for of, key in ((last, "change"), (first, "norm"), (last, "mean_norm")))
+    change, start, mean = (values.get(key) for values, key in ((last, "change"), (first, "norm"), (last, "mean_norm")))
     base, number = first.get("base_norm"), first.get("num_weights")
     return {
         "part": part, "start": start, "mean_norm": mean, "end": last.get("norm"),
@@ -161,15 +161,17 @@ def skewness_of(values: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _verdict(told: Mapping[str, Any]) -> str:
+def _verdict(result: Mapping[str, Any]) -> str:
     """Whether the skewness is there, and whether it still is without step 0."""
-    skewness = told["skewness"]
+    skewness = result["skewness"]
     paper, largest = skewness.get("mean_norm"), skewness.get("mean_norm", {}).get("largest")
     growths = {
-        row["part"]: row["mean_norm"] / row["start"] - 1 for row in told["layers"] if row["mean_norm"] and row["start"]
+        row["part"]: row["mean_norm"] / row["start"] - 1
+        for row in result["layers"]
+        if row["mean_norm"] and row["start"]
     }
     furthest = max(growths, key=lambda part: abs(growths[part]), default=None)
-    text = f"{told['run']}: by the paper's mean norm, {_in_words(paper)}. Before the first step, {_in_words(skewness.get('start'))}. "
+    text = f"{result['run']}: by the paper's mean norm, {_in_words(paper)}. Before the first step, {_in_words(skewness.get('start'))}. "
     if largest in growths and furthest is not None:
         text += (
             f"The mean of {largest} is {growths[largest]:+.1%} from its value at step 0; furthest is that of {furthest}, "
@@ -190,9 +192,9 @@ def _in_words(skewness: Mapping[str, Any] | None) -> str:
     return f"it is {is_skewed} ({skewness['largest']} is the largest, {skewness['ratio']:.3g} times the median decoder layer)"
 
 
-def _compare(told: Sequence[Mapping[str, Any]]) -> str:
+def _compare(studies: Sequence[Mapping[str, Any]]) -> str:
     """LoRA against full, which is the paper's comparison; empty without one run of each."""
-    lora, full = (next((t for t in told if t["method"] == method), None) for method in ("lora", "full"))
+    lora, full = (next((s for s in studies if s["method"] == method), None) for method in ("lora", "full"))
     if lora is None or full is None:
         return ""
     lines = []
@@ -217,17 +219,20 @@ COLUMNS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 
 
-def tables(told: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and cells: one table for each run, and one of skewness for all."""
     found = []
-    for run in told["runs"]:
+    for run in result["runs"]:
         used = [key for key in COLUMNS if any(row[key] is not None for row in run["layers"])]
         cells = [[row["part"], *(COLUMNS[key][1](row) for key in used)] for row in run["layers"]]
         title = f"{run['run']}: {run['method']}, learning rate {run['learning_rate']:g}, {run['steps']:,} steps"
         found.append((title, ["part", *(COLUMNS[key][0] for key in used)], cells))
-    heads = ["largest part / median decoder layer (share of embedding and head)", *(run["run"] for run in told["runs"])]
-    measures = [m for m in MEASURES if any(m in run["skewness"] for run in told["runs"])]
-    cells = [[MEASURES[m], *(_skewness_cell(run["skewness"].get(m)) for run in told["runs"])] for m in measures]
+    heads = [
+        "largest part / median decoder layer (share of embedding and head)",
+        *(run["run"] for run in result["runs"]),
+    ]
+    measures = [m for m in MEASURES if any(m in run["skewness"] for run in result["runs"])]
+    cells = [[MEASURES[m], *(_skewness_cell(run["skewness"].get(m)) for run in result["runs"])] for m in measures]
     return [*found, ("skewness", heads, cells)]
 
 
@@ -245,28 +250,28 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3%}"
 
 
-def show(told: Mapping[str, Any]) -> RenderableType:
+def show(result: Mapping[str, Any]) -> RenderableType:
     """The study for the terminal."""
     shown: list[RenderableType] = []
-    for title, heads, cells in tables(told):
+    for title, heads, cells in tables(result):
         table = Table(title=Text(title), title_justify="left")
         for i, head in enumerate(heads):
             table.add_column(Text(head), justify="right" if i else "left")
         for row in cells:
             table.add_row(*map(Text, row))
         shown += [table, Text()]
-    return Group(*shown, *(Text(verdict + "\n") for verdict in _verdicts(told)))
+    return Group(*shown, *(Text(verdict + "\n") for verdict in _verdicts(result)))
 
 
-def _verdicts(told: Mapping[str, Any]) -> list[str]:
-    return [verdict for verdict in (*(run["verdict"] for run in told["runs"]), told["verdict"]) if verdict]
+def _verdicts(result: Mapping[str, Any]) -> list[str]:
+    return [verdict for verdict in (*(run["verdict"] for run in result["runs"]), result["verdict"]) if verdict]
 
 
 def write_page(runs: Sequence[NormRun], path: Path) -> Path:
     """``norms.html``: tables, verdicts and figures in one self-contained file, all text escaped; needs matplotlib."""
-    told = study(runs)
-    body = [f"<p>{escape(verdict)}</p>" for verdict in _verdicts(told)]
-    *of_runs, skewness = [_titled_table(*table) for table in tables(told)]
+    result = study(runs)
+    body = [f"<p>{escape(verdict)}</p>" for verdict in _verdicts(result)]
+    *of_runs, skewness = [_titled_table(*table) for table in tables(result)]
     body += [skewness, "<h2>Side by side</h2>", draw("side by side", runs)]
     for run, table in zip(runs, of_runs, strict=True):
         body += [table, draw("heat maps", [run])]
