@@ -24,7 +24,7 @@ from results import write_page
 
 from lisatune.assemble import make_learner
 from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
-from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.samplers.fixed import FixedSampler
 
@@ -158,7 +158,7 @@ def ranks() -> None:
             f"LISA, {gamma} layers": {"num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
         }  # fmt: skip
         for name, settings in methods.items():
-            with fake_ranks(count):
+            with fake_processes(count):
                 plan = plan_of(
                     shape,
                     1,

@@ -78,7 +78,7 @@ def record(folder: Path, settings: dict[str, Any], options: argparse.Namespace) 
             assert not outcome.bad
             recorder.count(learner.trained_parts)
             begun = time.perf_counter()
-            recorder.record(step + 1, ranks=step + 1 == options.steps)
+            recorder.record(step + 1, matrix_ranks=step + 1 == options.steps)
             recording += time.perf_counter() - begun
             if (step + 1) % 20 == 0:
                 print(f"{folder.name}: step {step + 1}, loss {outcome.loss.item():.3f}", flush=True)

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
     """
 
     loss: Tensor
-    norm: Tensor
+    grad_norm: Tensor
     bad: bool
 
 

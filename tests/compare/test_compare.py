@@ -16,7 +16,7 @@ from rich.console import Console
 from lisatune import UserError
 from lisatune.common.run_folder import only_run
 from lisatune.common.signals import StopSignal
-from lisatune.compare.grid import command, plan_grid, read_grid
+from lisatune.compare.grid import command, make_grid, read_grid
 from lisatune.compare.results import interval, read_run, student_t
 from lisatune.compare.runner import _wait_for, compare, run_in_child
 from lisatune.compare.table import notes_of, show
@@ -127,11 +127,11 @@ def test_words_and_files_give_the_same_grid(tmp_path):
     given = read_grid(None, words)
     assert given == read_grid(str(file), [])
     assert read_grid(str(file), ["seed=5"])["seed"] == 5
-    plan = plan_grid(NEEDED | given, tmp_path / "cmp")
-    assert plan.contenders() == ["lisa", "lora"]
-    rates = {(t.contender, t.config.learning_rate) for t in plan.trials}
+    made = make_grid(NEEDED | given, tmp_path / "cmp")
+    assert made.contenders() == ["lisa", "lora"]
+    rates = {(t.contender, t.config.learning_rate) for t in made.trials}
     assert rates == {("lisa", 1e-4), ("lisa", 3e-4), ("lora", 1e-3), ("lora", 3e-3)}
-    assert all(t.config.lora_target_modules == ["q_proj", "v_proj"] for t in plan.of("lora"))
+    assert all(t.config.lora_target_modules == ["q_proj", "v_proj"] for t in made.of("lora"))
 
 
 def test_the_printed_command_gives_the_same_grid_again():
@@ -153,31 +153,31 @@ def test_settings_that_play_no_part_in_a_method_are_left_out():
         "interval_steps": [1, 5],
         "learning_rate": [1e-4, 1e-3],
     }
-    plan = plan_grid(grid, Path("cmp"))
-    assert plan.contenders() == [*(f"lisa num_active={g} interval_steps={k}" for g in (1, 2) for k in (1, 5)), "full"]
-    assert all(len(plan.of(contender)) == 2 for contender in plan.contenders())
-    assert len({t.name for t in plan.trials}) == 10
+    made = make_grid(grid, Path("cmp"))
+    assert made.contenders() == [*(f"lisa num_active={g} interval_steps={k}" for g in (1, 2) for k in (1, 5)), "full"]
+    assert all(len(made.of(contender)) == 2 for contender in made.contenders())
+    assert len({t.name for t in made.trials}) == 10
 
 
 def test_contenders_take_turns_within_a_seed():
-    plan = plan_grid(NEEDED | {"method": ["lisa", "full"], "learning_rate": [1e-4, 1e-3], "seed": [3, 1]}, Path("cmp"))
-    order = [(t.config.seed, t.config.learning_rate, t.contender) for t in plan.trials]
+    made = make_grid(NEEDED | {"method": ["lisa", "full"], "learning_rate": [1e-4, 1e-3], "seed": [3, 1]}, Path("cmp"))
+    order = [(t.config.seed, t.config.learning_rate, t.contender) for t in made.trials]
     assert order == [(s, r, m) for s in (3, 1) for r in (1e-4, 1e-3) for m in ("lisa", "full")]
 
 
 def test_without_eval_steps_there_are_ten_points_of_a_curve():
-    assert plan_grid(NEEDED | {"max_steps": 200}, Path("c")).trials[0].config.eval_steps == 20
-    assert plan_grid(NEEDED | {"max_steps": 3}, Path("c")).trials[0].config.eval_steps == 1
-    assert plan_grid(NEEDED | {"eval_steps": 7}, Path("c")).trials[0].config.eval_steps == 7
+    assert make_grid(NEEDED | {"max_steps": 200}, Path("c")).trials[0].config.eval_steps == 20
+    assert make_grid(NEEDED | {"max_steps": 3}, Path("c")).trials[0].config.eval_steps == 1
+    assert make_grid(NEEDED | {"eval_steps": 7}, Path("c")).trials[0].config.eval_steps == 7
 
 
 def test_names_are_of_files_anywhere():
-    plan = plan_grid(NEEDED | {"decoder_name": ["../../x", "a/b c", "c" * 300]}, Path("cmp"))
-    for trial in plan.trials:
+    made = make_grid(NEEDED | {"decoder_name": ["../../x", "a/b c", "c" * 300]}, Path("cmp"))
+    for trial in made.trials:
         assert Path(trial.config.output).parent == Path("cmp/runs")
         assert len(trial.name) < 130
         assert all(letter.isalnum() or letter in "-_=.+" for letter in trial.name)
-    assert len({t.name for t in plan.trials}) == 3
+    assert len({t.name for t in made.trials}) == 3
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_names_are_of_files_anywhere():
 )  # fmt: skip
 def test_grids_that_cannot_be(grid, message):
     with pytest.raises(UserError, match=message):
-        plan_grid(NEEDED | grid, Path("cmp"))
+        make_grid(NEEDED | grid, Path("cmp"))
 
 
 # ---- what is chosen and reported
@@ -469,7 +469,7 @@ def test_why_a_child_failed(tmp_path, monkeypatch, script, sentence):
     stand_in.write_text(f"#!/bin/sh\n{script}\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    trial = plan_grid(NEEDED, tmp_path).trials[0]
+    trial = make_grid(NEEDED, tmp_path).trials[0]
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / f"{trial.name}.log").write_text("lisatune: an older failure\n")
     told = run_in_child(trial, tmp_path, StopSignal(), lambda: None)
@@ -484,7 +484,7 @@ def test_a_child_has_a_group_of_its_own(tmp_path, monkeypatch):
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
     (tmp_path / "runs").mkdir()
-    told = run_in_child(plan_grid(NEEDED, tmp_path).trials[0], tmp_path, StopSignal(), lambda: None)
+    told = run_in_child(make_grid(NEEDED, tmp_path).trials[0], tmp_path, StopSignal(), lambda: None)
     assert int(told) != os.getpgrp()
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from lisatune.compare.grid import plan_grid
+from lisatune.compare.grid import make_grid
 from lisatune.compare.page import write_comparison
 from lisatune.compare.results import Measured, results
 
@@ -29,13 +29,13 @@ def measured(trial):
 
 def page(folder, grid, failed=()):
     """Of the comparison of ``grid`` in which the runs numbered ``failed`` have failed."""
-    plan = plan_grid(NEEDED | grid, folder)
-    names = [trial.name for trial in plan.trials]
+    made = make_grid(NEEDED | grid, folder)
+    names = [trial.name for trial in made.trials]
     failures = {names[i]: f"step 3: {EVIL}" for i in failed}
-    runs = {trial.name: measured(trial) for trial in plan.trials if trial.name not in failures}
-    result = {"data": f"60 rows {EVIL}", "made_with": {"python": "3"}} | results(plan, runs, failures)
+    runs = {trial.name: measured(trial) for trial in made.trials if trial.name not in failures}
+    result = {"data": f"60 rows {EVIL}", "made_with": {"python": "3"}} | results(made, runs, failures)
     (folder / "comparison.json").write_text(json.dumps(result))
-    (folder / "comparison.yaml").write_text(json.dumps(plan.given))
+    (folder / "comparison.yaml").write_text(json.dumps(made.given))
     text = write_comparison(folder).read_text()
     assert (folder / "report.html").read_text() == text
     return text

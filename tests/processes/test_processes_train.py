@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lisatune.cli import main
 from lisatune.data.loader import Batch
 from lisatune.errors import UserError
-from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import plan_config, plan_run
 from lisatune.settings import build_config, check_num_ranks
 from lisatune.train import train
@@ -150,7 +150,7 @@ def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
         lisa | {"dp_shard_size": 2},
     ]  # fmt: skip
     model_config = make_llama(**WIDE).config
-    with fake_ranks(num_ranks):
+    with fake_processes(num_ranks):
         plans = [plan_run(plan_config(case, "cpu"), model_config, "cpu", rows=4, tokens=128) for case in cases]
     file = tmp_path / "cases.json"
     file.write_text(json.dumps([{"settings": c, "drawn": p.drawn} for c, p in zip(cases, plans, strict=True)]))

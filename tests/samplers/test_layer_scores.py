@@ -52,7 +52,7 @@ def test_norms_of_untrained_adapters_are_those_of_the_papers_figure():
     from lisatune.methods.lora import add_adapters
 
     model = make_llama(hidden_size=64, intermediate_size=128)
-    model = add_adapters(model, rank=128, alpha=32, dropout=0.0, targets="all-linear")
+    model = add_adapters(model, r=128, alpha=32, dropout=0.0, targets="all-linear")
     norms = mean_weight_norms(find_layers(model), trained_only=True)
     assert sorted(norms) == [f"layers.{i}" for i in range(4)]
     for norm in norms.values():

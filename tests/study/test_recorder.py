@@ -44,9 +44,9 @@ def make_gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=4))
 
 
-def adapted(model, rank=4, targets="all-linear"):
+def adapted(model, r=4, targets="all-linear"):
     pytest.importorskip("peft", reason="the extra 'lora' is not installed")
-    add_adapters(model, rank=rank, alpha=6, targets=targets)
+    add_adapters(model, r=r, alpha=6, targets=targets)
     return find_layers(model)
 
 
@@ -110,7 +110,7 @@ def test_mean_norm_is_the_papers(tmp_path, method):
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft, of merging, which nobody does here
 def test_untrained_adapters_have_the_papers_norms_and_no_change(tmp_path, tied):
     """A tied head owns no weight, but has an adapter of its own, whose change is to be compared with the weight."""
-    layers = adapted(make_llama(hidden_size=64, intermediate_size=128, tied=tied), rank=128, targets=PAPER)
+    layers = adapted(make_llama(hidden_size=64, intermediate_size=128, tied=tied), r=128, targets=PAPER)
     with NormRecorder(layers, tmp_path) as recorder:
         recorder.begin()
     [line] = lines(tmp_path)
@@ -147,7 +147,7 @@ def test_changes_of_adapters_are_those_of_the_dense_product(tmp_path, make, begi
         recorder.begin()
         shake(model.parameters())
         recorder.count(set(parts))
-        recorder.record(1, ranks=True)
+        recorder.record(1, matrix_ranks=True)
     now, last = deltas(), lines(tmp_path)[-1]["parts"]
     assert set(last) == {part for part in parts if adapters(part, "A")} != set()
     for part, of in last.items():
@@ -204,7 +204,7 @@ def test_ranks_are_those_of_the_change(tmp_path, monkeypatch):
             shake(layers.parts()["layers.2"].values())
             wide = {name: p.detach().clone() for name, p in layers.parts()["layers.2"].items() if p.ndim == 2}
         recorder.count({"layers.1", "layers.2", "head"})
-        recorder.record(1, ranks=True)
+        recorder.record(1, matrix_ranks=True)
     last = lines(tmp_path)[-1]["parts"]
     assert last["layers.1"]["rank"] == pytest.approx(1, abs=1e-4)  # a Gram matrix has half of the digits
     assert last["layers.1"]["stable_rank"] == pytest.approx(1, abs=1e-6)
@@ -244,7 +244,7 @@ def test_weights_of_step_0_are_read_again_from_the_models_folder(tmp_path, tied,
         shake(model.parameters())
         for each in (recorder, copies):
             each.count(set(layers.parts()))
-            each.record(1, ranks=True)
+            each.record(1, matrix_ranks=True)
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
     assert lines(tmp_path / "a")[1]["parts"]["embedding"]["change"] > 0
 
@@ -301,7 +301,7 @@ def test_a_line_holds_a_block_at_a_time(tmp_path, monkeypatch, method):
     monkeypatch.setattr(start_weights, "BLOCK", 128)
     model = make_llama()
     model.save_pretrained(tmp_path)
-    layers = find_layers(model) if method == "full" else adapted(model, rank=8)
+    layers = find_layers(model) if method == "full" else adapted(model, r=8)
     with NormRecorder(layers, tmp_path, source=tmp_path) as recorder, Largest() as largest:
         recorder.begin()
         recorder.count(set(layers.parts()))
@@ -338,7 +338,7 @@ def test_what_is_not_finite_is_left_out(tmp_path):
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
         recorder.count({"layers.1"})
-        recorder.record(1, ranks=True)
+        recorder.record(1, matrix_ranks=True)
     text = (tmp_path / "norms.jsonl").read_text()
     assert "NaN" not in text
     bad, good = (lines(tmp_path)[1]["parts"][part] for part in ("layers.1", "layers.0"))
@@ -392,7 +392,7 @@ class Drive:
             if self.recorder:
                 self.recorder.count(learner.trained_parts)
                 if (step + 1) % 2 == 0:
-                    self.recorder.record(step + 1, ranks=step + 1 == 8)
+                    self.recorder.record(step + 1, matrix_ranks=step + 1 == 8)
 
 
 METHODS = {
@@ -415,7 +415,7 @@ def test_recording_changes_no_bit(model_folder, data_file, memory_path, way):
         seeds = torch.get_rng_state(), random.getstate()
         if records:
             with drive.recorder:
-                drive.recorder.record(0, ranks=True)
+                drive.recorder.record(0, matrix_ranks=True)
                 assert torch.equal(seeds[0], torch.get_rng_state())
                 assert seeds[1] == random.getstate()
                 drive.train(8)

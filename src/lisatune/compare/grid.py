@@ -119,7 +119,7 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def plan_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] | None = None) -> Grid:
+def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] | None = None) -> Grid:
     """Every run of the grid ``given``, its settings checked.
 
     Args:
@@ -130,8 +130,8 @@ def plan_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
     Example:
         >>> grid = {"model": "m", "data": "d", "eval_rows": 9, "max_steps": 50, "method": ["lisa", "full"], "seed": [0, 1],
         ...         "num_active": [2, 4], "learning_rate": [1e-4, 3e-4]}
-        >>> plan = plan_grid(grid, Path("cmp"))
-        >>> plan.contenders(), len(plan.trials), plan.trials[0].name
+        >>> made = make_grid(grid, Path("cmp"))
+        >>> made.contenders(), len(made.trials), made.trials[0].name
         (['lisa num_active=2', 'lisa num_active=4', 'full'], 12, 'lisa-num_active=2-learning_rate=0.0001-seed=0')
     """
     given = {name: value for name, value in given.items() if name != "output"}

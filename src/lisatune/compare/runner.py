@@ -32,7 +32,7 @@ from lisatune.common.console import tell, warn
 from lisatune.common.files import write_whole
 from lisatune.common.run_folder import finished, only_run
 from lisatune.common.signals import StopSignal, stop_signals
-from lisatune.compare.grid import Grid, Trial, identity, plan_grid, read_grid
+from lisatune.compare.grid import Grid, Trial, identity, make_grid, read_grid
 from lisatune.compare.results import Measured, read_run, results
 from lisatune.data.examples import read_examples
 from lisatune.errors import NEEDS_MATPLOTLIB, Stopped, UserError
@@ -127,7 +127,7 @@ def compare(
         given = read_grid(str(record), [])
     _check_folder(output, record)
     known = {identity(build_config(read_settings(str(path), []))): path.stem for path in _run_files(output)}
-    grid = plan_grid(given, output, known)
+    grid = make_grid(given, output, known)
     _refuse_other(grid, known, record)
     before = _read_json(output / "comparison.json")
     data = _check_inputs(grid, before)

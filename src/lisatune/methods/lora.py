@@ -26,7 +26,7 @@ class Lora(Method):
         """Add the adapters. A head that gets one is another module afterwards."""
         _, layers = super().prepare(model)  # refuses a model without decoder layers before peft sees it
         wrapped = add_adapters(
-            model, rank=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout, targets=self.lora_target_modules,
+            model, r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout, targets=self.lora_target_modules,
             use_rslora=self.lora_use_rslora, use_dora=self.lora_use_dora,
         )  # fmt: skip
         return wrapped, find_layers(layers.model, self.decoder_name)
@@ -35,7 +35,7 @@ class Lora(Method):
 def add_adapters(
     model: Any,
     *,
-    rank: int = 16,
+    r: int = 16,
     alpha: float = 32,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
@@ -46,8 +46,8 @@ def add_adapters(
 
     Args:
         model: A causal language model; peft changes it in place and wraps it.
-        rank: Rank of the adapters.
-        alpha: Their scale, times 1/rank; with ``use_rslora`` times 1/sqrt(rank) (arXiv:2312.03732).
+        r: Rank of the adapters.
+        alpha: Their scale, times 1/r; with ``use_rslora`` times 1/sqrt(r) (arXiv:2312.03732).
         dropout: Before the adapters.
         targets: Modules that get adapters, as peft names them.
         use_rslora: See ``alpha``.
@@ -59,7 +59,7 @@ def add_adapters(
     except ImportError as error:
         raise missing_package("peft", "method=lora", "lora") from error
     adapters = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
+        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
         use_rslora=use_rslora, use_dora=use_dora,
     )  # fmt: skip
     first = next(model.parameters())

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lisatune.errors import UserError
 
 
-class Part(Protocol):
+class GradientTerm(Protocol):
     """What one use of the matrix in one micro-batch adds to its gradient."""
 
     def block(self, weight: Tensor, start: int, stop: int, max_elements: int) -> Tensor:
@@ -54,10 +54,10 @@ class RowGradients:
 
     def __init__(self, block_elements: int = 2**22) -> None:
         self.block_elements = block_elements
-        self._parts: dict[Tensor, list[Part]] = {}
+        self._parts: dict[Tensor, list[GradientTerm]] = {}
         self._factor: Tensor | float = 1.0
 
-    def add(self, p: Tensor, part: Part) -> None:
+    def add(self, p: Tensor, part: GradientTerm) -> None:
         """Add ``part`` to the gradient of ``p``, as backward adds to ``p.grad``."""
         self._parts.setdefault(p, []).append(part)
 
@@ -124,7 +124,7 @@ class EmbeddingPart:
         self._ids_host = None if self.ids.is_meta else self.ids.cpu()
 
     def block(self, weight: Tensor, start: int, stop: int, max_elements: int) -> Tensor:
-        """As ``Part``. On the meta device, where ids have no values, all tokens are taken to be of this block."""
+        """See ``GradientTerm``. On the meta device, where ids have no values, all tokens are taken to be of this block."""
         total = weight.new_zeros((stop - start, weight.shape[1]), dtype=torch.float32)
         first, last = 0, len(self.ids)
         if self._ids_host is not None:
@@ -164,7 +164,7 @@ class HeadPart:
     scale: Tensor
 
     def block(self, weight: Tensor, start: int, stop: int, max_elements: int) -> Tensor:
-        """As ``Part``; logits of R rows exist for as many tokens at a time as fit."""
+        """See ``GradientTerm``; logits of R rows exist for as many tokens at a time as fit."""
         rows = weight[start:stop]
         bias = None if self.bias is None else self.bias[start:stop]
         total = rows.new_zeros(rows.shape, dtype=torch.float32)

@@ -17,11 +17,11 @@ from lisatune.processes.collectives import FAKE
 
 
 @contextmanager
-def fake_ranks(num_ranks: int) -> Iterator[None]:
+def fake_processes(num_ranks: int) -> Iterator[None]:
     """Be the first of ``num_ranks`` processes, whose models lie on the meta device; inside training, be who one is.
 
     Example:
-        >>> with fake_ranks(8):
+        >>> with fake_processes(8):
         ...     dist.get_rank(), dist.get_world_size()
         (0, 8)
         >>> dist.is_initialized()

@@ -27,7 +27,7 @@ from lisatune.memory.blocks import whole_of
 from lisatune.memory.ledger import CUDA_GRANULARITY, GATHERED, Ledger
 from lisatune.models.names import check_model_name
 from lisatune.optim import OPTIMS
-from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
@@ -135,7 +135,7 @@ def plan_memory(model: str | Any, *, device: str = "cuda", nproc: int = 1, **set
         >>> plan.num_trained, plan.total("gradients") <= 2 * plan.num_trained + 512 * 20
         (4656, True)
     """
-    with fake_ranks(nproc):
+    with fake_processes(nproc):
         return plan_run(plan_config(settings, device), model_config(model), device)
 
 
@@ -172,7 +172,7 @@ def plan_run(
 ) -> Plan:
     """Predict the peak of the run ``config`` of a model with ``hf_config``; see ``plan_memory``.
 
-    It is that of this process among those that there are, inside training as inside ``fake_ranks``.
+    It is that of this process among those that there are, inside training as inside ``fake_processes``.
 
     Args:
         config: The run.
@@ -185,7 +185,7 @@ def plan_run(
     config = config.model_copy(update={"dtype": dtype})
     rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
     model = _meta_model(hf_config, config, device)
-    with fake_ranks(num_ranks()):
+    with fake_processes(num_ranks()):
         plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, model)]
     return max(plans, key=lambda plan: plan.peak_bytes)
 

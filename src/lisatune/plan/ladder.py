@@ -12,7 +12,7 @@ import torch
 from lisatune.common.amounts import gib
 from lisatune.errors import UserError
 from lisatune.optim import OPTIMS
-from lisatune.plan.fake_processes import fake_ranks
+from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.processes.collectives import num_ranks, rank
 from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays
@@ -90,7 +90,7 @@ def forecast(
     """
     settings = {name: value for name, value in settings.items() if name not in ("data", "output")}
     hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
-    with fake_ranks(nproc):
+    with fake_processes(nproc):
         configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
         plans = [plan_run(config, hf_config, device) for config in configs]
         if memory_bytes is None:
@@ -148,7 +148,7 @@ def climb(
             "max_length, or a smaller model"
         )
     if last.lever == "gradient_checkpointing=true":
-        rungs[-1] = _fewest_checkpoints(last, budget, rung)
+        rungs[-1] = _fewest_recomputed(last, budget, rung)
     return rungs
 
 
@@ -222,7 +222,7 @@ def _with(config: TrainConfig, **more: Any) -> TrainConfig:
     return config
 
 
-def _fewest_checkpoints(last: Rung, budget: int, rung: Callable[[str, TrainConfig], Rung]) -> Rung:
+def _fewest_recomputed(last: Rung, budget: int, rung: Callable[[str, TrainConfig], Rung]) -> Rung:
     few, enough, best = 0, last.plan.num_layers, last
     while enough - few > 1:
         middle = (few + enough) // 2

@@ -25,7 +25,7 @@ def skip_or_stop(run: Run, progress: Progress, batch: Batch, outcome: Outcome, c
     shown = "; ".join(batch.places[:3]) + (f" and {len(batch.places) - 3} more" if len(batch.places) > 3 else "")
     limit = f" (bad_grad_norm={config.bad_grad_norm})" if config.bad_grad_norm else ""
     text = (
-        f"step {progress.step}: the loss is {outcome.loss.item():.6g} and the gradient norm {outcome.norm.item():.6g}{limit} "
+        f"step {progress.step}: the loss is {outcome.loss.item():.6g} and the gradient norm {outcome.grad_norm.item():.6g}{limit} "
         f"with the rows {shown}"
     )
     if config.on_bad_step == "skip" and progress.skipped_in_a_row < MOST_SKIPPED_IN_A_ROW:

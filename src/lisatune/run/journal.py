@@ -81,7 +81,7 @@ class Journal:
         if evaluated or outcome.bad or is_due(self.run.config.logging_steps, step):
             self._metrics.write(
                 step=step, loss=loss, **named_losses(evaluation.losses or {}), learning_rate=learning_rate,
-                grad_norm=outcome.norm.item(), skipped=outcome.bad or None, active_layers=active,
+                grad_norm=outcome.grad_norm.item(), skipped=outcome.bad or None, active_layers=active,
                 sampled_parts=sampled_parts(learner.engine), tokens=batch.num_tokens,
                 labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=self.run.meter.bytes(),
                 state_bytes=state_bytes(learner.optimizer), scores=evaluation.scores,
@@ -89,7 +89,7 @@ class Journal:
         if self._recorder:
             self._recorder.count(() if outcome.bad else learner.trained_parts)
             if last or is_due(self.run.config.norm_steps, step):
-                self._recorder.record(step, ranks=last)
+                self._recorder.record(step, matrix_ranks=last)
         self._advance(step, loss, batch.num_tokens / seconds, active)
 
     def settle(self, progress: Progress) -> None:

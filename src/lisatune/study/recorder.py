@@ -123,8 +123,8 @@ class NormRecorder:
                 self._known.pop(part, None)
 
     @torch.no_grad()
-    def record(self, step: int, *, ranks: bool = False) -> None:
-        """Append the line of ``step`` (steps done); ``ranks`` decomposes the change of every matrix, which takes long."""
+    def record(self, step: int, *, matrix_ranks: bool = False) -> None:
+        """Append the line of ``step`` (steps done); ``matrix_ranks`` decomposes the change of every matrix, which takes long."""
         parts: dict[str, dict[str, Any]] = {}
         for name, part in self._parts.items():
             if name not in self._known:
@@ -132,7 +132,7 @@ class NormRecorder:
             values: dict[str, Any] = dict(self._known[name])
             if step == 0:
                 values |= {"base_norm": part.base_norm(), "num_weights": part.num_weights()}
-            if ranks and part.has_matrices():
+            if matrix_ranks and part.has_matrices():
                 values |= self._distances.ranks(part, self._known[name]["change"])
             parts[name] = {key: value for key, value in values.items() if _is_finite(value)}
         self._add_to_means(parts, step)

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from lisatune import UserError
 from lisatune.cli.app import app
-from lisatune.compare.grid import plan_grid
+from lisatune.compare.grid import make_grid
 from lisatune.compare.results import read_run, results
 from lisatune.compare.table import table_of
 from lisatune.evaluation.tasks.score import Score, difference
@@ -84,7 +84,7 @@ def test_what_was_scored_is_not_computed_again(trained, folder, scored, monkeypa
 def test_scores_are_in_the_summary_and_compare_shows_them(trained, scored):
     value = scored[0]["after"]["winogrande"]["value"]
     assert json.loads((trained / "summary.json").read_text())["scores"]["winogrande"] == value
-    grid = plan_grid({"model": "m", "data": "d", "eval_rows": 6, "max_steps": 8}, Path("cmp"))
+    grid = make_grid({"model": "m", "data": "d", "eval_rows": 6, "max_steps": 8}, Path("cmp"))
     head, rows = table_of(results(grid, {grid.trials[0].name: read_run(trained)}, {}))
     assert f"{value:.4f}"[:5] in rows[0][head.index("winogrande")]
 

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("lm_eval", reason="the extra 'eval' is not installed")
 
 from lisatune import UserError
-from lisatune.compare.grid import plan_grid, read_grid
+from lisatune.compare.grid import make_grid, read_grid
 from lisatune.run.preflight import preflight
 from lisatune.settings import build_config, used_settings
 from runs import metrics, run, weights
@@ -96,8 +96,8 @@ def test_a_run_is_refused_before_it_begins(model_folder, data_file, tmp_path, ta
 
 def test_several_tasks_are_one_value_of_a_comparison():
     given = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k,mmlu", "method=lisa,full"])
-    assert [trial.config.eval_tasks for trial in plan_grid(given, Path("cmp")).trials] == [["gsm8k", "mmlu"]] * 2
+    assert [trial.config.eval_tasks for trial in make_grid(given, Path("cmp")).trials] == [["gsm8k", "mmlu"]] * 2
     for word in ("eval_tasks=[gsm8k],[mmlu]", "eval_every=1,2", "eval_limit=1,2"):
         several = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k", word])
         with pytest.raises(UserError, match="holds several values"):
-            plan_grid(several, Path("cmp"))
+            make_grid(several, Path("cmp"))
