@@ -96,7 +96,7 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
     "corrections-stories260K": (
         "stories260K",
         "1/p, and steps of the inactive layers, at gamma = 1, each at its own best learning rate",
-        f"{SMALL} method=lisa num_active=1 interval_steps=3 inverse_chance=false,true inactive_learning_rate=null,1e-2 "
+        f"{SMALL} method=lisa num_active=1 interval_steps=3 inverse_chance=false,true frozen_learning_rate=null,1e-2 "
         "learning_rate=2e-3,5e-3",
     ),
 }

@@ -358,7 +358,7 @@ def test_embedding_and_head_can_be_frozen(model_folder, data_file, tmp_path, che
         },
         {"optim": "sign", "learning_rate": 3e-3},
         {"inverse_chance": True, "learning_rate": 5e-3},
-        {"num_active": 1, "inactive_learning_rate": 0.05},
+        {"num_active": 1, "frozen_learning_rate": 0.05},
         {"optim": "sgd", "learning_rate": 1.0},
         {"optim": "lars", "learning_rate": 0.02},
         {"optim": "lamb", "learning_rate": 0.02},

@@ -31,6 +31,10 @@ class Stopped(Exception):
         self.signal = signal
 
 
+class RenamedSetting(FutureWarning):
+    """A setting was given by its old name, which still works in this version."""
+
+
 class MissingPackageError(UserError, ImportError):
     """A feature was asked for whose package is not installed."""
 

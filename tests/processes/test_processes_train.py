@@ -254,7 +254,7 @@ def test_what_works_on_one_process_alone_is_refused(monkeypatch):
     def settings(**some):
         return build_config({"model": "m", "data": "d", "output": "o"} | some)
 
-    for some in ({"method": "mezo"}, {"optim": "muon"}, {"sampler": "gradient_norm"}, {"inactive_learning_rate": 1e-3}):
+    for some in ({"method": "mezo"}, {"optim": "muon"}, {"sampler": "gradient_norm"}, {"frozen_learning_rate": 1e-3}):
         check_num_ranks(settings(**some), 1)
         with pytest.raises(UserError, match=f"{next(iter(some))}=.* works on one process alone"):
             check_num_ranks(settings(**some), 2)

@@ -41,7 +41,7 @@ WAYS = {
     "LoRA with dropout": {"method": "lora", "lora_dropout": 0.2},
     "gradient norms": {"sampler": "gradient_norm", "num_active": 1, "interval_steps": 2},
     "halves, divided by chance": {"sampled_unit": "halves", "inverse_chance": True},
-    "small steps of frozen layers": {"num_active": 1, "inactive_learning_rate": 0.1, "dtype": "bfloat16"},
+    "small steps of frozen layers": {"num_active": 1, "frozen_learning_rate": 0.1, "dtype": "bfloat16"},
     "Muon in bfloat16": {"optim": "muon", "dtype": "bfloat16"},
     "Adafactor": {"optim": "adafactor"},
     "LAMB": {"optim": "lamb"},

@@ -67,10 +67,10 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
             {"on_bad_step": "skip", "optimizer_in_backward": True, "max_grad_norm": 0},
             "on_bad_step=skip cannot go with optimizer_in_backward",
         ),
-        ({"inactive_learning_rate": 1, "gradient_accumulation_steps": 2}, "micro-batches would meet other weights"),
+        ({"frozen_learning_rate": 1, "gradient_accumulation_steps": 2}, "micro-batches would meet other weights"),
         (
-            {"inactive_learning_rate": 1, "on_bad_step": "skip"},
-            "on_bad_step=skip cannot go with inactive_learning_rate",
+            {"frozen_learning_rate": 1, "on_bad_step": "skip"},
+            "on_bad_step=skip cannot go with frozen_learning_rate",
         ),
         ({"eval_steps": 5}, "eval_steps has no effect without held-out rows"),
         ({"streaming": True}, "streaming needs max_steps"),

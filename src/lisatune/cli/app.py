@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich.console import Console
 
+from lisatune.cli import common
 from lisatune.cli.chat import chat
 from lisatune.cli.compare import compare
 from lisatune.cli.demo import demo
@@ -20,7 +23,7 @@ from lisatune.cli.report import report
 from lisatune.cli.settings import settings
 from lisatune.cli.train import train
 from lisatune.common.console import tell, warn
-from lisatune.errors import Stopped, UserError
+from lisatune.errors import RenamedSetting, Stopped, UserError
 from lisatune.processes.launch import num_started, number_started
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -50,10 +53,22 @@ for name, run_command in COMMANDS.items():
     app.command(name, epilog=epilog)(run_command)
 
 
+_show_python_warning = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **file: Any) -> None:
+    """A warning about a setting is a sentence for the user, without a place in our code."""
+    if issubclass(category, RenamedSetting):
+        warn(common.console, str(message))
+    else:
+        _show_python_warning(message, category, *place, **file)
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit status 2."""
     console = Console(stderr=True)
     name = "lisatune" if number_started() == 0 else f"lisatune (rank {number_started()})"
+    warnings.showwarning = _show_warning
     try:
         if num_started() > 1 and sys.argv[1:2] != ["train"]:
             raise UserError("several processes can only train: start this command once, without torchrun")

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 
 from lisatune.errors import UserError, did_you_mean
 from lisatune.methods import METHODS
-from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings
+from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings, with_new_names
 
 PLURALS = {"methods": "method", "seeds": "seed"}
 # what held-out losses and times can only be compared within
@@ -134,7 +134,11 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
         >>> made.contenders(), len(made.trials), made.trials[0].name
         (['lisa num_active=2', 'lisa num_active=4', 'full'], 12, 'lisa-num_active=2-learning_rate=0.0001-seed=0')
     """
-    given = {name: value for name, value in given.items() if name != "output"}
+    given = {
+        name: with_new_names(value) if name in METHODS and isinstance(value, Mapping) else value
+        for name, value in with_new_names(given).items()
+        if name != "output"
+    }
     search = tuple(_values("search", given.get("search", "learning_rate")))
     methods = _values("method", given.get("method", "lisa"))
     for name in search:

@@ -18,6 +18,6 @@ LEVERS: dict[str, type[Lever]] = {
     "gradient_checkpointing": GradientCheckpointing,
     "vocabulary_blocks": VocabularyBlocks,
     "optimizer_in_backward": OptimizerInBackward,
-    "inactive_learning_rate": FrozenSteps,
+    "frozen_learning_rate": FrozenSteps,
     "inverse_chance": InverseChance,  # after whatever else hooks into the optimizer's step
 }

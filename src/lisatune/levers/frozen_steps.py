@@ -26,8 +26,8 @@ BLOCK = 2**22  # elements of a gradient that exist at a time
 class FrozenSteps(Lever):
     """Puts ``InactiveUpdates`` on. Its rate follows the schedule of the learning rate. The arguments are settings."""
 
-    inactive_learning_rate: float
-    inactive_step: Step
+    frozen_learning_rate: float
+    frozen_step: Step
     learning_rate: float
     seed: int
     updates: InactiveUpdates = field(init=False, repr=False)
@@ -35,14 +35,14 @@ class FrozenSteps(Lever):
     def put_on(self, learner: Learner) -> None:
         """Let the matrices of frozen decoder layers step in the backward pass."""
         self.updates = InactiveUpdates(
-            learner.layers.decoder, self.inactive_learning_rate, self.seed, sign=self.inactive_step == "sign"
+            learner.layers.decoder, self.frozen_learning_rate, self.seed, sign=self.frozen_step == "sign"
         )
 
     def before_step(self, learner: Learner, number: int) -> None:
         """Keep the ratio between the two rates, whatever the schedule does."""
         group = learner.optimizer.param_groups[0]
         self.updates.number = number
-        ratio = self.inactive_learning_rate / self.learning_rate
+        ratio = self.frozen_learning_rate / self.learning_rate
         self.updates.lr = ratio * group["lr"] / group.get("lr_ratio", 1.0)
 
     def also_trains(self, learner: Learner) -> set[str]:

@@ -15,7 +15,7 @@ from lisatune.optim import OPTIMS
 from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.processes.collectives import num_ranks, rank
-from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays
+from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays, with_new_names
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
 UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
@@ -88,7 +88,7 @@ def forecast(
 
     Raises: UserError for settings that cannot be, or if nothing fits.
     """
-    settings = {name: value for name, value in settings.items() if name not in ("data", "output")}
+    settings = {name: value for name, value in with_new_names(settings).items() if name not in ("data", "output")}
     hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
     with fake_processes(nproc):
         configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]

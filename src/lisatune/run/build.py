@@ -75,7 +75,7 @@ class Run:
         """What is due after ``step`` steps: all before the first and after the last, else as the two periods say."""
         config, all_due = self.config, step in (0, self.data.num_steps)
         losses_due = all_due or is_due(config.eval_steps, step)
-        scores_due = all_due or is_due(config.eval_every, step)
+        scores_due = all_due or is_due(config.eval_tasks_steps, step)
         return Evaluation(self.held_out_losses() if losses_due else None, self.task_scores() if scores_due else None)
 
     def task_scores(self) -> dict[str, float] | None:

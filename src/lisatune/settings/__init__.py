@@ -6,9 +6,10 @@ from lisatune.settings.build import build_config
 from lisatune.settings.config import ROWS, TrainConfig
 from lisatune.settings.files import read_settings, write_config
 from lisatune.settings.methods import LAYERWISE
+from lisatune.settings.renamed import with_new_names
 from lisatune.settings.rules import check_num_ranks, differences, plays, used_settings
 
 __all__ = [
     "LAYERWISE", "ROWS", "TrainConfig", "build_config", "check_num_ranks", "differences", "plays", "read_settings",
-    "used_settings", "write_config",
+    "used_settings", "with_new_names", "write_config",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lisatune.errors import UserError, did_you_mean, shown
 from lisatune.methods import METHODS, UNITS, MethodChoice
 from lisatune.settings.config import TrainConfig
+from lisatune.settings.renamed import with_new_names
 from lisatune.settings.rules import refusals
 
 UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # categories: control, half of a surrogate pair, line and paragraph separator
@@ -28,6 +29,7 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         Traceback (most recent call last):
         lisatune.errors.UserError: unknown setting 'num_activ'; did you mean 'num_active'?
     """
+    settings = with_new_names(settings)
     for name in settings:
         if name not in TrainConfig.model_fields:
             hint = did_you_mean(name, TrainConfig.model_fields) if isinstance(name, str) else ""

@@ -38,9 +38,9 @@ class Evaluation(BaseModel):
             "trained model with lisatune eval",
         },
     )  # fmt: skip
-    eval_every: int | None = row(
+    eval_tasks_steps: int | None = row(
         None, "Scores on eval_tasks every so many steps, besides start and end.", ge=1, one_value=True,
-        only_with=WITH_TASKS,
+        only_with=WITH_TASKS, was="eval_every",
     )  # fmt: skip
     eval_limit: int = row(
         32, "Number of documents of each task. The first ones are used.", ge=1, one_value=True, only_with=WITH_TASKS

@@ -90,20 +90,20 @@ class Sampling(BaseModel):
         methods=LAYERWISE, one_process=True,
         never_with={"optimizer_in_backward": "which updates before the step"} | NO_SLICES,
     )  # fmt: skip
-    inactive_learning_rate: float | None = row(
+    frozen_learning_rate: float | None = row(
         None,
         "Let frozen layers take small plain gradient steps at this rate, from gradients of activations that exist anyway.",
-        gt=0, methods=LAYERWISE, one_process=True,
+        gt=0, methods=LAYERWISE, one_process=True, was="inactive_learning_rate",
         never_with={"offload_frozen": "", "optimizer_in_backward": ""} | NO_SLICES,
         needs={
             "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so micro-batches would meet other "
             "weights: set gradient_accumulation_steps=1, or leave it out",
         },
     )  # fmt: skip
-    inactive_step: Literal["gradient", "sign"] = row(
+    frozen_step: Literal["gradient", "sign"] = row(
         "gradient",
         "What the small steps of frozen layers follow: the gradient, or its sign (FRUGAL), at about a tenth of learning_rate.",
-        methods=LAYERWISE, only_with={"inactive_learning_rate": "has no effect without inactive_learning_rate: leave it out"},
+        methods=LAYERWISE, only_with={"frozen_learning_rate": "has no effect without frozen_learning_rate: leave it out"},
     )  # fmt: skip
     state_policy: Literal["reset_layers", "reset_all", "keep"] = row(
         "reset_layers",

@@ -8,6 +8,7 @@ from typing import Any
 
 from lisatune.errors import UserError
 from lisatune.settings.config import ROWS, TrainConfig
+from lisatune.settings.renamed import with_new_names
 
 
 def refusals(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
@@ -122,6 +123,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         >>> differences({"seed": 0, "output": "a"}, {"seed": 1, "output": "b"})
         ['seed=1 (was 0)']
     """
+    before = with_new_names(before, warn=False)
     names = [name for name, row in ROWS.items() if not row.free and before.get(name) != now.get(name)]
     return [f"{name}={now.get(name)} (was {before.get(name)})" for name in names]
 

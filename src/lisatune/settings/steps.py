@@ -18,7 +18,7 @@ class BadSteps(BaseModel):
         "skip the batch.",
         never_with={
             "optimizer_in_backward": "which has updated weights before the step is known to be bad",
-            "inactive_learning_rate": "which has moved weights before the step is known to be bad",
+            "frozen_learning_rate": "which has moved weights before the step is known to be bad",
         },
     )
     bad_grad_norm: float | None = row(None, "A gradient norm above this makes a step bad.", gt=0)

@@ -27,7 +27,12 @@ def tmp_path(memory_path):
 def tasks(tmp_path):
     (tmp_path / "tasks").mkdir()
     folder = write_tasks(tmp_path / "tasks")
-    return {"eval_tasks": "winogrande,mmlu_virology", "eval_every": 4, "eval_limit": 3, "eval_data_dir": str(folder)}
+    return {
+        "eval_tasks": "winogrande,mmlu_virology",
+        "eval_tasks_steps": 4,
+        "eval_limit": 3,
+        "eval_data_dir": str(folder),
+    }
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "lora", "lora_dropout": 0.2}], ids=["LISA", "LoRA with dropout"])
@@ -63,13 +68,16 @@ def test_trackers_have_a_number_for_each_task(model_folder, data_file, tmp_path,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"eval_every": 5}, "eval_every has no effect without eval_tasks"),
+        ({"eval_tasks_steps": 5}, "eval_tasks_steps has no effect without eval_tasks"),
         ({"eval_data_dir": "x"}, "eval_data_dir has no effect without eval_tasks"),
         (
             {"eval_tasks": "mmlu", "offload_frozen": True, "gradient_checkpointing": True, "device": "cuda"},
             "cannot go with",
         ),
-        ({"eval_tasks": "mmlu", "eval_every": 0}, "eval_every=0: input should be greater than or equal to 1"),
+        (
+            {"eval_tasks": "mmlu", "eval_tasks_steps": 0},
+            "eval_tasks_steps=0: input should be greater than or equal to 1",
+        ),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -97,7 +105,7 @@ def test_a_run_is_refused_before_it_begins(model_folder, data_file, tmp_path, ta
 def test_several_tasks_are_one_value_of_a_comparison():
     given = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k,mmlu", "method=lisa,full"])
     assert [trial.config.eval_tasks for trial in make_grid(given, Path("cmp")).trials] == [["gsm8k", "mmlu"]] * 2
-    for word in ("eval_tasks=[gsm8k],[mmlu]", "eval_every=1,2", "eval_limit=1,2"):
+    for word in ("eval_tasks=[gsm8k],[mmlu]", "eval_tasks_steps=1,2", "eval_limit=1,2"):
         several = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k", word])
         with pytest.raises(UserError, match="holds several values"):
             make_grid(several, Path("cmp"))
