@@ -109,7 +109,7 @@ class LisaEngine:
         return self.layers.trained_parts(drawn, train_embedding=self.train_embedding, train_head=self.train_head)
 
     def _layers_of(self, drawn: tuple[int, ...]) -> tuple[int, ...]:
-        """Of what was drawn, the whole decoder layers."""
+        """The whole decoder layers among what was sampled."""
         numbers = [self.pool[i].removeprefix("layers.") for i in drawn]
         return tuple(int(number) for number in numbers if number.isdecimal())
 
@@ -169,8 +169,8 @@ class LisaEngine:
         Args:
             num_steps: Optimizer steps that are done, at least 1.
             drawn: ``drawn`` as it was then.
-            optimizer: As for ``begin_step``.
-            sampler_state: Of a sampler that learns, its ``state_dict`` as it was then.
+            optimizer: The same as for ``begin_step``.
+            sampler_state: ``state_dict`` of a sampler that learns, as it was then.
         Raises: UserError if ``drawn`` is not what the sampler draws, so that the run would not go on as it began.
         """
         self._check_optimizers(each_of(optimizer))

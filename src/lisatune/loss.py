@@ -44,7 +44,7 @@ def linear_cross_entropy(
         hidden: Last hidden states, shape (N, D), any floating dtype.
         weight: Output embedding, shape (V, D), dtype of ``hidden``.
         labels: Next-token ids, already shifted, shape (N,), int64; -100 means no target.
-        bias: Of the head, shape (V,), if it has one.
+        bias: Bias of the head, shape (V,), if it has one.
         num_labelled: Divisor of the summed loss; the whole step's count when accumulating. Default: this call's.
         chunk_tokens: Changes memory and speed, never the loss but for rounding. Default: what makes ``CHUNK_LOGITS``.
         row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what

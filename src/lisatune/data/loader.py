@@ -62,7 +62,7 @@ class Batch:
         return int(self.is_token.sum())
 
     def share(self, rank: int, num_ranks: int) -> Batch:
-        """Of ``num_ranks`` processes, what process ``rank`` computes: every ``num_ranks``-th row.
+        """What process ``rank`` of ``num_ranks`` computes: every ``num_ranks``-th row.
 
         All shares have equally many rows, so that all processes take equally many passes: where there is none left, one of
         padding is added, with nothing to learn.
@@ -129,7 +129,7 @@ class Loader:
         max_length: Tokens of a row.
         pad_id: Token that fills rows up.
         packing: Fill rows with several documents.
-        seed: Of the order.
+        seed: Seed of the order.
         shuffle: False keeps the order given.
     Raises: UserError if there is no document.
     """

@@ -66,13 +66,13 @@ class InactiveUpdates:
 
     Args:
         decoder: The decoder layers. The forward of each ``nn.Linear`` in them is replaced.
-        lr: Of these steps, in the gradient's unit as for SGD, not in Adam's.
+        lr: Learning rate of these steps. Its unit is the gradient's, as for SGD, not Adam's.
         seed: Seed of the rounding of bfloat16 weights.
         sign: Step by the gradient's sign, so that ``lr`` is a distance, as with Adam. FRUGAL does so, at a tenth of the
             learning rate in fine-tuning.
     Attributes:
         lr: May be changed between steps.
-        number: Of the optimizer step, for the rounding; to be set before each one.
+        number: Number of the optimizer step, which seeds the rounding; to be set before each one.
     Raises: UserError if no decoder layer holds an ``nn.Linear`` with floating-point weights.
     Cost: for frozen layers above the lowest one that trains, the third unit of matrix work, and their inputs, kept for
         the backward pass as those of active layers are; with checkpointing of one layer at a time.

@@ -35,7 +35,7 @@ class HostLayers:
         decoder: The decoder layers, the lowest first.
         device: Where the model computes.
     Attributes:
-        device: As given.
+        device: The device that was given.
     Raises: UserError if a layer is not checkpointed, or is streamed already; and in the forward pass, if a parameter
         trains that lies in host memory.
     Cost: of frozen layers at most two are on the device at once, that which is computed and the next one, which is copied

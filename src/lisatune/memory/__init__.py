@@ -1,1 +1,1 @@
-"""Levers that lower the peak of a run; each usable without the rest."""
+"""Instruments of memory: a ledger, the measured peak, moving to the host, blocks of rows."""

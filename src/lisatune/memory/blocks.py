@@ -32,7 +32,7 @@ class Cut:
     experts, counts as one matrix of all its rows; of a vector each element is a row.
 
     Args:
-        name: Of the parameter in the model.
+        name: Name of the parameter in the model.
         weight: The parameter, contiguous.
         num_slices: Blocks that it is cut into. If it has fewer rows, some blocks are empty.
         num_active: Blocks that train at a time.

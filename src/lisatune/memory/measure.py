@@ -41,7 +41,7 @@ class PeakMeter:
 
     Args:
         device: Where the model computes.
-        own_bytes: Of what was resident already, how much belongs to what is measured (a model that is loaded).
+        own_bytes: Bytes resident already that belong to what is measured (a model that is loaded).
     Example:
         >>> meter = PeakMeter(torch.device("cpu"))
         >>> held = torch.ones(2**22)

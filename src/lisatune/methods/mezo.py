@@ -70,10 +70,10 @@ class RandomDirections(RoundedOptimizer):
         params: Parameters or groups. Those that ask for a gradient take part, so LISA may freeze and thaw them.
         lr: Learning rate; 1e-7 to 1e-6 for a whole model in the paper, which is constant there.
         weight_decay: Decoupled, a share of the weight for each unit of learning rate.
-        seed: Of the directions, and of the rounding of bfloat16 weights.
+        seed: Seed of the directions, and of the rounding of bfloat16 weights.
     Attributes:
-        number: Of the step.
-        slopes: Of its directions, float32, shape (number of directions,).
+        number: Number of the step.
+        slopes: Slopes along its directions, float32, shape (number of directions,).
     """
 
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0, *, seed: int = 0) -> None:
@@ -138,7 +138,7 @@ class ZerothOrder:
         epsilon: How far a probe goes. In bfloat16 a weight that would move by less than half of its last digit stays:
             with 1e-3 most of those above 0.25, which are in norms and not in matrices.
         num_directions: Averaged over in a step; the noise falls with the root, the cost grows in proportion.
-        seed: Of the directions.
+        seed: Seed of the directions.
         linear_head: ``layers.head_is_linear()``, if it is known.
     Attributes:
         optimizer: Holds learning rate and seed, and makes the update.
@@ -193,7 +193,7 @@ class ZerothOrder:
     def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
         """Optimizer step ``number`` (from 0), at the learning rate that is set: ``probe``, then ``optimizer.step()``.
 
-        Returns: As ``probe``.
+        Returns: The same as ``probe``.
         Raises: UserError if the loss is not finite; nothing has been updated then.
         """
         loss, slope = self.probe(number, micro_batches, num_labelled)
@@ -210,7 +210,7 @@ class ZerothOrder:
         """Find the slopes of step ``number``, and leave them in ``optimizer``, for its next ``step``.
 
         Args:
-            number: Of the optimizer step, from 0.
+            number: Number of the optimizer step, from 0.
             micro_batches: Batches on the model's device, all kept for the time of the step.
             num_labelled: Labelled tokens of all of them.
         Returns: Mean of all losses, and root mean square of the slopes, whose square is on average that of the

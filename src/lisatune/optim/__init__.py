@@ -81,7 +81,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], **given: Any) -> tor
 
     Args:
         name: One of ``OPTIMS``.
-        groups: As ``torch.optim.Optimizer`` takes them, each with its ``weight_decay``.
+        groups: Groups of parameters for ``torch.optim.Optimizer``, each with its ``weight_decay``.
         given: What there is to hand on; each optimizer takes what it reads. ``lr``: learning rate. ``betas``: decay of the
             two moments. ``eps``: added to the root of the second. ``vocabulary``: parameters of embeddings and head, which
             are no hidden matrices; nor are vectors, and what has three dimensions, as stacked experts have. ``ours``: a

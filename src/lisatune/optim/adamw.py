@@ -38,7 +38,7 @@ class AdamW(torch.optim.Optimizer):
         betas: Decay of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, a share of the weight for each unit of learning rate.
-        seed: Of the rounding. The noise of an element depends on it, the number of the step, the parameter's place in
+        seed: Seed of the stochastic rounding. The noise of an element depends on it, the number of the step, the parameter's place in
             the optimizer and the element's in the parameter alone: not on the size of blocks, on the order of updates,
             on the device, or on whether the run was stopped and resumed.
         state_bits: 32, 16 or 8 bits for each moment; ``Moments`` tells how.

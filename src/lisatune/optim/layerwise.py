@@ -102,7 +102,7 @@ class Lars(Layerwise):
         trust_coefficient: The paper's eta. It has 0.001 and learning rates from 1 to 32; with 1, the learning rate
             itself is the share of the norm that a step moves, and is of a size that vectors can bear too.
         adapt_vectors: Scale the steps of vectors as well.
-        seed: Of the rounding of bfloat16 weights.
+        seed: Seed of the stochastic rounding of bfloat16 weights.
     Cost: 4 bytes of state an element that trains, float32 whatever the weights are; temporaries of a block of 2**22
         elements (2**20 on a CPU); the gradient is read twice.
     Reference: You, Gitman and Ginsburg, Large Batch Training of Convolutional Networks, arXiv:1708.03888, algorithm 1.
@@ -171,7 +171,7 @@ class Lamb(Layerwise):
         eps: Added to the root of the second moment.
         weight_decay: Inside the ratio, as in the paper.
         adapt_vectors: Scale the steps of vectors as well.
-        seed: Of the rounding of bfloat16 weights.
+        seed: Seed of the stochastic rounding of bfloat16 weights.
     Cost: 8 bytes of state an element that trains, float32 whatever the weights are; temporaries of a block of 2**22
         elements (2**20 on a CPU); the update is computed twice.
     Reference: You et al., Large Batch Optimization for Deep Learning, arXiv:1904.00962, algorithm 2.

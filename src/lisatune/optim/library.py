@@ -68,7 +68,7 @@ class LibraryOptimizer(RoundedOptimizer):
 
     Args:
         inner: Optimizers over different parameters, which find whatever they keep in their groups and in ``state``.
-        seed: Of the rounding.
+        seed: Seed of the stochastic rounding.
     """
 
     def __init__(self, *inner: torch.optim.Optimizer, seed: int = 0) -> None:

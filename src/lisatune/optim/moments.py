@@ -119,7 +119,7 @@ class Moments:
         """Write both moments back into the tensors they were loaded from.
 
         Args:
-            held: As ``walk`` gave it.
+            held: What ``walk`` gave.
             first: float32, shape (n,).
             second: float32, shape (n,), not negative. One that is positive stays so: else the update would be divided
                 by eps alone.

@@ -25,8 +25,8 @@ class RoundedOptimizer(torch.optim.Optimizer, ABC):
 
     Args:
         params: Parameters or groups.
-        defaults: Of a group.
-        seed: Of the rounding.
+        defaults: Settings of a group that gives none.
+        seed: Seed of the stochastic rounding.
     Raises: UserError for a parameter that is not contiguous.
     """
 

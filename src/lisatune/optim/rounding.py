@@ -19,7 +19,7 @@ def random_bits(name: str, start: int, stop: int, device: torch.device) -> Tenso
         name: Any text; other names give unrelated streams.
         start: Number of the first element.
         stop: One after the last.
-        device: Of the result; on the meta device nothing is computed, as always there.
+        device: Device of the result; on the meta device nothing is computed, as always there.
     Returns: int32, shape (stop - start,).
     Cost: 14 passes over the elements; a second tensor of this size while they last.
     Reference: the mixing is Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31, with a key between its rounds.

@@ -105,7 +105,7 @@ class RowGradients:
 
 @dataclass
 class EmbeddingPart:
-    """Of an input embedding: each token adds its output gradient to its row.
+    """Gradient of an input embedding: each token adds its output gradient to its row.
 
     Args:
         ids: Token ids, shape (N,), int64.
@@ -147,13 +147,13 @@ def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
 
 @dataclass
 class HeadPart:
-    """Of an output embedding under cross-entropy: ``scale * (softmax - one_hot).T @ hidden``, made from the weight.
+    """Gradient of an output embedding under cross-entropy: ``scale * (softmax - one_hot).T @ hidden``, made from the weight.
 
     Args:
         hidden: Last hidden states of labelled tokens, shape (N, D).
         labels: Their labels, shape (N,), int64.
-        log_normaliser: Of their logits, shape (N,), float32.
-        bias: Of the head, shape (V,), if it has one: as it was in the forward pass.
+        log_normaliser: Log-normaliser of their logits, shape (N,), float32.
+        bias: Bias of the head, shape (V,), if it has one: as it was in the forward pass.
         scale: What the gradient of the summed loss is multiplied by: scalar, float32.
     """
 

@@ -19,9 +19,9 @@ class Wire(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is sent while it is entered.
 
     Attributes:
-        payload_bytes: By kind, the bytes of whole tensors: what is summed by an ``all_reduce`` or ``reduce_scatter``, what
+        payload_bytes: Kind to bytes of whole tensors: what is summed by an ``all_reduce`` or ``reduce_scatter``, what
             an ``all_gather`` gives. Messages of at most ``small_bytes``, such as a loss, are counted under ``small``.
-        sent_bytes_of: By kind, what this process sends if the processes stand in a ring.
+        sent_bytes_of: Kind to bytes that this process sends if the processes stand in a ring.
     Cost: some microseconds for each operation.
     """
 

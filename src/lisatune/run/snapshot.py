@@ -55,8 +55,8 @@ class Snapshots:
     are not saved, because there are none: draws, noise and dropout are functions of the seed and the step.
 
     Args:
-        learner: As ``make_learner`` gives it, before its first step.
-        checkpoints: Where they are kept.
+        learner: What ``make_learner`` gave, before its first step.
+        checkpoints: Where checkpoints are kept.
         config: All settings, for the comparison at resume.
         identity: Names to what the run must find again, in words that a person can compare (the data's fingerprint).
     """

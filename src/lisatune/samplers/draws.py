@@ -145,7 +145,7 @@ def _fewer_others(rang: Sequence[float], silent: Sequence[float], limit: int) ->
 
 
 def _counts(rang: Sequence[float], silent: Sequence[float], limit: int) -> list[list[float]]:
-    """Of each prefix, the chance that 0, 1, ... ``limit`` - 1 of it rang."""
+    """For each prefix, the chance that 0, 1, ... ``limit`` - 1 of it rang."""
     rows = [[1.0] + [0.0] * (limit - 1)]
     for yes, no in zip(rang, silent, strict=True):
         last = rows[-1]

@@ -37,7 +37,7 @@ class GradientNormSampler(Sampler):
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
         num_active: Layers drawn for each interval (gamma), 0 to ``num_layers``.
-        interval_steps: As the engine has it (K).
+        interval_steps: The same as the engine's (K).
         seed: Any integer; another seed gives other draws.
         temperature: Above 0; high draws evenly, low draws the highest scores.
         exploration: The share of even draws, 0 to 1.

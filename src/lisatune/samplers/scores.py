@@ -145,7 +145,7 @@ def outlier_scores(
 
     Args:
         layers: The model's parts; all matrices of the decoder layers count.
-        input_norms: As ``input_norms`` measures them; then only matrices with a norm count. Default: weights alone, 1
+        input_norms: What ``input_norms`` measured; then only matrices with a norm count. Default: weights alone, 1
             for each norm, which needs no data, and is OWL's variant for pruning by magnitude.
         multiple: OWL's scripts have 5; the scores that the authors of OWS publish for Llama-2-7B are named after 13, by
             which hardly any weight alone is an outlier: of normally distributed ones none.

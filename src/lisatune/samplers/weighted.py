@@ -79,7 +79,7 @@ def read_weights(path: str | PathLike[str], num_layers: int, names: Sequence[str
     """Weights from a JSON file: a list with one for each layer, or an object from names to weights.
 
     Args:
-        path: Of a file with, for example, ``[1.0, 0.5]`` or ``{"layers.0": 1.0, "layers.1": 0.5}``.
+        path: Path of a file with, for example, ``[1.0, 0.5]`` or ``{"layers.0": 1.0, "layers.1": 0.5}``.
         num_layers: How many there must be.
         names: What the layers are called in an object: ``layers.pool()``. Default: layers.0, layers.1, ...
     Raises: UserError if the file is absent or not of that form, if a weight is missing, superfluous, negative, not a

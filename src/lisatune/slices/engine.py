@@ -37,7 +37,7 @@ class SliceEngine:
         sampler: Draws from the blocks of one tensor: ``SweepSampler(num_layers=15, num_active=1)`` cuts each into 15 and
             trains each block once in 15 intervals. Also ``UniformSampler``, ``RoundRobinSampler``, ``FixedSampler``.
         interval_steps: Optimizer steps that blocks live, at least 1.
-        state_policy: As for ``LisaEngine``, of blocks in place of layers.
+        state_policy: The same as in ``LisaEngine``, for blocks in place of layers.
         train_embedding: ``"sampled"`` cuts the embedding like any matrix; True trains it whole in every step; False
             freezes it.
         train_head: The same for the head. Of a tied pair, both take the same value.

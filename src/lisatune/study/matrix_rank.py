@@ -33,7 +33,7 @@ def product_singular_values(up: Tensor, down: Tensor) -> Tensor:
     Args:
         up: Shape (out, r).
         down: Shape (r, in).
-    Returns: As many as min(out, in), float64, on the CPU: zeros after the r-th.
+    Returns: min(out, in) values, float64, on the CPU: zeros after the r-th.
     Cost: r * r * (out + in) multiplications, three times or so, in float64.
     """
     most = min(up.shape[0], down.shape[1])

@@ -37,7 +37,7 @@ class Answers:
 
     Attributes:
         texts: One for each turn.
-        num_cut: Of them, how many ended because they reached the limit of length.
+        num_cut: How many of them ended because they reached the limit of length.
     """
 
     texts: tuple[str, ...]
@@ -50,7 +50,7 @@ class Answerer:
     Args:
         name: A run's folder, a model's folder, a ``.gguf`` file or a hub name.
         records: Where answers are kept, under the hash of the model's files, the conversation and the limit of length.
-        max_new_tokens: Of one answer at most.
+        max_new_tokens: Tokens of one answer at most.
         batch_size: B, conversations that are answered together. In float32 answers do not depend on it, except where two
             tokens are equally likely to the last digit.
         device: ``cpu``, ``cuda``, ... or ``auto``.

@@ -29,7 +29,7 @@ class RequestRefused(UserError):
     """The server will not answer this one request, whatever it thinks of others.
 
     Attributes:
-        field: Of the request, that the server names as the reason; or None.
+        field: Field of the request that the server names as the reason; or None.
     """
 
     def __init__(self, message: str, field: Any = None) -> None:
@@ -59,9 +59,9 @@ class Endpoint:
         model: Name of the model there.
         key: API key, or None to send none. It is written nowhere.
         budget: Requests at most, or None.
-        requests_per_minute: At most, or None.
+        requests_per_minute: Requests in a minute at most; None sets no limit.
         timeout_seconds: Without any byte of an answer.
-        backoff_seconds: Of the first wait.
+        backoff_seconds: Length of the first wait.
         tell: Is called with a sentence before a wait.
     Raises: UserError for an address or a key that cannot be used.
     """
@@ -122,7 +122,7 @@ class Endpoint:
         """The server's answer to a chat request, in which there is a reply.
 
         Args:
-            body: Of the request, without the model's name.
+            body: Body of the request, without the model's name.
         Returns: ``reply``, the text (empty if the model said nothing); ``finish_reason``; ``usage``, as the server says;
             ``left_out``, the fields that were not sent as they are in ``body``.
         Raises: RequestRefused if the server will not have this request; BudgetSpent; UserError if it is no use going on.

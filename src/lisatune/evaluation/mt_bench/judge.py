@@ -23,7 +23,7 @@ class Judge:
     Args:
         endpoint: The judge.
         replies: Where its replies are kept, under the hash of address, model, prompt and parameters.
-        max_tokens: Of a reply: a few sentences and the grade; a model that thinks first needs more.
+        max_tokens: Tokens of a reply at most: a few sentences and the grade; a model that thinks first needs more.
     """
 
     def __init__(self, endpoint: Endpoint, replies: Records, *, max_tokens: int = 1024) -> None:

@@ -18,7 +18,7 @@ class Question:
 
     Attributes:
         id: What the file calls it, as text.
-        category: Of the table's columns.
+        category: Column of the table that it counts for.
         turns: What the user says in each turn.
         references: A good answer to each turn; empty where there is none.
     """
@@ -39,7 +39,7 @@ def read_questions(questions: str, references: str | None = None, *, limit: int 
         questions: A path, or a hub name.
         references: A file of answers in FastChat's form (``question_id``, ``choices``), which take the place of all that
             the rows have: in FastChat's files those are short notes, and the judge is shown the answers instead.
-        limit: As many questions at most, from the categories by turns, so that each has its share.
+        limit: Questions at most, from the categories by turns, so that each has its share.
     Raises: UserError naming file and line of a bad row, or if there is no question.
     """
     found: dict[str, Question] = {}

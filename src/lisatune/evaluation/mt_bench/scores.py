@@ -25,8 +25,8 @@ def score(questions: Sequence[Question], verdicts: Sequence[Turns]) -> dict[str,
     grade is left out.
 
     Args:
-        questions: In any order.
-        verdicts: Of each of ``questions``, one for each turn.
+        questions: The questions, in any order.
+        verdicts: One for each turn of each of ``questions``.
     Returns: ``mean`` and ``standard_error`` (None of fewer than one and two questions), ``first_turn``, ``second_turn``,
         ``num_questions`` that have a score, ``num_verdicts``, ``num_unparsable``, ``unparsable`` by reason; and the same of
         each category in ``by_category``.

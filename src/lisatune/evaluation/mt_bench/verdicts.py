@@ -46,7 +46,7 @@ def judge_prompt(question: Question, answers: Sequence[str]) -> str:
     Every text stands between marks that carry its own hash, so that an answer cannot pretend to have ended.
 
     Args:
-        question: With references for as many turns as there are.
+        question: The question, with references for as many turns as there are.
         answers: The assistant's answers so far: one to grade the first turn, two to grade the second.
     """
     turn = len(answers)

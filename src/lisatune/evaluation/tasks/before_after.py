@@ -29,9 +29,9 @@ class Target:
     """What is scored.
 
     Attributes:
-        name: As the user gave it.
+        name: Its name, as the user gave it.
         model: Folder or hub name of the model.
-        base: Of the model that a run began with; None for a model that is no run.
+        base: The model that a run began with; None for a model that is no run.
         folder: Where the scores are written; None is nowhere.
     """
 

@@ -58,7 +58,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> Any:
     """A group of the harness, named ``asked``, whose children are the tasks and groups ``names`` with their data.
 
     Args:
-        names: As the harness has them.
+        names: Names of tasks, as the harness has them.
         data_dir: Where a data set has a form of files (see ``read_data_set``), it is read from there and not from the hub.
     Raises: UserError as ``find_tasks``; for data that cannot be had, with what would help; for a task that runs the code
         which a model writes.

@@ -29,8 +29,8 @@ def read_data_set(folder: Path, name: str, subset: str | None) -> Splits | None:
     Args:
         folder: Holds ``gsm8k/``, ``pubmedqa/``, ``mmlu/``, ``agieval/`` or ``winogrande/``. Several files of a split
             (``test.even.jsonl.gz`` and ``test.odd.jsonl.gz``) are joined.
-        name: Of the data set, as a task names it: ``cais/mmlu``.
-        subset: Of the data set: ``anatomy``.
+        name: Name of the data set, as a task names it: ``cais/mmlu``.
+        subset: Part of the data set: ``anatomy``.
     Returns: None if no local form of this data set is known.
     Raises: UserError naming the file that is missing, or whose rows are not as they should be.
     Example:

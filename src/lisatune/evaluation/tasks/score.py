@@ -15,12 +15,12 @@ class Score:
 
     Attributes:
         metric: The task's first metric, with its filter if it has one: ``exact_match, strict-match``.
-        value: Of the metric, over all documents.
+        value: Value of the metric, over all documents.
         stderr: Its standard error; None if there is none, as of a single document.
         num_documents: How many were scored.
         num_fewshot: Examples shown before each.
         others: The task's other metrics.
-        parts: Of a group, its tasks (MMLU's subjects), each with its own score.
+        parts: Tasks of a group (MMLU's subjects), each with its own score.
         values: The metric of each document, in order; empty for a group whose value is not their mean.
     """
 
