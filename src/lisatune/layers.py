@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,14 @@ class Layers:
         """Whether embedding and head are one tensor."""
         own = {id(p) for p in self.embedding.parameters()}
         return self.head is not None and any(id(p) in own for p in self.head.parameters())
+
+    @cached_property
+    def first_position(self) -> int:
+        """The position of a row's first token: RoBERTa and its like begin after the row that is kept for padding."""
+        for name, module in self.trunk_module.named_modules():
+            if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+                return module.padding_idx + 1
+        return 0
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parts to their parameters by name; each tensor once, under the first name it has in the model."""
@@ -138,7 +147,7 @@ class Layers:
                 if not ids.is_meta:
                     return torch.equal(logits, self.head(self.trunk(input_ids=ids)))
                 return _share(made["input"], made["hidden"]) and _share(made["logits"], logits)
-        except RuntimeError:
+        except Exception:  # whatever a model's own code does that needs data
             if not ids.is_meta:
                 raise
             return False  # it cannot run there at all, which is for the forecast to say
@@ -172,6 +181,10 @@ class Layers:
             self.model.train(training)
             hook.remove()
         return not slope[0, -1].any()
+
+    def says_causal(self) -> bool:
+        """Whether a decoder layer has a module that calls itself causal, as attentions of transformers do."""
+        return any(getattr(module, "is_causal", False) for layer in self.decoder for module in layer.modules())
 
     def describe(self) -> str:
         """What was found, in one line."""

@@ -162,7 +162,7 @@ def batch_loss(
         linear_head: ``layers.head_is_linear()``: then logits exist for a few labelled tokens at a time only.
         row_gradients: Where the head's gradient is left, if it is to be made a block at a time.
     """
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids + layers.first_position}
     if linear_head:
         assert isinstance(layers.head, nn.Linear)
         hidden = layers.trunk(**inputs).flatten(0, 1)

@@ -55,12 +55,24 @@ def test_forecast_is_what_the_allocator_gives_out(name):
     assert plan.peak_bytes == sum(plan.bytes_of.values())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied"])
+MIXTURE = {
+    "vocab_size": 4000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32, "n_group": 1,
+    "topk_group": 1, "n_routed_experts": 8, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied", "mixtral", "deepseek_v3"])
 def test_other_models_are_forecast_too(kind):
     models = {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=4000, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=4000, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)),
         "tied": lambda: make_llama(tied=True, **WIDE),
+        "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MIXTURE, num_local_experts=4)),
+        "deepseek_v3": lambda: hf.AutoModelForCausalLM.from_config(hf.DeepseekV3Config(**MIXTURE, **LATENT)),
     }  # fmt: skip
     model = models[kind]()
     config = plan_config({"num_active": 1, "vocabulary_blocks": kind == "tied"}, "cpu")
@@ -203,3 +215,21 @@ def test_a_budget_tells_how_far_it_reaches(model_folder):
 
     assert plan_run(config, model_config(str(model_folder)), "cpu", rows=rows).peak_bytes <= told.budget
     assert plan_run(config, model_config(str(model_folder)), "cpu", rows=rows + 1).peak_bytes > told.budget
+
+
+def test_a_method_that_the_model_cannot_have_does_not_stop_the_others(tmp_path):
+    pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    hf.Mamba2Config(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1, state_size=8
+    ).save_pretrained(tmp_path)  # fmt: skip
+    settings = {"model": str(tmp_path), "max_length": 16, "num_active": 1}
+    told = forecast(settings, ["lisa", "lora", "full"], "cpu")
+    assert [plan.method for plan in told.plans] == ["lisa", "full"]
+    assert "out_proj" in told.refused["lora"]
+    with pytest.raises(UserError, match="out_proj"):
+        forecast({"model": str(tmp_path), "max_length": 16}, ["lora"], "cpu")
+
+
+def test_a_model_that_fails_in_its_own_code_on_meta_gets_the_formula():
+    plan = plan_memory(hf.MptConfig(vocab_size=128, d_model=32, n_heads=4, n_layers=4), max_length=8, num_active=1)
+    assert "MptForCausalLM cannot run on the meta device" in plan.remark

@@ -47,6 +47,6 @@ def plan(
     from lisatune.plan.table import show_plans, show_rungs
 
     out = Console()
-    out.print(show_plans(result.plans, result.budget))
+    out.print(show_plans(result.plans, result.budget, result.refused))
     if result.budget is not None:
         out.print(show_rungs(result.rungs, result.budget, result.reach))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import check_num_active
 from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
 
-ATTENTION = "lisatune_plan"
 PARTS = ("decoder", "embedding", "head")
 TEMPORARIES = ("loss", "backward", "step", "other")
 WHERE = {"activations": "in the forward pass", GATHERED: "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
@@ -222,9 +220,11 @@ class _Draw(Sampler):
 
 
 def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    AttentionInterface.register(ATTENTION, partial(_attention, on_cpu=device == "cpu"))
+    from lisatune.plan.meta_kernels import ATTENTION, register_attention
+
+    register_attention(device)
 
     def build(attention: str | None) -> nn.Module:
         with torch.device("meta"):
@@ -246,34 +246,18 @@ def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
         ) from error
 
 
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, *, on_cpu: bool, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """What PyTorch's fused attention makes and keeps; on meta it would choose the one that keeps all scores."""
-    if kwargs.get("softcap") is not None:
-        raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
-    if on_cpu and dropout:  # then there is no fused one
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
-        )
-        return out.transpose(1, 2).contiguous(), None
-    out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
-    return out[0].transpose(1, 2).contiguous(), None
-
-
 def _plan_draw(
     config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...]
 ) -> Plan:
+    from lisatune.plan.meta_kernels import ATTENTION, experts_on_meta
+
     model = _meta_model(hf_config, config, device)
     ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1)
     remark = ""
     if getattr(model.config, "_attn_implementation", None) != ATTENTION:
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
     cannot_run, sent = False, dict[str, int]()
-    with ledger:
+    with ledger, experts_on_meta():
         learner = make_learner(config, model, torch.device("meta"))
         parts = {p: _part(name) for name, parameters in learner.layers.parts().items() for p in parameters.values()}
         _book_weights(ledger, learner, parts)

@@ -62,6 +62,7 @@ class Forecast:
     budget: int | None = None
     rungs: list[Rung] = field(default_factory=list)
     reach: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -71,6 +72,7 @@ class Forecast:
             "budget": self.budget,
             "levers": levers,
             "reach": self.reach,
+            "refused": self.refused,
         }
 
 
@@ -84,20 +86,28 @@ def forecast(
     """Plans of ``methods`` with the same settings; with ``memory_bytes`` also the levers that make the first one fit.
 
     A setting that plays no part in a method (``lora_r`` in LISA, ``vocabulary_blocks`` in LoRA) is left out for it. With
-    ``nproc`` processes, plans are those of one of them.
+    ``nproc`` processes, plans are those of one of them. A method that the model cannot have (LoRA on a Mamba) is told in
+    ``refused``, and does not stop the others.
 
-    Raises: UserError for settings that cannot be, or if nothing fits.
+    Raises: UserError for settings that cannot be, if the first method cannot be, or if nothing fits.
     """
     settings = {name: value for name, value in with_new_names(settings).items() if name not in ("data", "output")}
     hf_config = model_config(str(settings["model"]), trust_remote_code=bool(settings.get("trust_remote_code")))
     with fake_processes(nproc):
         configs = [plan_config(_for_method(settings, method, alone=len(methods) == 1), device) for method in methods]
-        plans = [plan_run(config, hf_config, device) for config in configs]
+        plans, refused = list[Plan](), dict[str, str]()
+        for config in configs:
+            try:
+                plans.append(plan_run(config, hf_config, device))
+            except UserError as error:
+                if config is configs[0] or len(configs) == 1:
+                    raise
+                refused[config.method] = str(error)
         if memory_bytes is None:
-            return Forecast(plans)
+            return Forecast(plans, refused=refused)
         rungs = climb(configs[0], hf_config, memory_bytes, device)
         return Forecast(
-            plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device)
+            plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device), refused
         )
 
 

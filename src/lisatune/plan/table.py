@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,9 +24,12 @@ PARTS = {"decoder": "decoder layers and norm", "embedding": "embedding", "head":
 BAR_WIDTH = 60
 
 
-def show_plans(plans: Sequence[Plan], budget: int | None = None) -> RenderableType:
-    """Methods side by side: bytes by part as a table, then as bars on one scale."""
-    return Group(_table(plans), Text(), _bars(plans, budget), Text(_notes(plans), style="dim"))
+def show_plans(
+    plans: Sequence[Plan], budget: int | None = None, refused: Mapping[str, str] | None = None
+) -> RenderableType:
+    """Methods side by side: bytes by part as a table, then as bars on one scale; why a method is missing."""
+    missing = [Text(f"no {method} here: {reason}") for method, reason in (refused or {}).items()]
+    return Group(_table(plans), Text(), _bars(plans, budget), *missing, Text(_notes(plans), style="dim"))
 
 
 def _table(plans: Sequence[Plan]) -> Table:

@@ -127,6 +127,11 @@ def build(
     torch.manual_seed(config.seed)  # of LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
+    if not layers.says_causal() and not layers.is_causal():
+        raise UserError(
+            f"every token of {type(model).__name__} sees later tokens, so a next-token loss teaches nothing: set "
+            '"is_decoder": true in the config.json of the model'
+        )
     with together():
         data = prepare_data(config, tokenizer, examples, held_out, console)
     if num_ranks() > 1:

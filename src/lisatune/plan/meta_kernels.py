@@ -1,0 +1,84 @@
+"""Kernels for the meta device that make and keep what those of a real device do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations import moe
+
+ATTENTION = "lisatune_plan"
+
+
+def register_attention(device: str) -> None:
+    """Let models built with ``attn_implementation=ATTENTION`` plan the attention of ``cuda`` or ``cpu``."""
+    AttentionInterface.register(ATTENTION, partial(_attention, on_cpu=device == "cpu"))
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, *, on_cpu: bool, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What PyTorch's fused attention makes and keeps; on meta it would choose the one that keeps all scores.
+
+    Multi-head latent attention has values of another width than queries. A GPU has a fused kernel for that, a CPU none.
+    """
+    if kwargs.get("softcap") is not None:
+        raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
+    groups = query.shape[1] // key.shape[1]
+    other_width = query.shape[-1] != value.shape[-1]
+    if on_cpu and (dropout or other_width):  # then there is no fused one
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling
+        )
+        return out.transpose(1, 2).contiguous(), None
+    if other_width:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, dropout, True, scale=scaling
+        )
+    else:
+        out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
+    return out[0].transpose(1, 2).contiguous(), None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Rows times the matrix of each row's expert: it keeps both factors, and makes the gradients that are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.shapes = rows.shape, weight.shape
+        needs_rows, needs_weight = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+        ctx.save_for_backward(rows if needs_rows else None, weight if needs_weight else None)
+        return rows.new_empty(len(rows), weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        asked = zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+        return tuple(grad.new_empty(shape) if needed else None for shape, needed in asked)
+
+
+@contextmanager
+def experts_on_meta() -> Iterator[None]:
+    """Inside, a mixture's experts run on the meta device in any type; PyTorch's own kernel there takes bfloat16 alone."""
+    original = getattr(moe, "_grouped_mm", None)
+    if original is None:  # another transformers: the forecast says if the model cannot run
+        yield
+        return
+
+    def product(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        if input.is_meta:
+            return _GroupedProduct.apply(input.to(weight.dtype), weight)  # type: ignore[no-any-return,no-untyped-call]
+        return original(input, weight, offs)  # type: ignore[no-any-return]
+
+    moe._grouped_mm = product
+    try:
+        yield
+    finally:
+        moe._grouped_mm = original
