@@ -47,7 +47,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         sampler_options: Options of that sampler.
         sampled_unit: ``layers``, pieces of them (``halves``, ``modules``), or ``slices``: blocks of rows of every matrix.
         num_slices: Only for slices: blocks that each matrix is cut into. Default: 15.
-        train_norms: Only for slices: see ``SliceEngine``. Default: True.
+        train_norms: Only for slices: see ``SliceEngine``. Default: False.
     Raises: UserError, when training begins, for a model that has adapters, a bidirectional model with a next-token loss,
         two of these callbacks, and a checkpoint made with other settings.
     Example: see examples/hf_trainer.py

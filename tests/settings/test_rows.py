@@ -85,6 +85,7 @@ def test_another_optimizer_is_refused(name):
 @pytest.mark.parametrize(("name", "condition"), columns("only_with"))
 def test_what_plays_no_part_is_refused(name, condition):
     given = NEEDED | ({"max_steps": 5} if holds(condition, build()) else {})
+    given |= {"sampled_unit": "slices"} if condition.startswith("sampled_unit!=slices") else {}
     with pytest.raises(UserError, match=f"^{name} has no effect "):
         build_config(given | {name: some_value(name)})
     assert name not in used_settings(build_config(given))

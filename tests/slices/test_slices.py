@@ -99,7 +99,7 @@ def test_blocks_cover_the_rows_once_and_differ_by_one_row_at_most(num_rows, num_
 def test_one_slice_is_full_fine_tuning_to_the_bit(name, fused):
     full, sliced = MODELS[name](), MODELS[name]()
     full_optimizer = torch.optim.AdamW(full.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
-    engine, optimizer = make(sliced, num_slices=1, fused=fused)
+    engine, optimizer = make(sliced, num_slices=1, fused=fused, train_norms=True)
     for step in range(6):
         train_step(full, full_optimizer, step)
         train_step(sliced, optimizer, step, engine)
@@ -113,7 +113,9 @@ def test_gradients_of_rows_are_those_of_the_whole_gradient_with_the_rest_thrown_
     fast, slow, whole = MODELS[name](), MODELS[name](), MODELS[name]()
     engines = []
     for model, option in ((fast, False), (slow, True)):
-        engine, optimizer = make(model, num_active=num_active, slow=option)
+        engine, optimizer = make(
+            model, num_active=num_active, slow=option, train_norms="sampled" if num_active == 1 else False
+        )
         engine.begin_step(3, optimizer)
         engines.append(engine)
     for model in (fast, slow, whole):
@@ -215,8 +217,9 @@ def test_several_optimizers_share_the_slices():
     model, plain = make_llama(), make_llama()
     groups = [[p for p in model.parameters() if (p.ndim > 1) == matrices] for matrices in (True, False)]
     optimizers = [torch.optim.SGD(groups[0], lr=0.1), torch.optim.SGD(groups[1], lr=0.1)]
-    engine = SliceEngine(find_layers(model), SweepSampler(3, 1))
-    single, optimizer = SliceEngine(find_layers(plain), SweepSampler(3, 1)), torch.optim.SGD(plain.parameters(), lr=0.1)
+    engine = SliceEngine(find_layers(model), SweepSampler(3, 1), train_norms=True)
+    single = SliceEngine(find_layers(plain), SweepSampler(3, 1), train_norms=True)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     for step in range(4):
         engine.begin_step(step, optimizers)
         model(input_ids=batch(step), labels=batch(step)).loss.backward()

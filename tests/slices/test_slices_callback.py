@@ -29,14 +29,14 @@ def fit(model, folder, callbacks, **more):
 def test_one_slice_is_full_training_to_the_bit_clipping_included(tmp_path, more):
     full, sliced = make_llama(tied=True), make_llama(tied=True)
     norms = fit(full, tmp_path, [], **more)
-    assert fit(sliced, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=1)], **more) == norms
+    assert fit(sliced, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=1, train_norms=True)], **more) == norms
     for (name, a), b in zip(full.named_parameters(), sliced.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_every_tensor_has_its_turn(tmp_path, capsys):
     model, before = make_llama(), make_llama()
-    fit(model, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=4)])
+    fit(model, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=4, train_norms="sampled")])
     assert "1 of 4 slices of each tensor train at a time, for 1 steps" in capsys.readouterr().out
     changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert all(changed)

@@ -29,7 +29,7 @@ CASES = {
     "copies, checkpointed, sampled embedding": {"arguments": {"gradient_checkpointing": True}, "lisa": SAMPLED},
     "copies, gradient norm": {"lisa": {"sampler": "gradient_norm"}},
     "copies, tied, keep": {"model": {"tied": True}, "lisa": {"state_policy": "keep"}},
-    "copies, slices": {"lisa": {"sampled_unit": "slices", "num_slices": 4}},
+    "copies, slices": {"lisa": {"sampled_unit": "slices", "num_slices": 4, "train_norms": True}},
     "copies, SFT": {"trainer": "sft"},
     "copies, DPO": {"trainer": "dpo"},
     "shards": {"arguments": FSDP2, "sharded": True},

@@ -69,8 +69,8 @@ class Sampling(BaseModel):
         15, "Blocks that each matrix is cut into. num_active of them train at a time.", ge=1, only_with=WITH_SLICES
     )
     train_norms: bool | Literal["sampled"] = row(
-        True,
-        "With slices: train norms and biases whole in every step, never (false), or in slices (sampled).",
+        False,
+        "With slices: true trains norms and biases whole in every step, sampled in slices. It keeps the input of each norm.",
         only_with=WITH_SLICES,
     )
     embedding_lr_ratio: float = row(
@@ -83,7 +83,13 @@ class Sampling(BaseModel):
         "The same for the head. The default is 1, or embedding_lr_ratio if the head is tied to the embedding.",
         gt=0, methods=(*LAYERWISE, "full"),
     )  # fmt: skip
-    norm_lr_ratio: float = row(1.0, "The same for norms and biases.", gt=0, methods=(*LAYERWISE, "full"))
+    norm_lr_ratio: float = row(
+        1.0, "The same for norms and biases.", gt=0, methods=(*LAYERWISE, "full"),
+        only_with={
+            "sampled_unit!=slices or train_norms=true or train_norms=sampled": "has no effect while norms are frozen: set "
+            "train_norms=true, or leave it out",
+        },
+    )  # fmt: skip
     inverse_chance: bool = row(
         False,
         "Divide the updates of a sampled layer by its chance to be sampled. On average they are then those of full.",

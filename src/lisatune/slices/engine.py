@@ -41,7 +41,7 @@ class SliceEngine:
         train_embedding: ``"sampled"`` cuts the embedding like any matrix; True trains it whole in every step; False
             freezes it.
         train_head: The same for the head. Of a tied pair, both take the same value.
-        train_norms: The same for all vectors: norms and biases.
+        train_norms: The same for all vectors: norms and biases. To train them, the input of each norm has to be kept.
         slow: Make every gradient whole and throw away the rows that do not train. For tests.
     Raises: UserError for another sampler, and for what ``LisaEngine`` refuses.
     Cost: a switch is about 10 microseconds for each tensor of the model.
@@ -49,6 +49,7 @@ class SliceEngine:
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from lisatune import find_layers
+        >>> from lisatune.samplers.sweep import SweepSampler
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
         ...                                      num_hidden_layers=4, num_attention_heads=2))
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -59,10 +60,10 @@ class SliceEngine:
         ...     model(input_ids=ids, labels=ids).loss.backward()
         ...     optimizer.step(); optimizer.zero_grad()
         ...     print(switched, engine.drawn, engine.num_trainable())
-        True (0,) 3216
-        True (2,) 3216
-        True (3,) 3216
-        True (1,) 3216
+        True (0,) 3072
+        True (2,) 3072
+        True (3,) 3072
+        True (1,) 3072
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class SliceEngine:
         *,
         train_embedding: Trains = "sampled",
         train_head: Trains = "sampled",
-        train_norms: Trains = True,
+        train_norms: Trains = False,
         slow: bool = False,
     ) -> None:
         if interval_steps < 1:

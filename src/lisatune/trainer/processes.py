@@ -58,7 +58,10 @@ def check_settings(settings: LisaSettings, *, sharded: bool) -> None:
     if sharded and settings.state_policy == "keep":
         raise UserError(f"state_policy=keep needs whole optimizer state in each process: {INSTEAD}, or reset_layers")
     if settings.sampled_unit == "slices" and settings.train_norms is not True:
-        raise UserError("on several processes the norms have to train in every step: leave train_norms out")
+        raise UserError(
+            "on several processes the norms have to train in every step, since DistributedDataParallel wants one tensor that does: set "
+            "train_norms=True"
+        )
 
 
 class Copies:

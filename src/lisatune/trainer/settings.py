@@ -34,7 +34,7 @@ class LisaSettings:
     sampler_options: dict[str, Any] = field(default_factory=dict)
     sampled_unit: str = "layers"
     num_slices: int = 15
-    train_norms: Trains = True
+    train_norms: Trains = False
 
     def __post_init__(self) -> None:
         if self.num_active < 1:
