@@ -6,7 +6,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 .PHONY: demo test test-slow clean
 
-demo: $(VENV)/.demo ## watch a small pretrained model learn, about 5 minutes on 2 cores
+demo: $(VENV)/.demo ## watch a small pretrained model learn, about 4 minutes on 2 cores
 	$(BIN)/lisatune demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.dev ## format, lint, types and tests

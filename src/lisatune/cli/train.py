@@ -116,7 +116,7 @@ def offer_to_go_on(folder: Path) -> bool:
 
 def print_summary(summary: dict[str, Any], output: str) -> None:
     """The end of a run, for people."""
-    from lisatune.common.amounts import gib
+    from lisatune.common.amounts import gib, peak_of
     from lisatune.common.loss_names import loss_lines
 
     table = Table(show_header=False)
@@ -125,12 +125,7 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     if summary.get("skipped_steps"):
         table.add_row("steps left out", f"{summary['skipped_steps']:,}, whose loss or gradient was bad")
     table.add_row("tokens", f"{summary['tokens']:,} in {summary['steps']:,} steps, {summary['train_seconds']:.0f} s")
-    base, run_bytes = summary["base_bytes"], summary["peak_bytes"] - summary["base_bytes"]
-    table.add_row(
-        "memory",
-        f"peak {gib(run_bytes)}, predicted {gib(summary['planned_peak_bytes'])}"
-        + (f" (and {gib(base)} of the process beside it)" if base else "")
-        + f", optimizer state {gib(summary['state_bytes'])}",
-    )
+    table.add_row("peak memory", peak_of(summary))
+    table.add_row("optimizer state", gib(summary["state_bytes"]))
     console.print(table)
     tell(console, f"speak with it: lisatune chat {output}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from lisatune.errors import UserError
 
@@ -17,6 +19,19 @@ def gib(num_bytes: float) -> str:
         ('1.50 GiB', '1.0 MiB')
     """
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def peak_of(summary: Mapping[str, Any]) -> str:
+    """The peak memory of a run, by its ``summary.json``: its own, the forecast, and what the process takes without it.
+
+    Example:
+        >>> peak_of({"peak_bytes": 5 * 2**29, "base_bytes": 2**29, "planned_peak_bytes": 2**31})
+        '2.00 GiB (predicted: 2.00 GiB), and 0.50 GiB that the process takes without the run'
+    """
+    base = summary.get("base_bytes", 0)  # runs of earlier versions have neither this nor a forecast
+    forecast = f" (predicted: {gib(summary['planned_peak_bytes'])})" if "planned_peak_bytes" in summary else ""
+    beside = f", and {gib(base)} that the process takes without the run" if base else ""
+    return f"{gib(summary['peak_bytes'] - base)}{forecast}{beside}"
 
 
 def parse_bytes(text: str) -> int:

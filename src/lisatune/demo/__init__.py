@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lisatune.common.amounts import gib
+from lisatune.common.amounts import gib, peak_of
 from lisatune.common.console import tell
 from lisatune.common.files import write_whole
 from lisatune.errors import NEEDS_MATPLOTLIB, UserError
@@ -82,7 +82,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     console.print(
         f"answered to the letter: {summary['right_after']} of {len(rows)} (before: {summary['right_before']} of {len(before)})\n"
         f"held-out loss: {summary['eval_loss_before']:.3f} -> {summary['eval_loss_after']:.3f}\n"
-        f"time: {summary['train_seconds']:.0f} s of training; peak memory: {gib(summary['peak_bytes'])}; "
+        f"time: {summary['train_seconds']:.0f} s of training; peak memory: {peak_of(summary)}; "
         f"optimizer state: {gib(summary['state_bytes'])}",
         highlight=False,
     )

@@ -37,15 +37,11 @@ def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
     """Training loss of each step, thin, its running mean, and the held-out loss."""
     steps = [r["step"] for r in rows if "loss" in r]
     losses = [r["loss"] for r in rows if "loss" in r]
-    smooth, mean = [], losses[0] if losses else 0.0
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        smooth.append(mean)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
-        axes.plot(steps, smooth, color=BLUE, linewidth=2, label="training, running mean")
+        axes.plot(steps, running_means(losses), color=BLUE, linewidth=2, label="training, running mean")
         names = list(other_losses(rows[0])) if rows else []
         for name, colour in zip(names or [""], itertools.cycle((ORANGE, GREEN, PURPLE)), strict=False):
             key = f"eval_{name}_loss" if name else "eval_loss"
@@ -57,6 +53,22 @@ def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("loss, nats per token")
         axes.legend()
         return svg(figure)
+
+
+def running_means(values: Sequence[float]) -> list[float]:
+    """Of each value and those before it, a mean in which a value weighs 0.9 times what the next one does.
+
+    Divided by the sum of the weights, as Adam's moments are, so that the first values weigh no more than their share.
+
+    Example:
+        >>> [round(mean, 3) for mean in running_means([4.0, 2.0, 2.0])]
+        [4.0, 2.947, 2.598]
+    """
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = 0.9 * total + value, 0.9 * weight + 1
+        means.append(total / weight)
+    return means
 
 
 def active_layers(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lisatune.common.amounts import gib
+from lisatune.common.amounts import gib, peak_of
 from lisatune.common.files import write_whole
 from lisatune.common.loss_names import loss_lines
 from lisatune.errors import UserError
@@ -95,9 +95,6 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
     ]
     rows += [[label, text] for label, text in loss_lines(summary)]
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
-    base = summary.get("base_bytes", 0)  # runs of earlier versions have no forecast
-    forecast = f"; predicted were {gib(summary['planned_peak_bytes'])}" if "planned_peak_bytes" in summary else ""
-    beside = f", and {gib(base)} of the process beside it" if base else ""
-    rows.append(["peak memory", f"{gib(summary['peak_bytes'] - base)}{forecast}{beside}"])
+    rows.append(["peak memory", peak_of(summary)])
     rows.append(["optimizer state", gib(summary["state_bytes"])])
     return rows
