@@ -37,6 +37,8 @@ def write_page(name: str, table: str, about: str) -> Path:
 def _hardware() -> str:
     import torch
 
+    from lisatune.common.equal_sums import processor_name
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB{gpu}"
+    return f"{os.cpu_count()} cores ({processor_name()}), {memory:.0f} GiB{gpu}"

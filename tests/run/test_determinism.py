@@ -1,6 +1,7 @@
 """Equal runs give equal bits where it was asked for, and to rounding where it was not."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from lisatune.errors import UserError
 from lisatune.run.determinism import blas, has_mkl, mkl_mode, uneven_products
 from patience import HANG_SECONDS
+from places import CHECKOUT
 from runs import metrics, run, weights
 
 with_mkl = pytest.mark.skipif(not has_mkl(), reason="PyTorch is built without MKL here")
@@ -56,6 +58,21 @@ def test_a_full_determinism_run_of_the_command_is_resumed_in_a_new_process_to_th
     assert "going on after step 5" in done.stderr, done.stderr
     a, b = weights(memory_path / "straight"), weights(memory_path / "cut")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@with_mkl
+@pytest.mark.skipif(not sys.platform.startswith("linux") or shutil.which("gcc") is None, reason="no gcc, or no Linux")
+@pytest.mark.parametrize(("mode", "even"), [("", False), ("COMPATIBLE", True)])
+def test_as_on_a_processor_of_another_maker(tmp_path, mode, even):
+    """Where products do depend on the alignment, the mode ends it; so the tests of bits run in it."""
+    shim = tmp_path / "not_intel.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, CHECKOUT / "benchmarks" / "not_intel.c"], check=True)
+    code = "from lisatune.run.determinism import *; print([str(product) for product in uneven_products()])"
+    done = python("-c", code, LD_PRELOAD=str(shim), MKL_CBWR=mode)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout.strip() == "[]") == even
+    if not even:
+        assert "(8, 8) by rows x (8, 8) by columns" in done.stdout  # queries and keys of a small attention
 
 
 LATE = """
