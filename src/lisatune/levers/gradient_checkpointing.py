@@ -41,7 +41,9 @@ def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = Non
     """Keep only the inputs of the lowest ``num_layers`` decoder layers; their activations are made again when needed.
 
     The same as calling each layer through ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``: gradients are
-    equal to the bit, dropout is repeated, and ``requires_grad`` may change between steps. It acts while the layer trains
+    equal to the bit, dropout is repeated, and ``requires_grad`` may change between steps. They equal those of a run without
+    a key-value cache (``use_cache=False``, as this package trains). A cache lays keys out in another way, and the bits of a
+    product may depend on that. It acts while the layer trains
     and gradients are enabled, and only on layers that are differentiated: below the lowest active layer of a model whose
     embedding is frozen nothing is kept anyway, and nothing is made twice.
 
