@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from lisatune.cli.common import AsJson
+from lisatune.errors import UserError
+
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the reference page of the documentation.")]
+Schema = Annotated[bool, typer.Option("--schema", help="Print a JSON schema, by which an editor checks a config file.")]
 
 
-def settings(as_json: AsJson = False) -> None:
-    """List all settings of a run with their defaults."""
-    from lisatune.settings import TrainConfig
+def settings(as_json: AsJson = False, markdown: Markdown = False, schema: Schema = False) -> None:
+    """List all settings of a run with their defaults, in groups."""
+    from lisatune.settings import listing
 
-    rows = []
-    for name, field in TrainConfig.model_fields.items():
-        default = "(required)" if field.is_required() else field.default
-        rows.append({"name": name, "default": default, "description": field.description})
+    if as_json + markdown + schema > 1:
+        raise UserError("--json, --markdown and --schema are three forms of one list: give one of them")
     if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table("setting", "default", "what it does")
-    for row in rows:
-        table.add_row(str(row["name"]), "" if row["default"] is None else str(row["default"]), row["description"])
-    Console().print(table)
+        print(json.dumps(listing.listed()))
+    elif markdown:
+        print(listing.page(), end="")
+    elif schema:
+        print(json.dumps(listing.schema(), indent=2))
+    else:
+        for heading, entries in groupby(listing.listed(), key=lambda entry: str(entry["group"])):
+            table = Table("setting", "default", "what it does", title=heading, title_justify="left", title_style="bold")
+            for entry in entries:
+                table.add_row(entry["name"], listing.spelled(entry["default"]), listing.help_of(entry))
+            Console().print(table)

@@ -33,7 +33,7 @@ class Memory(BaseModel):
         methods=FIRST_ORDER, ladder=5,
     )  # fmt: skip
     activation_offloading: bool = row(
-        False, "Keep the inputs of checkpointed layers in host memory. For a GPU.",
+        False, "Keep the inputs of checkpointed layers in host memory.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=8,
         needs={
             "gradient_checkpointing": "moves the inputs of checkpointed layers: set gradient_checkpointing=true, or leave it out"
@@ -60,14 +60,14 @@ class Memory(BaseModel):
         },
     )  # fmt: skip
     offload_optimizer: bool = row(
-        False, "Keep optimizer state in host memory, and bring it to the device a block at a time. For a GPU.",
+        False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS | {
             NOT_FORGOTTEN: "has no effect with slices that train for one step, of which no optimizer state is held: leave it out",
             "optim!=sign": "has no effect with optim=sign, which has no state: leave it out",
         },
     )  # fmt: skip
     offload_frozen: bool = row(
-        False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time. For a GPU.",
+        False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=9,
         idle_with={
             "method=full": "where no layer is frozen",
