@@ -1,4 +1,4 @@
-"""A learner from settings: method, levers and optimizer, in the one order that works."""
+"""A learner from settings: method, placement, levers and optimizer, in the one order that works."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from lisatune.layers import Layers
 from lisatune.learner import Learner
 from lisatune.levers import LEVERS
 from lisatune.levers.base import Lever
-from lisatune.levers.offload_frozen import HostLayers, rest_to_device
 from lisatune.methods import method_of
 from lisatune.methods.base import Method
 from lisatune.optim import OPTIMS, make_optimizer
 from lisatune.optim.build import parameter_groups
-from lisatune.processes.collectives import num_ranks
-from lisatune.processes.sharded import Sharded
+from lisatune.placement import choose_placement
 from lisatune.settings import TrainConfig
 
 Kind = TypeVar("Kind")
@@ -35,17 +33,8 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     model, layers = method.prepare(model)
     for lever in levers:
         lever.on_model(layers)
-    host_layers, sharded = None, None
-    if num_ranks() > 1:
-        linear_head = layers.head_is_linear()  # needs whole weights; the device never sees them all
-        sharded = Sharded(layers, config.dp_shard_size, device)
-    elif config.offload_frozen:
-        rest_to_device(model, layers.decoder, device)
-        host_layers = HostLayers(layers.decoder, device)
-    else:
-        model.to(device)
-    if sharded is None:
-        linear_head = layers.head_is_linear()
+    placement = choose_placement(offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size)
+    linear_head = placement.place(model, layers, device)
     method.start(layers, linear_head=linear_head)
     groups = make_groups(config, layers, model)
     optimizer = method.make_optimizer(groups)
@@ -58,13 +47,13 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
         )  # fmt: skip
     method.adopt(optimizer)
     learner = Learner(
-        model=model, method=method, optimizer=optimizer, levers=levers, device=device, host_layers=host_layers,
-        sharded=sharded, max_grad_norm=config.max_grad_norm, bad_grad_norm=config.bad_grad_norm or math.inf,
+        model=model, method=method, optimizer=optimizer, levers=levers, placement=placement,
+        max_grad_norm=config.max_grad_norm, bad_grad_norm=config.bad_grad_norm or math.inf,
     )  # fmt: skip
     for lever in levers:
         lever.put_on(learner)
-    if host_layers and method.engine is None:
-        host_layers.place()  # LISA does so at its first step, when most layers are frozen
+    if method.engine is None:
+        learner.after_switch()  # LISA does so at its first step, when most layers are frozen
     return learner
 
 

@@ -18,15 +18,13 @@ from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.levers.base import Lever
-from lisatune.levers.offload_frozen import HostLayers
 from lisatune.loss import batch_loss
 from lisatune.methods.base import Method
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.build import clip_gradients
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.optim.suited import move_state
-from lisatune.processes.collectives import total
-from lisatune.processes.sharded import Sharded
+from lisatune.placement.base import OnDevice
 from lisatune.slices.engine import SliceEngine
 
 
@@ -50,9 +48,7 @@ class Learner:
         method: What trains, and where its gradient comes from.
         optimizer: Over all parameters that ever train.
         levers: What was put on from outside, in order.
-        device: Where the model computes.
-        host_layers: If frozen layers are kept in host memory.
-        sharded: If the weights lie in shards among several processes.
+        placement: Where the weights are.
         max_grad_norm: Global norm that gradients are clipped to; 0 does not clip.
         bad_grad_norm: A larger gradient norm makes a step bad.
     Attributes:
@@ -64,9 +60,7 @@ class Learner:
     method: Method
     optimizer: torch.optim.Optimizer
     levers: Sequence[Lever]
-    device: torch.device
-    host_layers: HostLayers | None = None
-    sharded: Sharded | None = None
+    placement: OnDevice
     max_grad_norm: float = 0.0
     bad_grad_norm: float = math.inf
     rows: RowGradients | None = None
@@ -89,18 +83,13 @@ class Learner:
     def backward(self, micro_batches: Iterable[Batch], num_labelled: int) -> Tensor:
         """Gradients of all micro-batches; returns the step's loss."""
         losses: list[Tensor] = []
-        if self.sharded:
-            micro_batches = list(micro_batches)
-        for micro in micro_batches:
-            if self.sharded:
-                self.sharded.set_last(micro is micro_batches[-1])  # type: ignore[index]
+        for micro in self.placement.passes(micro_batches):
             loss = self.call(
                 batch_loss, self.layers, micro, num_labelled, linear_head=self.linear_head, row_gradients=self.rows
             )
             loss.backward()
             losses.append(loss.detach())
-        loss = torch.stack(losses).sum()
-        return total(loss) if self.sharded else loss
+        return self.placement.total(torch.stack(losses).sum())
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm before. ``optimizer_in_backward`` replaces this."""
@@ -113,12 +102,11 @@ class Learner:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``, which runs the model: its weights have to be at hand."""
-        return self.sharded.call(function, *args, **kwargs) if self.sharded else function(*args, **kwargs)
+        return self.placement.call(function, *args, **kwargs)
 
     def after_switch(self) -> None:
         """Let all that depends on which parameters train know that they have changed."""
-        if self.host_layers:
-            self.host_layers.place()
+        self.placement.after_switch()
         for lever in self.levers:
             lever.after_switch(self)
 
@@ -126,6 +114,11 @@ class Learner:
     def layers(self) -> Layers:
         """The parts of the model."""
         return self.method.layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.placement.device
 
     @property
     def linear_head(self) -> bool:

@@ -36,9 +36,6 @@ class Lever:
     def before_step(self, learner: Learner, number: int) -> None:
         """Optimizer step ``number`` (from 0) begins. Its learning rate is set."""
 
-    def before_save(self, learner: Learner) -> None:
-        """Training is over. Undo what would be in the way of merging adapters and saving the model."""
-
     def also_trains(self, learner: Learner) -> set[str]:
         """Parts that change in a step although they are frozen."""
         return set()

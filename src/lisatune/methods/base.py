@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ class Method:
 
     Another method is a subclass in a file of its own, and a line in ``METHODS``. It replaces the functions below that
     differ. ``make_learner`` calls ``prepare``, ``start``, ``make_optimizer`` and ``adopt`` once, in this order. Each
-    optimizer step calls ``begin_step``, ``gradients`` and ``observe``, in this order.
+    optimizer step calls ``begin_step``, ``gradients`` and ``observe``, in this order. ``finish`` comes last.
 
     The arguments of a method are settings, by their names.
 
@@ -70,6 +71,10 @@ class Method:
 
     def observe(self, number: int, bad: bool) -> None:
         """Step ``number`` is made, or left out if it was ``bad``."""
+
+    def finish(self, learner: Learner, folder: Path) -> Any:
+        """Training is over: save what is the method's own in the run's ``folder``. Returns the model to save."""
+        return learner.model
 
     def trained_parts(self) -> set[str]:
         """The parts that change in a step now."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lisatune.common.files import replace_folder
 from lisatune.errors import UserError, missing_package
 from lisatune.layers import Layers, find_layers
 from lisatune.methods.base import Method
+from lisatune.processes.collectives import rank
+
+if TYPE_CHECKING:
+    from lisatune.learner import Learner
 
 
 @dataclass(kw_only=True)
@@ -30,6 +37,17 @@ class Lora(Method):
             use_rslora=self.lora_use_rslora, use_dora=self.lora_use_dora,
         )  # fmt: skip
         return wrapped, find_layers(layers.model, self.decoder_name)
+
+    def finish(self, learner: Learner, folder: Path) -> Any:
+        """Save the adapters in ``adapter`` and merge them into the model."""
+        model, new = learner.model, folder / ".adapter.new"
+        adapter = learner.placement.adapter(model)
+        if rank() == 0:
+            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+            model.save_pretrained(new, state_dict=adapter)
+            replace_folder(new, folder / "adapter")
+        learner.placement.gather(model)
+        return model.merge_and_unload()
 
 
 def add_adapters(

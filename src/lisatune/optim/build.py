@@ -13,8 +13,7 @@ from lisatune.memory.blocks import whole_of
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
-from lisatune.processes.collectives import num_ranks
-from lisatune.processes.tensors import local, over_shards
+from lisatune.processes.tensors import local, norm_over_shards
 
 
 def make_adamw(
@@ -93,8 +92,8 @@ def clip_gradients(
     if row_gradients is not None:
         norms += [row_gradients.sq_norm(p).sqrt() for p in row_gradients.parameters()]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    if num_ranks() > 1:
-        norm = over_shards(norm.square(), parameters[0]).sqrt()
+    if parameters:
+        norm = norm_over_shards(norm, parameters[0])
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if row_gradients is not None:

@@ -307,11 +307,9 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
         if p.grad is not None:
             ledger.book(p.grad, f"gradients/{parts[whole_of(p)]}")  # type: ignore[index]
 
-    if learner.sharded:  # FSDP2 gathers weights in hooks of its own
-        for layer in learner.layers.decoder:
-            layer.register_forward_pre_hook(doing(GATHERED), prepend=True)
-            layer.register_forward_pre_hook(doing("activations"))
-        learner.sharded.register_forward_hook(doing("backward"))  # whose end is no node of autograd's graph
+    learner.placement.watch(
+        learner.layers, gathering=doing(GATHERED), computing=doing("activations"), backward=doing("backward")
+    )
     learner.layers.trunk_module.register_forward_pre_hook(doing("activations"))
     learner.layers.trunk_module.register_forward_hook(doing("loss"))
     learner.optimizer.register_step_pre_hook(doing("step"))
@@ -341,7 +339,7 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_meta:
                     ledger.book(value, f"state/{owner[whole_of(p)]}")
-    if not learner.sharded:
+    if not learner.placement.in_shards:
         return {}
     one, two = wires
     more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second

@@ -19,6 +19,13 @@ def over_shards(value: Tensor, parameter: Tensor) -> Tensor:
     return value
 
 
+def norm_over_shards(norm: Tensor, parameter: Tensor) -> Tensor:
+    """The norm of gradients in shards as ``parameter`` is, of which each process has the ``norm`` of its own."""
+    if not isinstance(parameter, DTensor):
+        return norm
+    return over_shards(norm.square(), parameter).sqrt()
+
+
 def as_shard(value: Tensor, parameter: Tensor) -> Tensor:
     """``value``, of which each process holds what it holds of ``parameter``, as one tensor in shards."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.shape != local(parameter).shape:

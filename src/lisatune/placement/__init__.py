@@ -1,0 +1,23 @@
+"""Where the weights of a model are: whole on the device, partly in host memory, or in shards on several processes.
+
+It is decided once, by ``choose_placement``, and asked of the object that this returns.
+"""
+
+from __future__ import annotations
+
+from lisatune.placement.base import OnDevice
+from lisatune.placement.in_host import InHost
+from lisatune.placement.sharded import Sharded
+from lisatune.processes.collectives import num_ranks
+
+
+def choose_placement(*, offload_frozen: bool, shard_size: int) -> OnDevice:
+    """The placement for the processes that there are.
+
+    Args:
+        offload_frozen: Keep frozen decoder layers in host memory, on one process.
+        shard_size: Processes that share each weight, if there are several.
+    """
+    if num_ranks() > 1:
+        return Sharded(shard_size)
+    return InHost() if offload_frozen else OnDevice()

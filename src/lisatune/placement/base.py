@@ -1,0 +1,94 @@
+"""All weights whole on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lisatune.data.loader import Batch
+from lisatune.layers import Layers
+from lisatune.models.load import save_model
+
+Hook = Callable[..., None]
+
+
+class OnDevice:
+    """All weights of the model are whole, on the device that computes.
+
+    The other placements are subclasses that replace what differs. ``place`` is called once, before everything else.
+
+    Attributes:
+        in_shards: Whether a process holds a shard of each weight only.
+        device: Where the model computes, from ``place`` on.
+    """
+
+    in_shards: ClassVar[bool] = False
+    device: torch.device
+
+    def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
+        """Put the weights where they stay. Returns ``layers.head_is_linear()``, which needs them whole."""
+        self.device = device
+        model.to(device)
+        return layers.head_is_linear()
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)``, which runs the model: meanwhile its weights are at hand."""
+        return function(*args, **kwargs)
+
+    def share(self, batch: Batch) -> Batch:
+        """What this process computes of ``batch``."""
+        return batch
+
+    def passes(self, micro_batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The micro-batches of a step, each of which goes through one backward pass."""
+        return micro_batches
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over the processes of what each has computed of its share; may be in place."""
+        return value
+
+    def after_switch(self) -> None:
+        """Parameters were frozen or thawed."""
+
+    def watch(self, layers: Layers, *, gathering: Hook, computing: Hook, backward: Hook) -> None:
+        """Call hooks when weights are gathered, when a layer computes and when a call's forward pass is over.
+
+        For the forecast. Here nothing is gathered, so nothing is called.
+        """
+
+    def gather(self, model: nn.Module) -> None:
+        """Put all weights of ``model`` in one memory, so that adapters can be merged. Training is over."""
+
+    def adapter(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """LoRA's tensors, whole, for whoever saves them; None if peft may take them as they are."""
+        return None
+
+    def save_model(self, model: Any, tokenizer: Any, folder: Path, decoder_name: str | None) -> None:
+        """Write a Hugging Face folder."""
+        model.requires_grad_(True)
+        save_model(model, tokenizer, folder)
+
+    @property
+    def can_write_behind(self) -> bool:
+        """Whether a checkpoint is written while training goes on: there are copies of the weights then."""
+        return self.device.type == "cuda"
+
+    def to_save(self, tensor: Tensor, *, behind: bool) -> Tensor:
+        """``tensor`` for ``write``, on the CPU; a copy if it is written ``behind``, while training goes on."""
+        found = tensor.detach().to("cpu", copy=behind and tensor.device.type == "cpu")
+        return found.contiguous()
+
+    def write(self, folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+        """Write safetensors files, by names without their ending. Returns those that this process wrote."""
+        paths = []
+        for name, held in files.items():
+            path = folder / f"{name}.safetensors"
+            save_file(dict(held), path)
+            path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
+            paths.append(path)
+        return paths
