@@ -45,12 +45,12 @@ def main(path):
     step = Learner.step
 
     def counted(*args):
-        if args[0].sharded and (args[1], rank()) == (deadly, 1) and not restarted():
+        if args[0].placement.in_shards and (args[1], rank()) == (deadly, 1) and not restarted():
             Path(f"{path}.killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with Wire() as wire:
             out = step(*args)
-        if args[0].sharded:  # the forecast takes steps of its own
+        if args[0].placement.in_shards:  # the forecast takes steps of its own
             sent.append(dict(wire.payload_bytes) | {"sent": sum(wire.sent_bytes_of.values())})
         return out
 

@@ -85,10 +85,15 @@ class OnDevice:
 
     def write(self, folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
         """Write safetensors files, by names without their ending. Returns those that this process wrote."""
-        paths = []
-        for name, held in files.items():
-            path = folder / f"{name}.safetensors"
-            save_file(dict(held), path)
-            path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
-            paths.append(path)
-        return paths
+        return write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+    """Write ``files``, names without ``.safetensors`` to named tensors on the CPU, into ``folder``. Returns their paths."""
+    paths = []
+    for name, tensors in files.items():
+        path = folder / f"{name}.safetensors"
+        save_file(dict(tensors), path)
+        path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
+        paths.append(path)
+    return paths

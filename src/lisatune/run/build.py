@@ -27,7 +27,7 @@ from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models.load import check_saved_names, load_model, pick_device
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
-from lisatune.processes.collectives import check_alike, num_ranks, rank, together
+from lisatune.processes.collectives import check_alike, num_ranks, together
 from lisatune.processes.group import local_device
 from lisatune.run.coverage import describe_coverage
 from lisatune.run.data import Data, prepare_data
@@ -68,7 +68,7 @@ class Run:
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """This process's share of ``batch``, a micro-batch at a time, on the device."""
-        share = batch.share(rank(), num_ranks()) if num_ranks() > 1 else batch
+        share = self.learner.placement.share(batch)
         return (micro.to(self.device) for micro in share.split(self.config.per_device_train_batch_size))
 
     def evaluate(self, step: int) -> Evaluation:
@@ -88,9 +88,7 @@ class Run:
         """Loss on the held-out rows, by the name that ``eval_data`` gives them; empty if there are none."""
         learner = self.learner
         return {
-            name: held_out_loss(
-                learner.layers, batches, linear_head=learner.linear_head, device=self.device, call=learner.call
-            )
+            name: held_out_loss(learner.layers, batches, linear_head=learner.linear_head, placement=learner.placement)
             for name, batches in self.data.held_out.items()
         }
 

@@ -14,18 +14,19 @@ from typing import Any, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lisatune.common.files import CHECKPOINTS, sync
 from lisatune.common.run_folder import checkpoint_steps
 from lisatune.errors import UserError
-from lisatune.processes.collectives import barrier, gathered, num_ranks, rank, together
-from lisatune.processes.shard_files import without_rank, write_shards
+from lisatune.placement.base import write_files
+from lisatune.processes.collectives import barrier, gathered, rank, together
+from lisatune.processes.shard_files import without_rank
 
 MANIFEST, STATE = "manifest.json", "state.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # of a file in a checkpoint: no path, nothing hidden
 MOST_JSON_BYTES = 2**28
+Write = Callable[[Path, Mapping[str, Mapping[str, Tensor]]], list[Path]]
 
 
 class Damaged(UserError):
@@ -72,16 +73,18 @@ class Checkpoints:
         folder: Folder of the run.
         keep: How many are kept, at least 1; with 2 or more there is one to go back to if the newest is damaged.
         background: Write in a thread while training goes on; tensors given to ``save`` must not change then.
+        write: Writes safetensors files into a folder and returns their paths, as ``write_files`` does.
 
     Of several processes each writes the shards that it holds, into a folder that all have to see, and rank 0 the rest: a file
     is then one for each process, ``<name>-rank<number>``.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, background: bool = False) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, background: bool = False, write: Write = write_files) -> None:
         self.folder = folder / CHECKPOINTS
         self.keep = keep
         self.background = background
         self._run = folder
+        self._write_files = write
         self._last: tuple[Path, Manifest] | None = None
         self._thread = ThreadPoolExecutor(1) if background else None
         self._writing: Future[None] | None = None
@@ -213,14 +216,7 @@ class Checkpoints:
         if rank() == 0 and self._last is not None:
             names = [n for n in self._last[1].files if without_rank(n.removesuffix(".safetensors")) in unchanged]
             files = {name: self._link(name, beside) for name in sorted(names)}
-        if num_ranks() == 1:
-            for name, of_file in tensors.items():
-                path = beside / f"{name}.safetensors"
-                save_file(of_file, path)
-                path.chmod(0o644)  # safetensors writes 0600; a checkpoint is for whoever may read its folder
-                files[path.name] = _record(path)
-            return files
-        files |= {path.name: _record(path) for path in write_shards(beside, tensors)}
+        files |= {path.name: _record(path) for path in self._write_files(beside, tensors)}
         return {name: record for of_process in gathered(files) for name, record in of_process.items()}
 
     def _link(self, name: str, beside: Path) -> FileRecord:

@@ -6,7 +6,7 @@ import math
 import time
 
 from lisatune.common.signals import StopSignal
-from lisatune.processes.collectives import most, num_ranks, rank
+from lisatune.processes.collectives import most, rank
 from lisatune.run.build import Run, is_due
 from lisatune.run.checkpoint import Checkpoints
 from lisatune.run.progress import Progress
@@ -24,8 +24,10 @@ class Saving:
 
     def __init__(self, run: Run, stop: StopSignal) -> None:
         config = run.config
-        background = run.device.type == "cuda" and num_ranks() == 1
-        checkpoints = Checkpoints(run.folder, keep=config.save_total_limit, background=background)
+        placement = run.learner.placement
+        checkpoints = Checkpoints(
+            run.folder, keep=config.save_total_limit, background=placement.can_write_behind, write=placement.write
+        )
         self.snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
         self._times = SaveTimes(config)
         self._stop = stop

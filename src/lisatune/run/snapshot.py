@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lisatune.common.equal_sums import processor_name
@@ -20,11 +18,11 @@ from lisatune.errors import UserError
 from lisatune.learner import Learner
 from lisatune.memory.blocks import whole_of
 from lisatune.processes.collectives import num_ranks
-from lisatune.processes.shard_files import Shards, without_rank
 from lisatune.processes.tensors import as_shard, whole
 from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
 from lisatune.run.determinism import blas
 from lisatune.run.progress import Count, Progress
+from lisatune.run.stores import open_store, saved_files
 from lisatune.slices.engine import SliceEngine
 
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
@@ -138,51 +136,42 @@ class Snapshots:
                 f"the base model is not the one that the run began with: its {other[0]} has other weights; put the model "
                 f"back that {checkpoint.folder} was made from"
             )
-        trainable = self._trainable()
-        written = {name.removesuffix(".safetensors") for name in checkpoint.manifest.files} - {"state.json"}
-        files = {without_rank(name) for name in written}
-        shards = _shards(checkpoint) if num_ranks() > 1 or written != files else None
+        trainable, files = self._trainable(), saved_files(checkpoint)
         weights = {part: f"weights-{part}" for part in trainable if f"weights-{part}" in files}
         states = {part: f"state-{part}" for part in trainable if f"state-{part}" in files}
         if strangers := files - {*weights.values(), *states.values()}:
             raise Damaged(f"{checkpoint.folder}: {min(strangers)} is of no part of this model")
-        shapes = None if shards is None else shards.shapes
+        # weights first, since state goes where the weights that train now are
+        store = open_store(checkpoint, in_shards=learner.placement.in_shards)
         for part, name in weights.items():
-            _check_fit(checkpoint, name, trainable[part], shapes)
-        if shards is not None:
-            shards.read({n: p.detach() for part in weights for n, p in trainable[part].items()})
-        with torch.no_grad():
-            for part, name in weights.items() if shards is None else ():
-                with _open(checkpoint, name) as file:
-                    for n, parameter in trainable[part].items():
-                        parameter.copy_(file.get_tensor(n))
+            _check_fit(checkpoint, name, trainable[part], store.shapes(name, trainable[part]))
+        store.read_weights({name: trainable[part] for part, name in weights.items()})
         if learner.engine is not None:
             _check_draw(checkpoint, state, learner.engine)
             learner.engine.resume(state.progress.step, state.drawn, learner.optimizer, state.sampler)
             learner.after_switch()
-        held: dict[str, dict[str, Any]]
         for part, name in states.items():
-            if shards is not None:
-                held = _read_state(shards, trainable[part])
-            else:
-                with _open(checkpoint, name) as file:
-                    held = {}
-                    for key in file.keys():  # noqa: SIM118 - not a dict
-                        entry, _, n = key.partition(":")
-                        held.setdefault(n, {})[entry] = file.get_tensor(key)
-            for n, values in held.items():
-                if n.partition("[")[0] not in trainable[part]:
-                    raise Damaged(f"{checkpoint.folder}: {name} holds {n[:80]}, which is not in that part of the model")
-                try:
-                    values |= state.scalars.get(part, {}).get(n, {})
-                    learner.method.place_state(n, trainable[part], values, learner.place_state)
-                except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-                    raise Damaged(f"{checkpoint.folder}: {name} is not of this optimizer ({error})") from error
+            tensors = store.read_state(name, trainable[part])
+            self._place_states(checkpoint, name, trainable[part], tensors, state.scalars.get(part, {}))
         for group, counters in zip(learner.optimizer.param_groups, state.counters, strict=False):
             group.update({name: count for name, count in counters.items() if name in COUNTERS})
         self._ever = set(weights)
         self._seen = dict(learner.trained_at)
         return state.progress
+
+    def _place_states(
+        self, checkpoint: Checkpoint, file: str, parameters: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, dict[str, Any]], scalars: Mapping[str, dict[str, Any]],
+    ) -> None:  # fmt: skip
+        """Give ``parameters``, those of a part, the optimizer state that was in ``file`` and in ``state.json``."""
+        learner = self.learner
+        for name, values in tensors.items():
+            if name.partition("[")[0] not in parameters:
+                raise Damaged(f"{checkpoint.folder}: {file} holds {name[:80]}, which is not in that part of the model")
+            try:
+                learner.method.place_state(name, parameters, values | scalars.get(name, {}), learner.place_state)
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                raise Damaged(f"{checkpoint.folder}: {file} is not of this optimizer ({error})") from error
 
     def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parts to those of their parameters that the optimizer holds."""
@@ -192,11 +181,7 @@ class Snapshots:
         return {part: own for part, own in found.items() if own}
 
     def _to_save(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the CPU; a copy if training goes on while it is written."""
-        if num_ranks() > 1:
-            return tensor.detach()  # written before training goes on, a piece at a time
-        found = tensor.detach().to("cpu", copy=self.checkpoints.background and tensor.device.type == "cpu")
-        return found.contiguous()
+        return self.learner.placement.to_save(tensor, behind=self.checkpoints.background)
 
     def _hash_base(self) -> dict[str, str]:
         """SHA-256 of the weights as they are now, by part, and of what never trains in each: ``<part>/frozen``."""
@@ -273,48 +258,10 @@ def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine | Slice
         raise Damaged(f"{checkpoint.folder / 'state.json'}: its draw of layers is not one of this run's sampler")
 
 
-@contextmanager
-def _open(checkpoint: Checkpoint, name: str) -> Iterator[Any]:
-    path = checkpoint.folder / f"{name}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} cannot be read ({error})") from error
-
-
-def _shards(checkpoint: Checkpoint) -> Shards:
-    try:
-        return Shards(checkpoint.folder)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise Damaged(f"{checkpoint.folder} cannot be read ({error})") from error
-
-
-def _read_state(shards: Shards, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Saved tensors of the optimizer's state of ``parameters``, by parameter and entry, in shards where those are."""
-    into: dict[str, Tensor] = {}
-    for key, shape in shards.shapes.items():
-        parameter, dtype = parameters.get(key.partition(":")[2]), shards.dtypes[key]
-        if parameter is not None:
-            alike = shape == parameter.shape
-            into[key] = torch.zeros_like(parameter, dtype=dtype) if alike else torch.zeros(shape, dtype=dtype)
-    shards.read(into)
-    held: dict[str, dict[str, Any]] = {}
-    for key, value in into.items():
-        entry, _, n = key.partition(":")
-        held.setdefault(n, {})[entry] = value.detach()
-    return held
-
-
 def _check_fit(
-    checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor], known: Mapping[str, torch.Size] | None = None
+    checkpoint: Checkpoint, name: str, parameters: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a file whose tensors are not those of ``parameters``; ``known``: shapes of shards, which are read already."""
-    if known is not None:
-        shapes = {n: tuple(known[n]) for n in parameters if n in known}
-    else:
-        with _open(checkpoint, name) as file:
-            shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118 - not a dict
+    """Refuse a file whose tensors, of ``shapes``, are not those of ``parameters``."""
     expected = {n: tuple(p.shape) for n, p in parameters.items()}
     if shapes != expected:
         wrong = next(n for n in sorted({*shapes, *expected}) if shapes.get(n) != expected.get(n))
