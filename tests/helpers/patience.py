@@ -4,9 +4,8 @@ import subprocess
 import time
 from contextlib import contextmanager
 
-HANG_SECONDS = (
-    30 * 60
-)  # the slowest process of any test takes seconds, and a minute or two on a machine that is overrun
+# a test's slowest process takes seconds, and minutes on a machine that has ten times as much to do as it can
+HANG_SECONDS = 30 * 60
 
 
 def wait_until(happened, process=None, pause=0.01):

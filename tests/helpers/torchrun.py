@@ -15,15 +15,13 @@ def torchrun(num_ranks, *words, check=True, options=(), **environment):
     """What torchrun printed; its processes are killed if they take too long, so that nothing hangs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-    try:
-        told, _ = process.communicate(timeout=HANG_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun ends its processes, which have sessions of their own
-        process.wait(timeout=HANG_SECONDS)
-        raise
+    ) as process:
+        try:
+            told, _ = process.communicate(timeout=HANG_SECONDS)
+        finally:
+            process.send_signal(signal.SIGTERM)  # torchrun ends its processes, which have sessions of their own
     assert not check or process.returncode == 0, told[-6000:]
     return told
 

@@ -10,6 +10,7 @@ from lisatune import UserError
 from lisatune.common.files import replace_folder, write_whole
 from lisatune.common.run_folder import checkpoint_steps, only_run
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest
+from patience import HANG_SECONDS
 
 
 def tensors(value, *names):
@@ -105,7 +106,7 @@ def test_one_of_another_step_is_damaged(tmp_path):
 def test_in_the_background_training_goes_on_and_errors_come_to_light(tmp_path, monkeypatch):
     checkpoints, go_on = Checkpoints(tmp_path, background=True), threading.Event()
     save = checkpoints._save
-    monkeypatch.setattr(checkpoints, "_save", lambda *args: (go_on.wait(10), save(*args)))
+    monkeypatch.setattr(checkpoints, "_save", lambda *args: (go_on.wait(HANG_SECONDS), save(*args)))
     checkpoints.save(1, tensors(1, "a"), set(), {})
     assert checkpoint_steps(tmp_path) == []
     go_on.set()
