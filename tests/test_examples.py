@@ -49,6 +49,40 @@ def test_trl(model_folder, data_file):
     assert losses[-1] < losses[0]
 
 
+@pytest.fixture
+def answers_file(tmp_path):
+    """Questions with a good and a bad answer, and whether an answer is good."""
+    rows = [
+        {"prompt": f"What is {i}?", "chosen": f" It is {i}.", "rejected": " No no no.", "completion": f" It is {i}.", "label": i % 2 == 0}
+        for i in range(48)
+    ]  # fmt: skip
+    for row in rows[1::2]:
+        row["completion"] = row["rejected"]
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+COLUMNS = {
+    "trl_dpo": ["prompt", "chosen", "rejected"],
+    "trl_kto": ["prompt", "completion", "label"],
+    "trl_reward": ["prompt", "chosen", "rejected"],
+    "trl_grpo": ["prompt"],
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", COLUMNS)
+def test_preferences(name, model_folder, answers_file):
+    pytest.importorskip("trl", reason="the extra 'sft' is not installed")
+    rows = [json.loads(line) for line in answers_file.read_text().splitlines()]
+    answers_file.write_text("".join(json.dumps({c: row[c] for c in COLUMNS[name]}) + "\n" for row in rows))
+    told = __import__(name).main(str(model_folder), str(answers_file), num_steps=8)
+    assert len(told) == 8
+    if name != "trl_grpo":  # of a random model's first eight steps the reward says nothing
+        assert told[-1] < told[0]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_train_as_they_are(path, model_folder, data_file, tmp_path):
     """All of a recipe's settings, with a model and rows that are on this machine."""

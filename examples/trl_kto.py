@@ -1,0 +1,42 @@
+"""LISA in TRL's ``KTOTrainer``. Needs pip install 'lisatune[sft]'.
+
+python examples/trl_kto.py MODEL_FOLDER ANSWERS.jsonl    (rows of prompt, completion and label: true if the answer is good)
+"""
+
+import sys
+import tempfile
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import KTOConfig, KTOTrainer
+
+from lisatune import LisaCallback
+
+
+def main(model_name: str, data_file: str, num_steps: int = 60) -> list[float]:
+    rows = load_dataset("json", data_files=data_file, split="train")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = KTOConfig(
+            output_dir=folder,
+            max_steps=num_steps,
+            learning_rate=5e-5,
+            per_device_train_batch_size=4,
+            max_length=128,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=False,
+        )
+        trainer = KTOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(model_name, dtype="float32"),
+            args=arguments,
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(model_name),
+            callbacks=[LisaCallback(num_active=2, interval_steps=5, seed=0)],
+        )
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
