@@ -68,9 +68,8 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     with atheris.instrument_imports(include=TARGETS[target]):
-        import test_fuzz
-
         import hostile
+        import test_fuzz
 
     class Bytes(hostile.Pick):
         """Choices taken from the fuzzer's bytes."""
@@ -106,7 +105,6 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
 
 def _rows(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes], str]:
     from conftest import make_tokenizer
-
     from lisatune.data.tokenize import Encoder
 
     tokenizer = make_tokenizer()

@@ -3,27 +3,29 @@
 import pytest
 import torch
 
-from lever_steps import CPU, LEVERS, batch, config, run
+from lever_steps import CPU, batch, config, run
 from lisatune import UserError
 from lisatune.assemble import make_learner
 from rounding import apart_tiny_llama
 from tiny import make_llama
+from ways import WAYS
 
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("name", LEVERS)
-@pytest.mark.parametrize("method", ["lisa", "lora", "full"])
-def test_a_lever_that_only_moves_bytes_changes_no_bit(name, method):
-    """Against the plain run with the same optimizer; ``offload_optimizer`` alone asks for ours instead of torch's."""
-    if method == "full" and "offload_frozen" in LEVERS[name]:
-        pytest.skip("refused: no layer is frozen")
-    ours = {"optim": "adamw_16bit"}  # so that both sides use our AdamW
-    plain = {key: value for key, value in LEVERS[name].items() if key == "max_grad_norm"}
-    expected, told = run(method=method, **ours, **plain)
-    got, said = run(method=method, **ours, **LEVERS[name])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [(way, method) for way in WAYS if way.bit_equal_to is not None for method in (None, *way.also_with)],
+    ids=str,
+)
+def test_a_way_has_the_weights_of_its_plain_equal(way, method):
+    """To the bit, with one optimizer on both sides; it is ours, since some levers need it."""
+    way.skip_if_missing()
+    both = {"optim": "adamw_16bit"} | ({"method": method} if method else {})
+    expected, told = run(**both | way.bit_equal_to)
+    got, said = run(**both | way.settings)
     assert equal(expected, got)
     assert [loss for loss, _ in told] == [loss for loss, _ in said]
     # the squares are summed in another order; float32

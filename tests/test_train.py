@@ -51,8 +51,7 @@ def trained(folder):
 def test_every_method_learns_and_saves_what_from_pretrained_loads(model_folder, data_file, tmp_path, method):
     if method == "lora":
         pytest.importorskip("peft", reason="the extra 'lora' is not installed")
-    summary, said = run(model_folder, data_file, tmp_path / "run", method=method, max_steps=60)
-    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.3
+    _, said = run(model_folder, data_file, tmp_path / "run", method=method)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
@@ -117,28 +116,6 @@ def test_loss_has_one_divisor_per_step(model_folder, data_file, tmp_path):
         assert a["active_layers"] == b["active_layers"]
         # Adam divides by the root of tiny squares, so rounding grows a little with each step
         assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"packing": True},
-        {"gradient_checkpointing": 2, "vocabulary_blocks": True},
-        {"state_policy": "keep"},
-        {"dtype": "bfloat16", "optim": "adamw_8bit"},
-        {"optimizer_in_backward": True, "max_grad_norm": 0},
-    ],
-)
-def test_options_train(model_folder, data_file, tmp_path, more):
-    summary, _ = run(model_folder, data_file, tmp_path / "run", max_steps=40, **more)
-    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.5
-
-
-def test_checkpointing_changes_no_bit(model_folder, data_file, tmp_path):
-    run(model_folder, data_file, tmp_path / "a")
-    run(model_folder, data_file, tmp_path / "b", gradient_checkpointing=True)
-    a, b = trained(tmp_path / "a"), trained(tmp_path / "b")
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_lever_for_a_gpu_is_refused_on_a_cpu_that_auto_chose(model_folder, data_file, tmp_path):
@@ -319,72 +296,34 @@ def test_real_model_learns_real_data(shared, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_embedding_and_head_can_be_frozen(model_folder, data_file, tmp_path, checkpointing):
     more = {"train_embedding": False, "train_head": False, "gradient_checkpointing": checkpointing}
-    summary, _ = run(model_folder, data_file, tmp_path / "run", max_steps=40, **more)
-    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    run(model_folder, data_file, tmp_path / "run", **more)
     before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert "model.norm.weight" in changed
     assert not changed & {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"method": "fixed"},
-        {"method": "fixed", "sampler_options": {"layers": [0, 3]}},
-        {"method": "badam", "interval_steps": 2, "max_steps": 60},
-        {
-            "method": "mezo",
-            "learning_rate": 5e-4,
-            "mezo_directions": 4,
-            "max_steps": 150,
-            "lr_scheduler_type": "constant",
-        },
-        {"sampler": "bernoulli"},
-        {"sampler": "sweep"},
-        {"sampler": "round_robin", "sampler_options": {"descending": True}},
-        {"sampler": "weighted", "sampler_options": {"weights": [1, 2, 3, 4]}},
-        {"sampler": "gradient_norm"},
-        {"sampled_unit": "halves"},
-        {"sampled_unit": "modules", "num_active": 6},
-        {"sampled_unit": "slices", "num_slices": 4},
-        {
-            "sampled_unit": "slices",
-            "num_slices": 4,
-            "interval_steps": 5,
-            "dtype": "bfloat16",
-            "train_embedding": True,
-            "train_head": True,
-        },
-        {"optim": "sign", "learning_rate": 3e-3},
-        {"inverse_chance": True, "learning_rate": 5e-3},
-        {"num_active": 1, "frozen_learning_rate": 0.05},
-        {"optim": "sgd", "learning_rate": 1.0},
-        {"optim": "lars", "learning_rate": 0.02},
-        {"optim": "lamb", "learning_rate": 0.02},
-        {"optim": "adafactor", "learning_rate": 0.02},
-        {"optim": "muon", "dtype": "bfloat16"},
-        {"method": "full", "optim": "lamb", "learning_rate": 0.02},
-        {"method": "lora", "lora_use_dora": True},
-        {"method": "lora", "lora_use_rslora": True},
-    ],
-    ids=lambda more: " ".join(
-        f"{k}={v}" for k, v in more.items() if k in ("method", "sampler", "optim", "sampled_unit") or v is True
-    ),
-)
-def test_methods_samplers_and_optimizers_train(model_folder, data_file, tmp_path, more):
-    if more.get("method") == "lora":
-        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
-    settings = {"max_steps": 40} | more
-    if settings.get("method") in ("fixed", "badam"):
-        settings = {"num_active": 1, "interval_steps": 3} | settings
-    summary, _ = run(model_folder, data_file, tmp_path / "run", **settings)
-    assert summary["eval_loss_after"] < summary["eval_loss_before"] - (0.02 if more.get("method") == "mezo" else 0.3)
-    if more.get("method") == "fixed":
-        sets = {tuple(row["active_layers"]) for row in metrics(tmp_path / "run")[1:]}
-        assert len(sets) == 1
-        assert sets == {(0, 3)} or "sampler_options" not in more
-    if more.get("method") == "badam":
-        before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
-        assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
-        assert {row["active_layers"][0] for row in metrics(tmp_path / "run")[1:]} == {0, 1, 2, 3}
+@pytest.mark.parametrize("options", [{}, {"sampler_options": {"layers": [0, 3]}}], ids=["drawn once", "named"])
+def test_fixed_trains_the_same_layers_in_every_step(model_folder, data_file, tmp_path, options):
+    run(model_folder, data_file, tmp_path / "run", method="fixed", num_active=1, interval_steps=3, **options)
+    (active,) = {tuple(row["active_layers"]) for row in metrics(tmp_path / "run")[1:]}
+    assert active == (0, 3) or not options
+    before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
+    for name in before:
+        if name.startswith("model.layers."):
+            assert torch.equal(before[name], after[name]) == (int(name.split(".")[2]) not in active), name
+
+
+def test_badam_sweeps_over_all_layers_and_leaves_embedding_and_head(model_folder, data_file, tmp_path):
+    run(model_folder, data_file, tmp_path / "run", method="badam", interval_steps=2)
+    before, after = load_file(Path(model_folder) / "model.safetensors"), trained(tmp_path / "run")
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert {row["active_layers"][0] for row in metrics(tmp_path / "run")[1:]} == {0, 1, 2, 3}
+
+
+def test_mezo_learns_without_a_backward_pass(model_folder, data_file, tmp_path):
+    """Slowly: a step looks at the slopes along four directions alone."""
+    more = {"learning_rate": 5e-4, "mezo_directions": 4, "max_steps": 150, "lr_scheduler_type": "constant"}
+    summary, _ = run(model_folder, data_file, tmp_path / "run", method="mezo", **more)
+    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.02

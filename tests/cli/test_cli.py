@@ -1,4 +1,4 @@
-"""The command as a user types it, in a process of its own."""
+"""The command as a user types it: in a process of its own, or in this one where only its words matter."""
 
 import json
 import os
@@ -9,15 +9,17 @@ import pytest
 
 from lisatune.cli.app import app
 from patience import HANG_SECONDS
+from typed import typed
 
 
 def lisatune(*words, cwd=None, **environment):
+    path = os.pathsep.join(filter(None, [environment.pop("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]))
     return subprocess.run(
         [sys.executable, "-m", "lisatune", *map(str, words)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | environment,
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "PYTHONPATH": path} | environment,
         timeout=HANG_SECONDS,
         stdin=subprocess.DEVNULL,
     )
@@ -106,7 +108,7 @@ def test_broken_weights_are_a_sentence_too(data_file, tmp_path, model_folder):
 
     shutil.copytree(model_folder, tmp_path / "broken")
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
-    done = lisatune("train", "--model", tmp_path / "broken", "--data", data_file, "--output", tmp_path / "run")
+    done = typed("train", "--model", tmp_path / "broken", "--data", data_file, "--output", tmp_path / "run")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert "cannot be loaded as a causal language model" in done.stderr
 
@@ -126,7 +128,7 @@ def test_train_chat_and_report(model_folder, data_file, tmp_path):
         input="Hello\n\n", capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert talk.returncode == 0, talk.stderr
-    again = lisatune("train", "--config", "run/config.yaml", "--output", "run2", "--json", cwd=tmp_path)
+    again = typed("train", "--config", "run/config.yaml", "--output", "run2", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["eval_loss_after"] == json.loads(done.stdout)["eval_loss_after"]
 
 
@@ -145,15 +147,15 @@ def test_help_lists_every_command_without_torch(tmp_path):
 
 def test_plan_puts_methods_side_by_side_and_finds_what_fits(model_folder):
     words = ["plan", "--model", model_folder / "config.json", "max_length=64", "--device", "cpu"]
-    done = lisatune(*words)
+    done = typed(*words)
     assert done.returncode == 0, done.stderr
     for expected in ("lisa", "lora", "full", "weights, embedding", "optimizer state, head", "peak", "█", "not counted"):
         assert expected in done.stdout
-    plans = json.loads(lisatune(*words, "--json").stdout)["plans"]
+    plans = json.loads(typed(*words, "--json").stdout)["plans"]
     assert [p["method"] for p in plans] == ["lisa", "lora", "full"]
     assert all(p["peak_bytes"] == sum(p["bytes_of"].values()) for p in plans)
     budget = plans[0]["peak_bytes"] - 1
-    fits = lisatune(*words, "--method", "lisa", "--gpu-memory", f"{budget / 2**30:.9f}GiB", "--json")
+    fits = typed(*words, "--method", "lisa", "--gpu-memory", f"{budget / 2**30:.9f}GiB", "--json")
     told = json.loads(fits.stdout)
     assert told["levers"][0]["lever"] == ""
     assert told["levers"][-1]["plan"]["peak_bytes"] <= told["budget"]
@@ -171,7 +173,7 @@ def test_plan_puts_methods_side_by_side_and_finds_what_fits(model_folder):
     ],
 )
 def test_plans_that_cannot_be(model_folder, words, message):
-    done = lisatune(
+    done = typed(
         "plan", "--model", model_folder, "max_length=64", *([] if "--device" in words else ["--device", "cpu"]), *words
     )
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
@@ -179,14 +181,14 @@ def test_plans_that_cannot_be(model_folder, words, message):
 
 
 def test_plan_of_nothing():
-    done = lisatune("plan")
+    done = typed("plan")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "model is missing: give --model" in done.stderr
-    assert "no such model folder or file" in lisatune("plan", "--model", "./nowhere").stderr
+    assert "no such model folder or file" in typed("plan", "--model", "./nowhere").stderr
 
 
 def test_train_fit_pulls_levers_and_tells_what_came_of_it(model_folder, data_file, tmp_path):
-    plan = lisatune("plan", "--model", model_folder, "--device", "cpu", "--method", "lisa", "max_length=64", "--json")
+    plan = typed("plan", "--model", model_folder, "--device", "cpu", "--method", "lisa", "max_length=64", "--json")
     budget = json.loads(plan.stdout)["plans"][0]["peak_bytes"] - 1
     words = ["train", "--model", model_folder, "--data", data_file, "max_steps=3", "max_length=64", "packing=true"]
     done = lisatune(*words, "--output", tmp_path / "a", "--fit", f"{budget / 2**30:.9f}GiB")
@@ -195,7 +197,7 @@ def test_train_fit_pulls_levers_and_tells_what_came_of_it(model_folder, data_fil
     assert "predicted" in done.stderr.split("memory")[-1]
     used = (tmp_path / "a" / "config.yaml").read_text()
     assert "optim: adamw_8bit" in used
-    refused = lisatune(*words, "--output", tmp_path / "b", "--fit", "1KiB")
+    refused = typed(*words, "--output", tmp_path / "b", "--fit", "1KiB")
     assert refused.returncode == 2
     assert "nothing fits into" in refused.stderr
     assert not (tmp_path / "b").exists()
@@ -234,7 +236,7 @@ def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
     ]
     command = [sys.executable, "-m", "lisatune", "train", *map(str, words)]
     (output / "checkpoints").mkdir(parents=True)
-    assert lisatune("train", *words[:4], "--output", tmp_path / "other", *words[6:]).returncode == 0
+    assert typed("train", *words[:4], "--output", tmp_path / "other", *words[6:]).returncode == 0
     (output / "config.yaml").write_text((tmp_path / "other" / "config.yaml").read_text())
 
     def answer(text):
@@ -286,7 +288,7 @@ def test_what_is_no_period(refused):
 )
 def test_comparisons_that_cannot_be(words, message, tmp_path, model_folder):
     words = [word.replace("model=m", f"model={model_folder}") for word in words]
-    done = lisatune("compare", *words, cwd=tmp_path)
+    done = typed("compare", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -23,17 +23,18 @@ def distance(ours, theirs, before):
 
 def levers():
     """Distance of a run with each lever to one without, over three draws."""
-    from lever_steps import LEVERS, run
+    sys.path.append(str(Path(__file__).parents[1]))
+    from lever_steps import run
     from tiny import make_llama
+    from ways import named
 
     settings = {"optim": "adamw_16bit", "adam_epsilon": 1.0, "learning_rate": LEARNING_RATE, "steps": NUM_STEPS}
     before = {name: p.detach() for name, p in make_llama().named_parameters()}
     plain = run(**settings)[0]
-    return {name: distance(run(**settings, **LEVERS[name])[0], plain, before) for name in MOVED}
+    return {name: distance(run(**settings, **named(name).settings)[0], plain, before) for name in MOVED}
 
 
 def main(model, data, folder):
-    import pytest
     import torch
 
     from lisatune.run.determinism import mkl_mode
@@ -46,8 +47,7 @@ def main(model, data, folder):
         return
     told = {"mode": mkl_mode(), "levers": levers()}
     run(model, data, folder / "straight", **settings)
-    with pytest.MonkeyPatch.context() as patch:
-        run(model, data, folder / "stopped", stop_after=3, monkeypatch=patch, **settings)
+    run(model, data, folder / "stopped", stop_after=3, **settings)
     print(json.dumps(told))
 
 

@@ -8,14 +8,6 @@ from lisatune.settings import build_config
 from tiny import VOCABULARY, make_llama
 
 CPU = torch.device("cpu")
-LEVERS = {
-    "checkpointing": {"gradient_checkpointing": True},
-    "some checkpointed": {"gradient_checkpointing": 2},
-    "inputs off the device": {"gradient_checkpointing": True, "activation_offloading": True},
-    "moments off the device": {"offload_optimizer": True},
-    "frozen layers off the device": {"gradient_checkpointing": True, "offload_frozen": True},
-    "step in backward": {"optimizer_in_backward": True, "max_grad_norm": 0},
-}
 
 
 def config(**settings):
@@ -35,7 +27,8 @@ def run(steps=9, micro_rows=4, tied=False, **settings):
     """Weights, losses and norms of a run over several switches."""
     if settings.get("method", "lisa") == "lisa":
         settings = {"num_active": 1, "interval_steps": 2} | settings
-    learner = make_learner(config(**settings), make_llama(tied=tied), CPU)
+    dtype = getattr(torch, settings.get("dtype", "float32"))
+    learner = make_learner(config(**settings), make_llama(tied=tied).to(dtype), CPU)
     learner.model.train()
     told = []
     for step in range(steps):

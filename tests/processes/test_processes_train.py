@@ -21,6 +21,7 @@ from peaks import WIDE
 from places import HELPERS
 from tiny import make_llama, make_tokenizer
 from torchrun import torchrun
+from ways import WAYS
 
 # epsilon: Adam divides by the root of the second moment, so where a gradient is near 0 its rounding would become an update
 COMMON = {
@@ -28,20 +29,6 @@ COMMON = {
     "per_device_train_batch_size": 2,
 }  # fmt: skip
 LISA = {"num_active": 1, "interval_steps": 1}  # 12 draws
-# 53 rows to train on: an epoch ends with 5, which neither 2 nor 4 processes can share evenly
-CASES = {
-    "LISA, replicated": LISA,
-    "LISA, sharded": LISA | {"dp_shard_size": "all"},
-    "LISA, both": LISA | {"dp_shard_size": 2},
-    "drawn embedding": LISA | {"dp_shard_size": "all", "train_embedding": "sampled"},
-    "tied, checkpointed, drawn embedding": LISA
-    | {"dp_shard_size": "all", "gradient_checkpointing": True, "train_embedding": "sampled", "train_head": "sampled"},
-    "packed, halves": LISA | {"dp_shard_size": "all", "packing": True, "sampled_unit": "halves", "max_steps": 4},
-    "LoRA": {"method": "lora", "dp_shard_size": "all", "max_steps": 4},
-    "full": {"method": "full", "max_steps": 4},
-    "bfloat16": LISA | {"dp_shard_size": "all", "dtype": "bfloat16", "optim": "adamw_16bit", "max_steps": 4},
-}
-OF = {2: [name for name in CASES if name != "LISA, both"], 4: ["LISA, both", "LISA, sharded"]}
 
 
 @pytest.fixture
@@ -49,17 +36,17 @@ def tmp_path(memory_path):
     return memory_path
 
 
-def settings_of(name, num_ranks, tmp_path, data_file, model_folder):
-    """Of a case on so many processes; the rows of an optimizer step are the same whatever their number."""
-    settings = COMMON | CASES[name]
-    settings |= {"model": str(model_folder), "data": str(data_file), "output": str(tmp_path / f"{name} {num_ranks}")}
-    if "tied" in name:
-        settings["model"] = str(tmp_path / "tied")
-    settings["gradient_accumulation_steps"] = 4 // num_ranks
-    settings["dp_shard_size"] = min(
-        num_ranks, num_ranks if (size := settings.get("dp_shard_size", 1)) == "all" else size
-    )
-    return settings
+def settings_of(way, num_ranks, shard_size, tmp_path, data_file, model_folder):
+    """Of a way on so many processes; the rows of an optimizer step are the same whatever their number.
+
+    53 rows to train on: an epoch ends with 5, which neither 2 nor 4 processes can share evenly.
+    """
+    lisa = LISA if "method" not in way.settings else {}
+    model = {"model": str(tmp_path / "tied" if way.more.get("model") == "tied" else model_folder)}
+    return COMMON | way.settings | lisa | way.more | model | {
+        "data": str(data_file), "output": str(tmp_path / f"{way} {num_ranks} {shard_size}"),
+        "dp_shard_size": shard_size, "gradient_accumulation_steps": 4 // num_ranks,
+    }  # fmt: skip
 
 
 def weights(folder):
@@ -71,9 +58,8 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def compare(one, several, name):
+def compare(one, several, name, bound=2e-4):
     """Equal to rounding: sums are added up in another order, and Adam's steps carry that on."""
-    bound = 3e-2 if name == "bfloat16" else 2e-4
     for was, now in zip(rows(one), rows(several), strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
             same = pytest.approx(now.get(key, -1.0), rel=bound, abs=bound)
@@ -93,50 +79,48 @@ def test_as_many_processes_train_as_one_does(model_folder, data_file, tmp_path, 
     make_llama(vocab_size=len(make_tokenizer()), tied=True).save_pretrained(tmp_path / "tied")
     make_tokenizer().save_pretrained(tmp_path / "tied")
     where = (tmp_path, data_file, model_folder)
-    alone = {name: settings_of(name, 1, *where) for name in OF[num_ranks]}
-    several = {name: settings_of(name, num_ranks, *where) for name in OF[num_ranks]}
+    pairs = [(way, size) for way in WAYS for count, size in way.processes or () if count == num_ranks]
+    several = {(way.name, size): settings_of(way, num_ranks, size, *where) for way, size in pairs}
     cases = tmp_path / "cases.json"
     cases.write_text(json.dumps(list(several.values())))
     torchrun(num_ranks, HELPERS / "torchrun.py", cases)
-    for name in OF[num_ranks]:
-        train(build_config(alone[name]))
-        one, many = Path(alone[name]["output"]), Path(several[name]["output"])
-        compare(one, many, name)
-        check_sent(name, num_ranks, many)
-        check_state(name, num_ranks, one, many)
+    for way, size in pairs:
+        alone = settings_of(way, 1, 1, *where)
+        one, many = Path(alone["output"]), Path(several[way.name, size]["output"])
+        if not one.exists():
+            train(build_config(alone))
+        case = f"{way} in {num_ranks // size} copies of {size} shards"
+        compare(one, many, case, 3e-2 if way.settings.get("dtype") == "bfloat16" else 2e-4)
+        check_sent(case, way, size, num_ranks, many)
+        if way.name == "LISA":
+            alone, held = rows(one)[-1]["state_bytes"], rows(many)[-1]["state_bytes"]
+            assert held == pytest.approx(alone / size, rel=0.01 if size > 1 else 0), case
 
 
-def check_sent(name, num_ranks, folder):
+def check_sent(case, way, shard_size, num_ranks, folder):
     """Bytes of gradients that travel: those of what trains, and no others."""
     sent = json.loads((folder / "sent.json").read_text())
     model = make_llama(vocab_size=len(make_tokenizer()))
     layer, everything = (sum(4 * p.numel() for p in of.parameters()) for of in (model.model.layers[0], model))
     trained = everything - 3 * layer
     planned = sum(rows(folder)[0]["plan"]["sent_bytes_of"].values())
-    if "drawn embedding" not in name and "halves" not in name:  # of which a forecast takes the largest draw
+    if not {"train_embedding", "sampled_unit"} & way.settings.keys():  # of which a forecast takes the largest draw
         most = max(step["sent"] for step in sent)  # the last batch of an epoch has fewer micro-batches
-        assert most == pytest.approx(planned, abs=50), f"{name}: but a loss and a norm"
+        assert most == pytest.approx(planned, abs=50), f"{case}: but a loss and a norm"
     for step in sent:
-        if name == "LISA, replicated":
+        if way.name == "LISA" and shard_size == 1:
             assert step["all_reduce"] == trained
             assert "all_gather" not in step
-        if name == "LISA, sharded" and num_ranks == 4:
+        if way.name == "LISA" and shard_size == num_ranks == 4:
             assert step["reduce_scatter"] == pytest.approx(trained, rel=0.01)  # 130 rows are filled up to 132
             assert "all_reduce" not in step
-        if name == "LISA, both":  # the other pair of processes has the other copy; each adds up its half
+        if way.name == "LISA" and shard_size < num_ranks == 4:
+            # the other pair of processes has the other copy; each adds up its half
             assert step["reduce_scatter"] == trained
             assert step["all_reduce"] == trained / 2
-        if name == "full":
+        if way.name == "full":
             assert step["all_reduce"] == everything
         assert step["small"] <= 3 * 4, "a loss and a norm, twice: nothing tells the others what was drawn"
-
-
-def check_state(name, num_ranks, one, many):
-    alone, held = rows(one)[-1]["state_bytes"], rows(many)[-1]["state_bytes"]
-    if name == "LISA, replicated":
-        assert held == alone
-    if name == "LISA, sharded":
-        assert held == pytest.approx(alone / num_ranks, rel=0.01)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to see Gloo's threads in")

@@ -13,6 +13,7 @@ from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config
 from runs import manifest, metrics, run, weights
 from tiny import VOCABULARY, make_llama
+from ways import WAYS
 
 
 @pytest.fixture
@@ -20,51 +21,14 @@ def tmp_path(memory_path):
     return memory_path
 
 
-SLICES = {"sampled_unit": "slices", "num_slices": 3, "num_active": 1}
-WAYS = {
-    "LISA": {},
-    "another set in every step": {"interval_steps": 1, "num_active": 1},
-    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3},
-    "packing": {"packing": True, "per_device_train_batch_size": 2},
-    "stream": {"streaming": True, "eval_rows": None},
-    "packed stream": {"streaming": True, "packing": True, "eval_rows": None, "per_device_train_batch_size": 2},
-    "moments kept": {"state_policy": "keep", "num_active": 1},
-    "moments kept in 8 bits": {"state_policy": "keep", "num_active": 1, "optim": "adamw_8bit"},
-    "all moments reset": {"state_policy": "reset_all"},
-    "bfloat16, 8 bits": {"dtype": "bfloat16", "optim": "adamw_8bit"},
-    "bfloat16, 16 bits": {"dtype": "bfloat16", "optim": "adamw_16bit"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "step in backward": {"optimizer_in_backward": True, "max_grad_norm": 0},
-    "vocabulary in blocks": {"vocabulary_blocks": True, "gradient_checkpointing": 2},
-    "embedding and head drawn": {"train_embedding": "sampled", "train_head": "sampled", "num_active": 1},
-    "embedding and head frozen": {"train_embedding": False, "train_head": False},
-    "LoRA with dropout": {"method": "lora", "lora_dropout": 0.2},
-    "gradient norms": {"sampler": "gradient_norm", "num_active": 1, "interval_steps": 2},
-    "halves, divided by chance": {"sampled_unit": "halves", "inverse_chance": True},
-    "small steps of frozen layers": {"num_active": 1, "frozen_learning_rate": 0.1, "dtype": "bfloat16"},
-    "Muon in bfloat16": {"optim": "muon", "dtype": "bfloat16"},
-    "Adafactor": {"optim": "adafactor"},
-    "LAMB": {"optim": "lamb"},
-    "LARS": {"optim": "lars", "learning_rate": 0.1},
-    "SGD": {"optim": "sgd", "learning_rate": 0.5},
-    "MeZO": {"method": "mezo", "learning_rate": 1e-4},
-    "slices": SLICES | {"interval_steps": 1},
-    "slices with moments": SLICES
-    | {"num_active": 2, "dtype": "bfloat16", "optim": "adamw_8bit", "train_norms": "sampled"},
-    "slices, moments kept": SLICES | {"state_policy": "keep", "train_embedding": True, "train_head": True},
-    "slices, step in backward": SLICES
-    | {"interval_steps": 1, "dtype": "bfloat16", "optimizer_in_backward": True, "max_grad_norm": 0},
-    "full": {"method": "full", "lr_scheduler_type": "cosine", "warmup_steps": 3},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_resumed_run_is_the_run_that_was_never_stopped(model_folder, data_file, tmp_path, way):
+@pytest.mark.parametrize("way", [way for way in WAYS if way.resumes and not way.is_for_gpu], ids=str)
+def test_a_run_learns_and_a_resumed_one_is_the_run_that_was_never_stopped(model_folder, data_file, tmp_path, way):
     """Stopped twice: in the middle of an interval and at its end; weights, moments and metrics are equal to the bit."""
-    if WAYS[way].get("method") == "lora":
-        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
-    some = {"save_steps": 13, **WAYS[way]}
+    way.skip_if_missing()
+    some = {"save_steps": 13, **way.settings}
     straight, _ = run(model_folder, data_file, tmp_path / "straight", **some)
+    if straight["eval_loss_before"] is not None:
+        assert straight["eval_loss_after"] < straight["eval_loss_before"] - way.falls
     run(model_folder, data_file, tmp_path / "stopped", stop_after=6, **some)
     torch.manual_seed(99)  # nothing may depend on what a process had drawn before
     run(model_folder, data_file, tmp_path / "stopped", stop_after=8, resume=True, **some)
@@ -97,25 +61,11 @@ def test_over_several_epochs(model_folder, data_file, tmp_path):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
 
 
-@pytest.mark.parametrize(
-    "levers",
-    [
-        {"gradient_checkpointing": True, "offload_frozen": True},
-        {"offload_optimizer": True, "optim": "adamw_8bit", "state_policy": "keep"},
-        {
-            "gradient_checkpointing": True,
-            "activation_offloading": True,
-            "offload_optimizer": True,
-            "offload_frozen": True,
-        },
-        {"method": "lora", "gradient_checkpointing": True, "offload_frozen": True, "dtype": "bfloat16"},
-    ],
-    ids=["frozen layers", "moments", "all", "LoRA"],
-)
-def test_what_is_off_the_device_comes_back(tmp_path, levers):
+@pytest.mark.parametrize("way", [way for way in WAYS if way.resumes and way.is_for_gpu], ids=str)
+def test_what_is_off_the_device_comes_back(tmp_path, way):
     """The levers that a run on a CPU refuses, since they help only a GPU, work on one all the same."""
-    if levers.get("method") == "lora":
-        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    way.skip_if_missing()
+    levers = way.settings
     needed = {"model": "-", "data": "-", "output": "-", "dtype": "float32", "learning_rate": 1e-2}
     needed |= {"num_active": 1, "interval_steps": 3} if "method" not in levers else {}
     config = build_config(needed | levers)

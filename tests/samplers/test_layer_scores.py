@@ -6,15 +6,14 @@ from torch import nn
 
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
 from lisatune.samplers.scores import (
-    MeanWeightNorms,
     gradient_sq_norms,
     input_norms,
-    mean_weight_norms,
     outlier_scores,
     weight_norm_ratio,
 )
 from lisatune.samplers.weighted import WeightedSampler
 from tiny import VOCABULARY, make_llama
+from weight_norms import MeanWeightNorms, mean_weight_norms
 
 
 def ids(seed=0, rows=2):

@@ -23,12 +23,12 @@ from lisatune.run.preflight import preflight
 from lisatune.run.progress import Progress
 from lisatune.run.schedule import seed_step, set_learning_rate
 from lisatune.run.snapshot import Snapshots
-from lisatune.samplers.scores import MeanWeightNorms
 from lisatune.settings import build_config, used_settings, write_config
 from lisatune.study import start_weights
 from lisatune.study.matrix_rank import effective_rank, product_norm, product_singular_values, stable_rank
 from lisatune.study.recorder import NormRecorder
 from tiny import make_llama, make_tokenizer
+from weight_norms import MeanWeightNorms
 
 PAPER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 

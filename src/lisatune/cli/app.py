@@ -20,6 +20,7 @@ from lisatune.cli.mt_bench import mt_bench
 from lisatune.cli.norms import norms
 from lisatune.cli.plan import plan
 from lisatune.cli.report import report
+from lisatune.cli.score_layers import score_layers
 from lisatune.cli.settings import settings
 from lisatune.cli.train import train
 from lisatune.common.console import tell, warn
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "report": report,
     "norms": norms,
+    "score-layers": score_layers,
     "mt-bench": mt_bench,
     "settings": settings,
     "demo": demo,

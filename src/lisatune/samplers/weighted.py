@@ -32,7 +32,7 @@ class WeightedSampler(Sampler):
     Raises: UserError for another number of weights than layers, for a weight that is negative or not finite, and if
         fewer than ``num_active`` are above 0.
     Reference: The paper's p(l), arXiv:2403.17919; Li et al., OWS, arXiv:2405.18380, which draws by
-        ``importance.outlier_scores``.
+        ``scores.outlier_scores``; ``lisatune score-layers`` writes the file.
     Example:
         >>> sampler = WeightedSampler(num_layers=4, num_active=2, weights=(0.0, 1.0, 1.0, 8.0), seed=0)
         >>> [sampler(interval) for interval in range(3)]
