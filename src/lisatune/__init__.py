@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from lisatune.optim.adamw import AdamW
     from lisatune.plan.forecast import plan_memory
     from lisatune.samplers.base import Sampler
+    from lisatune.samplers.sweep import SweepSampler
     from lisatune.samplers.uniform import UniformSampler
+    from lisatune.slices.engine import SliceEngine
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "LisaCallback",
     "LisaEngine",
     "Sampler",
+    "SliceEngine",
+    "SweepSampler",
     "UniformSampler",
     "UserError",
     "find_layers",
@@ -36,6 +40,8 @@ _HOME = {
     "LisaCallback": "callback",
     "LisaEngine": "engine",
     "Sampler": "samplers.base",
+    "SliceEngine": "slices.engine",
+    "SweepSampler": "samplers.sweep",
     "UniformSampler": "samplers.uniform",
     "UserError": "errors",
     "find_layers": "layers",
