@@ -30,13 +30,7 @@ from lisatune.plan.forecast import model_config, plan_config, plan_run
 
 SHAPES = Path(__file__).parent / "shapes"
 FREE = {"max_grad_norm": 0}
-SLICES = {
-    "sampled_unit": "slices",
-    "num_slices": 15,
-    "num_active": 1,
-    "train_embedding": "sampled",
-    "train_head": "sampled",
-}
+SLICES = {"sampled_unit": "slices", "train_norms": True}  # one of 15, in each step
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "LoRA r16, all linear": {"method": "lora"},

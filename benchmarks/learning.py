@@ -68,7 +68,7 @@ class Study:
 
 def slices(count: int = 15, **more: Any) -> dict[str, Any]:
     whole = {"sampled_unit": "slices", "num_slices": count, "num_active": 1, "interval_steps": 1}
-    return {"train_embedding": "sampled", "train_head": "sampled"} | whole | more
+    return {"train_embedding": "sampled", "train_head": "sampled", "train_norms": True} | whole | more
 
 
 def whole_vocabulary(ratio: float, **more: Any) -> dict[str, Any]:
@@ -83,6 +83,7 @@ CONTENDERS: dict[str, Contender] = {
     "slices, E/H 0.1": Contender(slices(**whole_vocabulary(0.1)), 1e-3),
     "slices, E/H 0.3": Contender(slices(**whole_vocabulary(0.3)), 1e-3),
     "slices, norms 0.1": Contender(slices(norm_lr_ratio=0.1), 1e-3),
+    "slices, norms frozen": Contender(slices(train_norms=False), 1e-3),
     "slices, 5 parts": Contender(slices(5), 5e-4),
     "slices, 5 parts, E/H 0.3": Contender(slices(5, **whole_vocabulary(0.3)), 5e-4),
     "slices, 30 parts": Contender(slices(30), 2e-3),

@@ -55,13 +55,7 @@ LEVERS: tuple[dict[str, Any], ...] = (
     {"offload_optimizer": True},
     {"offload_frozen": True},
 )
-SLICES = {
-    "sampled_unit": "slices",
-    "num_slices": 15,
-    "num_active": 1,
-    "train_embedding": "sampled",
-    "train_head": "sampled",
-}
+SLICES = {"sampled_unit": "slices", "train_norms": True}  # one of 15, in each step
 LLAMA_CASES: tuple[dict[str, Any], ...] = (
     {},
     {"gradient_checkpointing": True},

@@ -188,9 +188,21 @@ def test_plan_of_nothing():
 
 
 def test_train_fit_pulls_levers_and_tells_what_came_of_it(model_folder, data_file, tmp_path):
-    plan = typed("plan", "--model", model_folder, "--device", "cpu", "--method", "lisa", "max_length=64", "--json")
+    plan = typed(
+        "plan",
+        "--model",
+        model_folder,
+        "--device",
+        "cpu",
+        "--method",
+        "lisa",
+        "max_length=64",
+        "recipe=paper",
+        "--json",
+    )
     budget = json.loads(plan.stdout)["plans"][0]["peak_bytes"] - 1
-    words = ["train", "--model", model_folder, "--data", data_file, "max_steps=3", "max_length=64", "packing=true"]
+    words = ["train", "--model", model_folder, "--data", data_file, "max_steps=3", "max_length=64", "packing=true",
+             "recipe=paper"]  # fmt: skip
     done = lisatune(*words, "--output", tmp_path / "a", "--fit", f"{budget / 2**30:.9f}GiB")
     assert done.returncode == 0, done.stderr
     assert "to fit into" in done.stderr

@@ -377,9 +377,9 @@ def test_task_scores_are_shown_where_runs_have_some(faked):
 
 
 def test_a_comparison_may_grow_and_runs_nothing_twice(faked, tmp_path):
-    faked(lambda t: final(2.0), "learning_rate=1e-4", "seed=0")
+    faked(lambda t: final(2.0), "learning_rate=1e-4", "seed=0", "lisa.num_active=2")
     assert len(faked.ran) == 1
-    faked(lambda t: final(2.0), "methods=lisa,full", "learning_rate=1e-4,1e-3", "seed=0,1")
+    faked(lambda t: final(2.0), "methods=lisa,full", "learning_rate=1e-4,1e-3", "seed=0,1", "lisa.num_active=2")
     assert len(faked.ran) == 7
     grown = faked(lambda t: final(2.0), "methods=lisa,full", "learning_rate=1e-4,1e-3", "seed=0,1", "num_active=2,4")
     assert len(faked.ran) == 4

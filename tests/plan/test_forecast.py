@@ -63,7 +63,7 @@ def test_other_models_are_forecast_too(kind):
 
 
 def test_weights_gradients_and_state_of_8b_are_the_arithmetic_s():
-    plan = plan_memory(LLAMA_8B, optim="adamw_16bit", max_length=128, per_device_train_batch_size=1,
+    plan = plan_memory(LLAMA_8B, recipe="paper", optim="adamw_16bit", max_length=128, per_device_train_batch_size=1,
                        gradient_checkpointing=True)  # fmt: skip
     assert (plan.num_trained, plan.num_parameters) == (1_486_901_248, 8_030_261_248)
     embedding = head = 128256 * 4096
@@ -77,7 +77,7 @@ def test_weights_gradients_and_state_of_8b_are_the_arithmetic_s():
 
 def test_levers_do_what_they_say_at_8b():
     def peak(**levers):
-        return plan_memory(LLAMA_8B, max_length=2048, per_device_train_batch_size=2, **levers)
+        return plan_memory(LLAMA_8B, recipe="paper", max_length=2048, per_device_train_batch_size=2, **levers)
 
     checkpointed = {"gradient_checkpointing": True}
     plain = peak(**checkpointed)
@@ -97,12 +97,23 @@ def test_everything_trained_at_8b_in_18_gib_and_no_more_than_lora():
     """The promise at a 128k vocabulary, as a forecast: batch 2 x 2048, weights on the card, then frozen layers off it."""
     levers = {"gradient_checkpointing": True, "activation_offloading": True, "offload_optimizer": True,
               "optimizer_in_backward": True, "max_grad_norm": 0, "max_length": 2048, "per_device_train_batch_size": 2}  # fmt: skip
-    lisa = plan_memory(LLAMA_8B, vocabulary_blocks=True, optim="adamw_8bit", **levers)
+    lisa = plan_memory(LLAMA_8B, recipe="paper", vocabulary_blocks=True, optim="adamw_8bit", **levers)
     lora = plan_memory(LLAMA_8B, method="lora", optim="adamw_8bit", **levers)
     assert lisa.peak_bytes < 18 * 2**30
     assert lisa.peak_bytes <= 1.02 * lora.peak_bytes
-    streamed = plan_memory(LLAMA_8B, vocabulary_blocks=True, offload_frozen=True, optim="adamw_8bit", **levers)
+    streamed = plan_memory(
+        LLAMA_8B, recipe="paper", vocabulary_blocks=True, offload_frozen=True, optim="adamw_8bit", **levers
+    )
     assert streamed.peak_bytes < 6 * 2**30
+
+
+def test_the_default_at_8b_takes_no_more_than_lora_with_the_same_levers():
+    """What `lisatune train` does when nothing is said: slices, at a 128k vocabulary, with one lever and with more."""
+    more = {"max_length": 2048, "per_device_train_batch_size": 2, "gradient_checkpointing": True}
+    for levers in (more, more | {"optimizer_in_backward": True, "max_grad_norm": 0, "activation_offloading": True}):
+        default, lora = plan_memory(LLAMA_8B, **levers), plan_memory(LLAMA_8B, method="lora", **levers)
+        assert default.settings["sampled_unit"] == "slices"
+        assert default.peak_bytes <= lora.peak_bytes
 
 
 def test_a_plan_holds_nothing_whatever_the_size():

@@ -240,7 +240,7 @@ def test_what_works_on_one_process_alone_is_refused(monkeypatch):
 
     for some in ({"method": "mezo"}, {"optim": "muon"}, {"sampler": "gradient_norm"}, {"frozen_learning_rate": 1e-3}):
         check_num_ranks(settings(**some), 1)
-        with pytest.raises(UserError, match=f"{next(iter(some))}=.* works on one process alone"):
+        with pytest.raises(UserError, match=f"{next(iter(some))}=.* works on one process only"):
             check_num_ranks(settings(**some), 2)
     with pytest.raises(UserError, match="dp_shard_size=3 does not divide the 4 processes"):
         check_num_ranks(settings(dp_shard_size=3), 4)

@@ -39,10 +39,10 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
             "cannot add up micro-batches",
         ),
         ({"activation_offloading": True}, "set gradient_checkpointing=true, or leave it out"),
-        ({"offload_frozen": True}, "offload_frozen needs gradient_checkpointing=true"),
+        ({"recipe": "paper", "offload_frozen": True}, "offload_frozen needs gradient_checkpointing=true"),
         ({"offload_frozen": True, "method": "full"}, "offload_frozen has no effect with method=full"),
         ({"offload_frozen": True, "state_policy": "keep"}, "cannot go with state_policy=keep"),
-        ({"offload_optimizer": True, "device": "cpu"}, "offload_optimizer has no effect on a CPU"),
+        ({"recipe": "paper", "offload_optimizer": True, "device": "cpu"}, "offload_optimizer has no effect on a CPU"),
         (
             {"optim": "adam"},
             "optim='adam': input should be 'adamw', 'adamw_16bit', 'adamw_8bit', 'sign', 'sgd', 'lars', 'lamb', 'adafactor' or 'muon'",
@@ -157,3 +157,25 @@ def test_null_takes_a_setting_of_the_file_back(tmp_path):
     assert config == build_config({"model": "m", "data": "d", "output": "o", "method": "full"})
     with pytest.raises(UserError, match="model is missing"):
         build_config(read_settings(str(path), ["model=null"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "unit", "num_active", "interval_steps", "learning_rate"),
+    [
+        ({}, "slices", 1, 1, 3e-4),
+        ({"learning_rate": 1e-3}, "slices", 1, 1, 1e-3),
+        ({"recipe": "paper"}, "layers", 2, 20, 5e-5),
+        ({"num_active": 4}, "layers", 4, 20, 5e-5),
+        ({"interval_steps": 3}, "layers", 2, 3, 5e-5),
+        ({"sampled_unit": "slices", "interval_steps": 3}, "slices", 1, 3, 3e-4),
+        ({"method": "full"}, "layers", 2, 20, 5e-5),
+    ],
+)
+def test_the_default_is_slices_and_gamma_or_k_mean_the_papers_layers(
+    given, unit, num_active, interval_steps, learning_rate, tmp_path
+):
+    config = build_config(NEEDED | given)
+    found = config.sampled_unit, config.num_active, config.interval_steps, config.learning_rate
+    assert found == (unit, num_active, interval_steps, learning_rate)
+    write_config(config, tmp_path / "config.yaml")  # what a run leaves behind says it all
+    assert build_config(read_settings(str(tmp_path / "config.yaml"), [])) == config

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from lisatune import UserError
-from lisatune.methods import METHODS, UNITS
+from lisatune.methods import METHODS, RECIPES, UNITS
 from lisatune.optim import OPTIMS
 from lisatune.samplers import SAMPLERS
 from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, differences, used_settings
@@ -17,7 +17,7 @@ from lisatune.settings.rules import WORD, holds, is_on
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 FIELDS = TrainConfig.model_fields
-REGISTRIES = {"method": METHODS, "sampler": SAMPLERS, "sampled_unit": UNITS, "optim": OPTIMS}
+REGISTRIES = {"method": METHODS, "sampler": SAMPLERS, "sampled_unit": UNITS, "optim": OPTIMS, "recipe": RECIPES}
 MANNERED = re.compile(r"^Of |\b(beside|anew|lies?|is told|drawn?|so many (?!steps|minutes|from))\b")
 
 
@@ -39,7 +39,10 @@ def some_value(name):
 
 
 def build(*settings):
-    return build_config({k: v for some in (NEEDED, *settings) for k, v in some.items()})
+    """A config of LISA with layers, unless the settings say otherwise."""
+    given = {k: v for some in (NEEDED, *settings) for k, v in some.items()}
+    layers = given.get("method", "lisa") == "lisa" and "sampled_unit" not in given
+    return build_config(({"recipe": "paper"} if layers else {}) | given)
 
 
 def columns(column):
@@ -85,7 +88,8 @@ def test_another_optimizer_is_refused(name):
 @pytest.mark.parametrize(("name", "condition"), columns("only_with"))
 def test_what_plays_no_part_is_refused(name, condition):
     given = NEEDED | ({"max_steps": 5} if holds(condition, build()) else {})
-    given |= {"sampled_unit": "slices"} if condition.startswith("sampled_unit!=slices") else {}
+    slices = condition.startswith("sampled_unit!=slices")
+    given |= {"sampled_unit": "slices"} if slices else {"recipe": "paper"}
     with pytest.raises(UserError, match=f"^{name} has no effect "):
         build_config(given | {name: some_value(name)})
     assert name not in used_settings(build_config(given))
@@ -191,7 +195,7 @@ def test_what_works_on_one_process_is_refused_on_two(name):
         method = {"method": "lora"} if name.startswith("lora") else {}
         config = build(ALLOWED.get(name, {}), method, {name: value})
         check_num_ranks(config, 1)
-        with pytest.raises(UserError, match=f"^{name}=.* works on one process alone"):
+        with pytest.raises(UserError, match=f"^{name}=.* works on one process only"):
             check_num_ranks(config, 2)
     check_num_ranks(build({"method": "lora"} if name.startswith("lora") else {}), 2)
 
@@ -204,9 +208,11 @@ def test_choices_are_where_they_say(name, choice):
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in REGISTRIES for choice in REGISTRIES[name]])
 def test_choices_say_on_how_many_processes_they_work(name, choice):
+    if name == "recipe":
+        return  # the unit says it
     config = build({name: choice} | ({"sampler_options": {"weights": [1]}} if choice == "weighted" else {}))
     if REGISTRIES[name][choice].processes == 1:
-        with pytest.raises(UserError, match=f"^{name}={choice} works on one process alone"):
+        with pytest.raises(UserError, match=f"^{name}={choice} works on one process only"):
             check_num_ranks(config, 2)
     else:
         check_num_ranks(config, 2)

@@ -14,6 +14,7 @@ class Choice:
     Args:
         place: ``MODULE:NAME`` of a class or a function. It is imported when it is used, because it needs torch.
         processes: The most processes that it works on; None for any number.
+        instead: What to do where more processes are started.
     Example:
         >>> Choice("lisatune.common.amounts:gib").load()(2**30)
         '1.00 GiB'
@@ -21,6 +22,7 @@ class Choice:
 
     place: str
     processes: int | None = None
+    instead: str = "choose another"
 
     def load(self) -> Any:
         """The class or function itself."""

@@ -50,12 +50,35 @@ UNITS: dict[str, MethodChoice] = {
     "halves": MethodChoice(LISA),
     "modules": MethodChoice(LISA),
     "slices": MethodChoice(
-        "lisatune.methods.slices:Slices", processes=1,
+        "lisatune.methods.slices:Slices", processes=1, instead="set recipe=paper",
         preset={
             "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
+            "learning_rate": 3e-4,
         },
     ),
 }  # fmt: skip
+
+# LISA for whoever does not say what is sampled: the best that is known at its memory, and the paper's
+RECIPES: dict[str, MethodChoice] = {
+    "auto": MethodChoice(LISA, preset={"sampled_unit": "slices"}),
+    "paper": MethodChoice(LISA),
+}
+# whoever gives one of these without a unit means the paper's layers
+OF_LAYERS = (
+    "num_active", "interval_steps", "sampler", "sampler_options", "state_policy", "inverse_chance", "frozen_learning_rate",
+)  # fmt: skip
+
+
+def usual_unit(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The unit that is sampled if the settings ``given`` leave it open, as a setting; empty if it is the default.
+
+    Example:
+        >>> usual_unit({}), usual_unit({"interval_steps": 20}), usual_unit({"recipe": "paper"}), usual_unit({"method": "badam"})
+        ({'sampled_unit': 'slices'}, {}, {}, {})
+    """
+    recipe = given.get("recipe", "auto")
+    of_layers = given.get("method", "lisa") != "lisa" or any(name in given for name in OF_LAYERS)
+    return {} if of_layers or not isinstance(recipe, str) else dict(RECIPES[recipe].preset if recipe in RECIPES else {})
 
 
 def method_of(method: str, sampled_unit: str) -> type[Method]:

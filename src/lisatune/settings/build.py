@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lisatune.errors import UserError, did_you_mean, shown
-from lisatune.methods import METHODS, UNITS, MethodChoice
+from lisatune.methods import METHODS, UNITS, MethodChoice, usual_unit
 from lisatune.settings.config import TrainConfig
 from lisatune.settings.renamed import with_new_names
 from lisatune.settings.rules import refusals
@@ -37,9 +37,10 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     settings = {name: value for name, value in settings.items() if value is not None}
     try:
         method = settings.get("method")
-        unit = settings.get("sampled_unit")
+        recipe = {} if "sampled_unit" in settings else usual_unit(settings)
+        unit = (recipe | settings).get("sampled_unit")
         # what is usual for the unit that is sampled, then for the method; the user's own win
-        preset = {**_preset(UNITS, unit), **_preset(METHODS, method)}
+        preset = {**recipe, **_preset(UNITS, unit), **_preset(METHODS, method)}
         config = TrainConfig.model_validate(preset | dict(settings))
     except ValidationError as error:
         raise UserError(_in_words(error)) from error

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, model_validator
 
-from lisatune.methods import METHODS, UNITS
+from lisatune.methods import METHODS, RECIPES, UNITS
 from lisatune.samplers import SAMPLERS, check_options, find_sampler
 from lisatune.settings.row import OneOf, row
 
@@ -32,6 +32,13 @@ class Sampling(BaseModel):
         "lora (adapters, by peft); full (every parameter in every step); mezo (zeroth-order, without a backward pass).",
         choices=METHODS.__getitem__,
     )
+    recipe: Annotated[str, OneOf(RECIPES)] = row(
+        "auto",
+        "What lisa is where you leave it open. auto: slices, the best that is known at this memory; layers, if you set "
+        "num_active, interval_steps or the sampler. paper: LISA as published.",
+        methods=("lisa",), free=True,
+        never_with={"sampled_unit=slices": "which is not the paper's"},
+    )  # fmt: skip
     num_active: int = row(
         2, "Number of decoder layers that train at a time (gamma). Embedding and head train with them.", ge=0,
         methods=LAYERWISE,
@@ -61,7 +68,7 @@ class Sampling(BaseModel):
     )
     sampled_unit: Annotated[str, OneOf(UNITS)] = row(
         "layers",
-        "What is sampled: decoder layers, their attention and MLP halves, single matrices (MISA), or a block of rows of "
+        "What is sampled (the default depends on recipe): decoder layers, their attention and MLP halves, single matrices (MISA), or a block of rows of "
         "every matrix (slices).",
         methods=LAYERWISE, choices=UNITS.__getitem__,
     )  # fmt: skip

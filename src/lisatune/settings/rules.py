@@ -143,5 +143,8 @@ def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
     for name, value in used_settings(config).items():
         alone = ROWS[name].one_process
         alone = value in alone if isinstance(alone, tuple) else alone and is_on(name, config)
-        if alone or (ROWS[name].choices and (_choice(name, config).processes or num_ranks) < num_ranks):
-            raise UserError(f"{name}={value} works on one process alone: leave it out, or start one")
+        if alone:
+            raise UserError(f"{name}={value} works on one process only: leave it out, or start one process")
+        if ROWS[name].choices and ((choice := _choice(name, config)).processes or num_ranks) < num_ranks:
+            instead = getattr(choice, "instead", "choose another")
+            raise UserError(f"{name}={value} works on one process only: {instead}, or start one process")
