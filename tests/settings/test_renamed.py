@@ -43,6 +43,13 @@ def test_a_run_that_was_stopped_under_the_old_name_resumes(old):
     assert differences(before | {old: 8}, now) == [f"{NEW_NAMES[old]}={OLD[old]} (was 8)"]
 
 
+def test_a_run_that_was_stopped_before_there_was_a_setting_resumes():
+    now = used_settings(build_config(NEEDED))
+    before = {name: value for name, value in now.items() if name != "state_policy"}
+    assert differences(before, now) == []
+    assert differences(before, now | {"state_policy": "keep"}) == ["state_policy=keep (was reset_layers)"]
+
+
 def test_a_comparison_understands_old_names():
     given = NEEDED | {"method": ["lisa", "full"], "eval_rows": 3, "max_steps": 9}
     with pytest.warns(RenamedSetting):

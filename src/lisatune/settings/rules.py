@@ -124,8 +124,10 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         ['seed=1 (was 0)']
     """
     before = with_new_names(before, warn=False)
-    names = [name for name, row in ROWS.items() if not row.free and before.get(name) != now.get(name)]
-    return [f"{name}={now.get(name)} (was {before.get(name)})" for name in names]
+    # a run of an earlier version lacks newer settings; it did what is their default now
+    was = {name: before.get(name, _default(name) if name in now else None) for name in ROWS}
+    names = [name for name, row in ROWS.items() if not row.free and was[name] != now.get(name)]
+    return [f"{name}={now.get(name)} (was {was[name]})" for name in names]
 
 
 def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
