@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hostile
-from lisatune import UserError, learner
+from lisatune import UserError, assemble
 from lisatune.common.run_folder import check_output
 from lisatune.data.formats import parse_row, read_rows
 from lisatune.data.loader import Batch
@@ -89,7 +89,7 @@ def make_learner():
     """A model as small as can be, before its first step."""
     model = make_llama(layers=2, vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2)
     config = build_config(hostile.NEEDED | {"num_active": 1, "interval_steps": 2, "device": "cpu", "dtype": "float32"})
-    return learner.make_learner(config, model, torch.device("cpu"))
+    return assemble.make_learner(config, model, torch.device("cpu"))
 
 
 def take_step(some, step):
@@ -256,7 +256,7 @@ def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
 def test_settings_that_were_holes_are_refused_in_words(folder, layers, text, message):
     (folder / "holes.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        learner.make_method(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), []))).make_engine(
+        assemble.make_method(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), []))).make_engine(
             layers
         )
     hostile.refusal(caught.value)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
-from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, move_state
+from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, move_state, state_device
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.scores import gradient_sq_norms
 
@@ -204,9 +204,8 @@ class LisaEngine:
             if not parameter.requires_grad:
                 drop_state(optimizer, parameter)
             return
-        # of an optimizer whose state is never on the device, state_device tells so
-        here = getattr(optimizer, "state_device", None) or parameter.device
-        move_state(optimizer, parameter, here if parameter.requires_grad else torch.device("cpu"))
+        here = state_device(optimizer, parameter) if parameter.requires_grad else torch.device("cpu")
+        move_state(optimizer, parameter, here)
 
     def _check_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         for optimizer in optimizers:

@@ -15,15 +15,12 @@ from torch import Tensor
 
 from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
-from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.levers.base import Lever
 from lisatune.loss import batch_loss
 from lisatune.methods.base import Method
-from lisatune.optim.adamw import AdamW
 from lisatune.optim.build import clip_gradients
 from lisatune.optim.row_gradients import RowGradients
-from lisatune.optim.suited import move_state
 from lisatune.placement.base import OnDevice
 from lisatune.slices.engine import SliceEngine
 
@@ -135,34 +132,7 @@ class Learner:
         """The parts that change in a step now."""
         return self.method.trained_parts().union(*(lever.also_trains(self) for lever in self.levers))
 
-    def place_state(self, parameter: torch.nn.Parameter, saved: dict[str, Any]) -> None:
-        """Copy saved optimizer state to where the optimizer and the engine hold that of ``parameter``."""
-        if isinstance(self.optimizer, AdamW):
-            self.optimizer.place_state(parameter, saved)
-        else:
-            _check_shapes(self.optimizer, parameter, saved)
-            fused = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
-            here, counter = parameter.device, parameter.device if fused else torch.device("cpu")
-            self.optimizer.state[parameter] = {
-                key: value.to(here if value.ndim else counter, copy=True) if isinstance(value, Tensor) else value
-                for key, value in saved.items()
-            }
-        if not parameter.requires_grad:
-            move_state(self.optimizer, parameter, torch.device("cpu"))  # state_policy=keep
-
     def _is_bad(self, loss: Tensor, norm: Tensor) -> bool:
         if loss.is_meta:
             return False  # there are no values
         return not (math.isfinite(loss.item()) and math.isfinite(norm.item()) and norm.item() <= self.bad_grad_norm)
-
-
-def _check_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: dict[str, Any]) -> None:
-    """Refuse saved state of another parameter, or half of one; of an optimizer but PyTorch's AdamW nothing is known."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        return
-    if saved.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-        raise UserError(f"the saved state of a parameter holds {', '.join(sorted(saved))[:200]}, which is not AdamW's")
-    for name, value in saved.items():
-        shape = torch.Size() if name == "step" else parameter.shape
-        if not isinstance(value, Tensor) or value.shape != shape:
-            raise UserError(f"the saved {name[:80]} is not of the shape {tuple(shape)}, so it is of another parameter")

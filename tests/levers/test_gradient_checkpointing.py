@@ -8,6 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lisatune import UserError, find_layers
+from lisatune.levers import activation_offloading
 from lisatune.levers.gradient_checkpointing import checkpoint_layers, is_checkpointed
 from lisatune.memory import offload
 from lisatune.memory.ledger import Ledger
@@ -15,6 +16,12 @@ from tiny import VOCABULARY, make_llama
 
 ROWS, POSITIONS, WIDTH = 2, 8, 32
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def checkpoint(decoder, num_layers=None, *, offload=False):
+    checkpoint_layers(decoder, num_layers)
+    if offload:
+        activation_offloading.offload_inputs(decoder)
 
 
 def make_model(kind, **settings):
@@ -76,7 +83,7 @@ def test_gradients_are_those_of_no_checkpointing_to_the_bit_for_every_draw(kind,
     checkpointed = []
     for num_layers in (None, 2):
         model = make_model(kind)
-        checkpoint_layers(find_layers(model).decoder, num_layers, offload=offload_inputs)
+        checkpoint(find_layers(model).decoder, num_layers, offload=offload_inputs)
         checkpointed.append(model)
     for active in [(), *combinations(range(4), 1), (0, 2), (1, 3), (0, 1, 2, 3)]:
         for train_embedding in (False, True):
@@ -115,7 +122,7 @@ def test_below_the_lowest_active_layer_nothing_is_differentiated_or_made_again(o
     """Counted: gradients that pass through a layer, and how often each layer runs."""
     model = make_llama().train()
     decoder = find_layers(model).decoder
-    checkpoint_layers(decoder, offload=offload_inputs)
+    checkpoint(decoder, offload=offload_inputs)
     calls, passed = count_calls(decoder), []
 
     def watch(number):
@@ -150,7 +157,7 @@ def held_after_forward(**options):
     with torch.device("meta"):
         model = make_llama().train()
     if options.pop("checkpointing"):
-        checkpoint_layers(find_layers(model).decoder, **options)
+        checkpoint(find_layers(model).decoder, **options)
     with Ledger(granularity=1) as ledger:
         tokens = torch.zeros(ROWS, POSITIONS, dtype=torch.int64, device="meta")
         positions = torch.arange(POSITIONS, device="meta")[None]
@@ -176,7 +183,7 @@ def test_inputs_of_layers_that_are_not_differentiated_are_not_offloaded(monkeypa
     sent, to_host = [], offload.to_host
     monkeypatch.setattr(offload, "to_host", lambda t: sent.append(t.shape) or to_host(t))
     model = make_llama().train()
-    checkpoint_layers(find_layers(model).decoder, offload=True)
+    checkpoint(find_layers(model).decoder, offload=True)
     draw(model, (2,), train_embedding=False)
     gradients(model)
     assert sent == [(ROWS, POSITIONS, WIDTH)] * 2
@@ -202,7 +209,7 @@ def test_at_most_two_offloaded_inputs_are_back_on_the_device(monkeypatch):
 
 def test_offloaded_inputs_serve_a_second_backward_pass():
     model = make_llama().train()
-    checkpoint_layers(find_layers(model).decoder, offload=True)
+    checkpoint(find_layers(model).decoder, offload=True)
     loss = model(input_ids=ids(), labels=ids()).loss
     loss.backward(retain_graph=True)
     first = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -212,7 +219,7 @@ def test_offloaded_inputs_serve_a_second_backward_pass():
 
 def test_two_forward_passes_before_their_backward_passes():
     plain, model = make_llama().train(), make_llama().train()
-    checkpoint_layers(find_layers(model).decoder, offload=True)
+    checkpoint(find_layers(model).decoder, offload=True)
     for m in (plain, model):
         losses = [m(input_ids=ids(seed), labels=ids(seed)).loss for seed in (1, 2)]
         for loss in losses:
@@ -234,7 +241,7 @@ def test_lora_adapters_get_their_gradients_though_no_input_asks_for_one(offload_
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
         if checkpointing:
-            checkpoint_layers(find_layers(model).decoder, offload=offload_inputs)
+            checkpoint(find_layers(model).decoder, offload=offload_inputs)
         return model
 
     expected = gradients(make(False))
@@ -277,7 +284,7 @@ def test_a_cache_is_taken_away_wherever_it_comes():
 
 def test_a_deep_copy_has_layers_of_its_own():
     model = make_llama().train()
-    checkpoint_layers(find_layers(model).decoder, offload=True)
+    checkpoint(find_layers(model).decoder, offload=True)
     gradients(model)
     model.zero_grad()
     other = copy.deepcopy(model)
@@ -313,7 +320,7 @@ def test_cuda_gradients_are_the_same(offload_inputs):
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         plain, model = make_llama(layers=8).cuda().train(), make_llama(layers=8).cuda().train()
-        checkpoint_layers(find_layers(model).decoder, offload=offload_inputs)
+        checkpoint(find_layers(model).decoder, offload=offload_inputs)
         tokens = ids().cuda()
         for active in [(0,), (4,), (7,), (2, 5)]:
             for m in (plain, model):
@@ -334,7 +341,7 @@ def test_cuda_each_lever_lowers_the_peak():
         )
         draw(model, (0,))
         if checkpointing:
-            checkpoint_layers(find_layers(model).decoder, offload=offload_inputs)
+            checkpoint(find_layers(model).decoder, offload=offload_inputs)
         tokens = torch.randint(3, VOCABULARY, (4, 2048), device="cuda")
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
+from lisatune.levers import activation_offloading
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.levers.offload_frozen import HostLayers, rest_to_device
 from lisatune.memory import offload
@@ -40,7 +41,9 @@ def make_qwen2():
 
 def stream(model, device=CPU, *, offload_inputs=False):
     decoder = find_layers(model).decoder
-    checkpoint_layers(decoder, offload=offload_inputs)
+    checkpoint_layers(decoder)
+    if offload_inputs:
+        activation_offloading.offload_inputs(decoder)
     return HostLayers(decoder, device)
 
 

@@ -7,8 +7,9 @@ is a file here and a line there. ``offload_frozen`` says where weights are kept,
 
 from __future__ import annotations
 
+from lisatune.levers.activation_offloading import ActivationOffloading
 from lisatune.levers.base import Lever
-from lisatune.levers.frozen_steps import FrozenSteps
+from lisatune.levers.frozen_learning_rate import FrozenLearningRate
 from lisatune.levers.gradient_checkpointing import GradientCheckpointing
 from lisatune.levers.inverse_chance import InverseChance
 from lisatune.levers.optimizer_in_backward import OptimizerInBackward
@@ -16,8 +17,9 @@ from lisatune.levers.vocabulary_blocks import VocabularyBlocks
 
 LEVERS: dict[str, type[Lever]] = {
     "gradient_checkpointing": GradientCheckpointing,
+    "activation_offloading": ActivationOffloading,
     "vocabulary_blocks": VocabularyBlocks,
     "optimizer_in_backward": OptimizerInBackward,
-    "frozen_learning_rate": FrozenSteps,
+    "frozen_learning_rate": FrozenLearningRate,
     "inverse_chance": InverseChance,  # after whatever else hooks into the optimizer's step
 }

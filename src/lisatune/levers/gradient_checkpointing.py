@@ -5,15 +5,13 @@ Shapes: B rows, T positions, D width.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
@@ -21,7 +19,9 @@ from transformers.cache_utils import Cache
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.levers.base import Lever
-from lisatune.memory.offload import Shuttle
+
+if TYPE_CHECKING:
+    from lisatune.levers.activation_offloading import HostInputs
 
 
 @dataclass(kw_only=True)
@@ -29,15 +29,14 @@ class GradientCheckpointing(Lever):
     """Puts ``checkpoint_layers`` on: all decoder layers, or the lowest few. The arguments are settings."""
 
     gradient_checkpointing: bool | int
-    activation_offloading: bool
 
     def on_model(self, layers: Layers) -> None:
         """Checkpoints come first: frozen layers in host memory are streamed inside of them."""
         count = None if self.gradient_checkpointing is True else self.gradient_checkpointing
-        checkpoint_layers(layers.decoder, count, offload=self.activation_offloading)
+        checkpoint_layers(layers.decoder, count)
 
 
-def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = None, *, offload: bool = False) -> None:
+def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = None) -> None:
     """Keep only the inputs of the lowest ``num_layers`` decoder layers; their activations are made again when needed.
 
     The same as calling each layer through ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``: gradients are
@@ -55,11 +54,9 @@ def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = Non
             argument, as in transformers; the other arguments (masks, rotary embeddings) are shared by all layers and are
             kept as they are. A key-value cache is taken away, because it would be written to twice.
         num_layers: How many to checkpoint, from the lowest; None: all.
-        offload: Keep the inputs in host memory. A layer must not write to its input (none in transformers does).
     Raises: UserError if there are fewer layers, or one is checkpointed already; and in the forward pass, if the input is
         no positional argument or a key-value cache comes filled.
-    Cost: one more forward pass of these layers. Kept are B * T * D elements for each; with ``offload`` two such tensors
-        are on the device at once (none on a CPU, where it is a plain copy), and each is copied twice.
+    Cost: one more forward pass of these layers. Kept are B * T * D elements for each; ``offload_inputs`` moves them away.
     Reference: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174.
     Example:
         >>> decoder = [nn.Linear(4, 4) for _ in range(3)]
@@ -77,10 +74,9 @@ def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = Non
             raise UserError(
                 "the model's own gradient checkpointing is on: call model.gradient_checkpointing_disable() first"
             )
-    inputs = HostInputs() if offload else None
     for index, layer in enumerate(decoder[:count]):
         # on the instance, so that hooks of the module stay outside and run once
-        layer.forward = CheckpointedForward(layer, index, inputs)  # type: ignore[assignment]
+        layer.forward = CheckpointedForward(layer, index)  # type: ignore[assignment]
 
 
 def is_checkpointed(layer: nn.Module) -> bool:
@@ -94,10 +90,10 @@ class CheckpointedForward:
     An object instead of a closure, so that a deep copy of the model calls the layers of the copy.
     """
 
-    def __init__(self, layer: nn.Module, index: int, inputs: HostInputs | None) -> None:
+    def __init__(self, layer: nn.Module, index: int) -> None:
         self.layer = layer
         self.index = index
-        self.inputs = inputs
+        self.inputs: HostInputs | None = None
         self.inner: Callable[..., Any] = layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,55 +124,6 @@ class CheckpointedForward:
         return any(t.requires_grad for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)) or any(
             p.requires_grad for p in self.layer.parameters()
         )
-
-
-class HostInputs:
-    """The inputs of checkpointed layers, in host memory from the forward pass to the backward pass.
-
-    When the backward pass fetches the input of a layer, the copy of the next lower one starts, so that it arrives while
-    the layer is computed.
-    """
-
-    def __init__(self) -> None:
-        self._shuttle: Shuttle | None = None
-        self._newest: dict[int, weakref.ref[_HostInput]] = {}
-
-    def __reduce__(self) -> tuple[type[HostInputs], tuple[()]]:
-        return HostInputs, ()  # a copy of the model begins with nothing in host memory
-
-    def instead_of(self, hidden: Tensor, index: int) -> AbstractContextManager[None]:
-        """While entered, what autograd saves of ``hidden``, the input of layer ``index``, is saved in host memory."""
-        if self._shuttle is None or self._shuttle.device != hidden.device:
-            self._shuttle = Shuttle(hidden.device)
-        shuttle, shape = self._shuttle, hidden.shape  # not ``hidden`` itself: the graph holds these functions
-
-        def pack(tensor: Tensor) -> Tensor | _HostInput:
-            # a checkpoint hides what is saved inside of it and saves its own input alone, beside which older torch saves
-            # an empty tensor; identity says nothing here, for autograd may hand over another view of the input
-            if tensor.shape != shape:
-                return tensor
-            kept = _HostInput(shuttle.send(tensor), self._newest.get(index - 1))
-            self._newest[index] = weakref.ref(kept)
-            return kept
-
-        def unpack(kept: Tensor | _HostInput) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
-            (tensor,) = shuttle.fetch([kept.host])
-            below = kept.below() if kept.below is not None else None
-            if below is not None:
-                shuttle.prefetch([below.host])
-            return tensor
-
-        return saved_tensors_hooks(pack, unpack)
-
-
-class _HostInput:
-    """An input in host memory, and the input of the layer below, if that is still waiting for its backward pass."""
-
-    def __init__(self, host: Tensor, below: weakref.ref[_HostInput] | None) -> None:
-        self.host = host
-        self.below = below
 
 
 def _without_cache(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.levers.base import Lever
+from lisatune.optim.adamw import AdamW
 
 if TYPE_CHECKING:
     from lisatune.learner import Learner
@@ -96,7 +97,7 @@ class ChanceCorrection:
 
     @torch.no_grad()
     def _keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rows = getattr(optimizer, "row_gradients", ())
+        rows: Container[Tensor] = optimizer.row_gradients if isinstance(optimizer, AdamW) else ()
         if self.chances and not any(p.grad is not None or p in rows for p in self.chances):
             raise UserError(
                 "no sampled parameter has a gradient when the optimizer steps: updates divided by chance do not go "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lisatune.errors import UserError
+from lisatune.optim.adamw import AdamW
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -56,6 +57,12 @@ def drop_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) 
         raise UserError(
             f"{type(optimizer).__name__} keeps optimizer state that cannot be dropped: give its optimizers as a list"
         )
+
+
+def state_device(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.device:
+    """Where ``optimizer`` wants the moments of ``parameter`` while it trains: with it, or where ``AdamW`` says."""
+    chosen = optimizer.state_device if isinstance(optimizer, AdamW) else None
+    return chosen or parameter.device
 
 
 def move_state(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, device: torch.device) -> None:

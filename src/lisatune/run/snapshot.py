@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -17,6 +17,7 @@ from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
 from lisatune.memory.blocks import whole_of
+from lisatune.optim.saved_state import place_state
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import as_shard, whole
 from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
@@ -164,12 +165,12 @@ class Snapshots:
         tensors: Mapping[str, dict[str, Any]], scalars: Mapping[str, dict[str, Any]],
     ) -> None:  # fmt: skip
         """Give ``parameters``, those of a part, the optimizer state that was in ``file`` and in ``state.json``."""
-        learner = self.learner
+        learner, place = self.learner, partial(place_state, self.learner.optimizer)
         for name, values in tensors.items():
             if name.partition("[")[0] not in parameters:
                 raise Damaged(f"{checkpoint.folder}: {file} holds {name[:80]}, which is not in that part of the model")
             try:
-                learner.method.place_state(name, parameters, values | scalars.get(name, {}), learner.place_state)
+                learner.method.place_state(name, parameters, values | scalars.get(name, {}), place)
             except (KeyError, TypeError, AttributeError, RuntimeError) as error:
                 raise Damaged(f"{checkpoint.folder}: {file} is not of this optimizer ({error})") from error
 

@@ -13,7 +13,7 @@ from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
 from lisatune.memory.blocks import Cut, Slots, cut_of
-from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of
+from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, state_device
 from lisatune.samplers import SAMPLERS
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
@@ -331,7 +331,7 @@ class SliceEngine:
             if state and old is not None:
                 self._kept[name, old] = {key: _on(value, torch.device("cpu")) for key, value in state.items()}
             if new is not None and (came := self._kept.pop((name, new), None)):
-                device = getattr(optimizer, "state_device", None) or slot.device
+                device = state_device(optimizer, slot)
                 optimizer.state[slot] = {key: _on(value, device) for key, value in came.items()}
 
     @staticmethod

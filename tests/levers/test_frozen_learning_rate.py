@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lisatune import LisaEngine, UniformSampler, UserError, find_layers
-from lisatune.levers.frozen_steps import InactiveUpdates
+from lisatune.levers.frozen_learning_rate import FrozenUpdates
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from tiny import VOCABULARY, make_llama
 
@@ -28,7 +28,7 @@ def test_frozen_matrices_take_the_steps_of_sgd(checkpointing):
     layers, reference = find_layers(fast), find_layers(slow)
     if checkpointing:
         checkpoint_layers(layers.decoder)
-    InactiveUpdates(layers.decoder, lr=0.1)
+    FrozenUpdates(layers.decoder, lr=0.1)
     optimizer = torch.optim.SGD(fast.parameters(), lr=0.0)
     engine = LisaEngine(layers, UniformSampler(4, 1, seed=0), interval_steps=1)
     for step in range(3):
@@ -57,7 +57,7 @@ def test_the_gradients_of_what_trains_are_those_of_before(llama):
         layers = find_layers(model)
         LisaEngine(layers, UniformSampler(4, 1, seed=1)).begin_step(0, torch.optim.SGD(model.parameters()))
         if model is llama:
-            InactiveUpdates(layers.decoder, lr=10.0)
+            FrozenUpdates(layers.decoder, lr=10.0)
         model(input_ids=IDS, labels=IDS).loss.backward()
     for a, b in zip(llama.parameters(), reference.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None)
@@ -66,7 +66,7 @@ def test_the_gradients_of_what_trains_are_those_of_before(llama):
 
 def test_without_gradients_nothing_moves(llama):
     layers = find_layers(llama)
-    InactiveUpdates(layers.decoder, lr=0.1)
+    FrozenUpdates(layers.decoder, lr=0.1)
     llama.requires_grad_(False)
     before = {n: w.clone() for n, w in matrices(layers).items()}
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_without_gradients_nothing_moves(llama):
 def test_in_bfloat16_small_steps_arrive_on_average():
     layer = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     layer.weight.fill_(1.0)
-    updates = InactiveUpdates([nn.Sequential(layer)], lr=1e-4)
+    updates = FrozenUpdates([nn.Sequential(layer)], lr=1e-4)
     for number in range(20):
         updates.number = number
         layer(torch.ones(1, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
@@ -93,8 +93,8 @@ def test_blocks_change_nothing(monkeypatch):
     for model in (a, b):
         layers = find_layers(model)
         if model is b:
-            monkeypatch.setattr("lisatune.levers.frozen_steps.BLOCK", 100)
-        InactiveUpdates(layers.decoder, lr=0.1)
+            monkeypatch.setattr("lisatune.levers.frozen_learning_rate.BLOCK", 100)
+        FrozenUpdates(layers.decoder, lr=0.1)
         for layer in layers.decoder:
             layer.requires_grad_(False)
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -103,13 +103,13 @@ def test_blocks_change_nothing(monkeypatch):
 
 def test_a_model_without_such_matrices_is_refused():
     with pytest.raises(UserError, match=r"no decoder layer holds an nn\.Linear"):
-        InactiveUpdates([nn.Sequential(nn.LayerNorm(3))], lr=0.1)
+        FrozenUpdates([nn.Sequential(nn.LayerNorm(3))], lr=0.1)
 
 
 def test_steps_by_the_sign_are_of_one_length():
     layer = nn.Linear(3, 2, bias=False).requires_grad_(False)
     before = layer.weight.clone()
-    InactiveUpdates([nn.Sequential(layer)], lr=0.5, sign=True)
+    FrozenUpdates([nn.Sequential(layer)], lr=0.5, sign=True)
     input = torch.tensor([[1.0, -3.0, 0.0]], requires_grad=True)
     layer(input).sum().backward()
     assert torch.equal(layer.weight, before - 0.5 * torch.tensor([[1.0, -1.0, 0.0]]))

@@ -23,18 +23,18 @@ BLOCK = 2**22  # elements of a gradient that exist at a time
 
 
 @dataclass(kw_only=True)
-class FrozenSteps(Lever):
-    """Puts ``InactiveUpdates`` on. Its rate follows the schedule of the learning rate. The arguments are settings."""
+class FrozenLearningRate(Lever):
+    """Puts ``FrozenUpdates`` on. Its rate follows the schedule of the learning rate. The arguments are settings."""
 
     frozen_learning_rate: float
     frozen_step: Step
     learning_rate: float
     seed: int
-    updates: InactiveUpdates = field(init=False, repr=False)
+    updates: FrozenUpdates = field(init=False, repr=False)
 
     def put_on(self, learner: Learner) -> None:
         """Let the matrices of frozen decoder layers step in the backward pass."""
-        self.updates = InactiveUpdates(
+        self.updates = FrozenUpdates(
             learner.layers.decoder, self.frozen_learning_rate, self.seed, sign=self.frozen_step == "sign"
         )
 
@@ -51,7 +51,7 @@ class FrozenSteps(Lever):
         return {part for part in learner.layers.parts() if part.startswith("layers.")} if begun else set()
 
 
-class InactiveUpdates:
+class FrozenUpdates:
     """Plain gradient descent on the matrices of frozen decoder layers, inside the backward pass and with no state::
 
         weight -= lr * grad_output.T @ input
@@ -81,7 +81,7 @@ class InactiveUpdates:
     Example:
         >>> layer = nn.Sequential(nn.Linear(2, 1, bias=False)).requires_grad_(False)
         >>> _ = layer[0].weight.fill_(1.0)
-        >>> updates = InactiveUpdates([layer], lr=0.5)
+        >>> updates = FrozenUpdates([layer], lr=0.5)
         >>> layer(torch.tensor([[1.0, 3.0]], requires_grad=True)).sum().backward()
         >>> layer[0].weight.tolist()
         [[0.5, -0.5]]
@@ -127,7 +127,7 @@ class InactiveUpdates:
 class _SteppingLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, updates: InactiveUpdates, place: int
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, updates: FrozenUpdates, place: int
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.updates, ctx.place = updates, place
