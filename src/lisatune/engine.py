@@ -210,12 +210,12 @@ class LisaEngine:
     def _check_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         for optimizer in optimizers:
             check_suited(optimizer, self.state_policy)
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         ever = self.trained_parts(tuple(range(len(self.pool))))
-        for part, own in self.layers.parts().items():
-            missing = [name for name, p in own.items() if p.is_floating_point() and id(p) not in held]
+        for part, parameters in self.layers.parts().items():
+            missing = [name for name, p in parameters.items() if p.is_floating_point() and id(p) not in known]
             if part in ever and missing:
-                raise UserError(_not_held(missing[0], part, frozen=not own[missing[0]].requires_grad))
+                raise UserError(_not_held(missing[0], part, frozen=not parameters[missing[0]].requires_grad))
         self._optimizers = optimizers
 
 

@@ -54,8 +54,8 @@ class Layers:
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one tensor."""
-        own = {id(p) for p in self.embedding.parameters()}
-        return self.head is not None and any(id(p) in own for p in self.head.parameters())
+        of_embedding = {id(p) for p in self.embedding.parameters()}
+        return self.head is not None and any(id(p) in of_embedding for p in self.head.parameters())
 
     @cached_property
     def first_position(self) -> int:
@@ -93,7 +93,7 @@ class Layers:
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters of each part, tied weights once."""
-        return {part: sum(p.numel() for p in own.values()) for part, own in self.parts().items()}
+        return {part: sum(p.numel() for p in parameters.values()) for part, parameters in self.parts().items()}
 
     def pool(self, *, train_embedding: Trains = True, train_head: Trains = True) -> tuple[str, ...]:
         """The parts that LISA draws from: the decoder layers, then embedding and head where they are ``sampled``.
@@ -202,7 +202,7 @@ class Layers:
 
     def _outside_names(self) -> str:
         """The outermost modules that hold nothing but what is outside, and single parameters."""
-        inside = [name for part, own in self.parts().items() if part != "outside" for name in own]
+        inside = [name for part, parameters in self.parts().items() if part != "outside" for name in parameters]
         names = list[str]()
         for name in self.parts()["outside"]:
             steps = name.split(".")

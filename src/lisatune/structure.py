@@ -94,11 +94,11 @@ def outside_modules(model: nn.Module, trunk: nn.Module, kept: list[nn.Module]) -
     (embedding, decoder layers, head). Above the text model, whatever stands next to a tower is outside too, as a
     projector is. What stands where there is no tower comes after the text model: a head, or a transform before it.
     """
-    held = {id(module) for item in kept for module in item.modules()}
+    of_kept = {id(module) for item in kept for module in item.modules()}
 
     def walk(module: nn.Module, in_trunk: bool) -> Iterator[nn.Module]:
         in_trunk = in_trunk or module is trunk
-        beside = [child for child in module.children() if not any(id(m) in held for m in child.modules())]
+        beside = [child for child in module.children() if not any(id(m) in of_kept for m in child.modules())]
         towers = [child for child in beside if any(is_stack(m) for m in child.modules())]
         if towers and not in_trunk:
             yield module
@@ -106,7 +106,7 @@ def outside_modules(model: nn.Module, trunk: nn.Module, kept: list[nn.Module]) -
         for tower in towers:
             yield from tower.modules()
         for child in module.children():
-            if id(child) not in held and child not in beside:
+            if id(child) not in of_kept and child not in beside:
                 yield from walk(child, in_trunk)
 
     return walk(model, in_trunk=False)
@@ -127,8 +127,8 @@ def fixed_by_authors(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         return
     for name, parameter in fresh.named_parameters():
         if name in frozen and not parameter.requires_grad:
-            parent, _, own = name.rpartition(".")
-            yield model.get_submodule(parent), own
+            parent, _, last = name.rpartition(".")
+            yield model.get_submodule(parent), last
 
 
 def _class_of(model: nn.Module) -> Callable[[Any], nn.Module]:

@@ -329,9 +329,9 @@ class _RowReader:
         roles = ROLES | dict(self.parser.roles)
         if isinstance(role, str) and (role in roles or role.lower() in roles):
             return roles.get(role) or roles[role.lower()]
-        told = f"'{shown(role)}'" if isinstance(role, str) else kind(role)
+        given = f"'{shown(role)}'" if isinstance(role, str) else kind(role)
         raise self._error(
-            f"turn {number} has {key} {told}; expected one of {', '.join(roles)}, or give its meaning, as in roles={{bot: assistant}}"
+            f"turn {number} has {key} {given}; expected one of {', '.join(roles)}, or give its meaning, as in roles={{bot: assistant}}"
         )
 
     def _weight(self, number: int, turn: Mapping[str, Any], role: str) -> float:

@@ -104,7 +104,7 @@ class Cut:
 
     def first_element(self, slot: Tensor) -> int:
         """Where in the flat parameter the block of ``slot`` begins."""
-        index = next(i for i, own in enumerate(self.slots) if own is slot)
+        index = next(i for i, candidate in enumerate(self.slots) if candidate is slot)
         return self.rows[index][0] * self.width
 
     def is_in_place(self) -> bool:

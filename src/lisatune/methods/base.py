@@ -82,7 +82,11 @@ class Method:
 
     @cached_property
     def _asking(self) -> set[str]:
-        return {part for part, own in self.layers.parts().items() if any(p.requires_grad for p in own.values())}
+        return {
+            part
+            for part, parameters in self.layers.parts().items()
+            if any(p.requires_grad for p in parameters.values())
+        }
 
     def states(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer

@@ -138,11 +138,11 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         width, first_of_all = _width(p), first_element(p)
         noise = f"moments {self.seed} {group['num_steps']} {index}"
-        for start, stop, held in self.moments.walk(state, self._spans(local(p)), p.device):
+        for start, stop, moments in self.moments.walk(state, self._spans(local(p)), p.device):
             grad = self._gradient(p, start // width, stop // width).view(-1)
             if sq_norm is not None:
                 sq_norm += torch.dot(grad, grad)
-            first, second = self.moments.load(held)
+            first, second = self.moments.load(moments)
             first.lerp_(grad, 1 - beta1)
             second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denominator = (second / (1 - beta2**t)).sqrt_().add_(group["eps"])
@@ -151,10 +151,10 @@ class AdamW(torch.optim.Optimizer):
             del grad, denominator  # two blocks less while the rest is rounded
             self._write(p, start, weight, group)
             if self.moments.bits == 32:
-                self.moments.store(held, first, second, None)
+                self.moments.store(moments, first, second, None)
             else:
                 bits = random_bits(noise, first_of_all + start, first_of_all + stop, p.device)
-                self.moments.store(held, first, second, bits)
+                self.moments.store(moments, first, second, bits)
 
     def _update_stateless(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
         width = _width(p)
@@ -264,13 +264,13 @@ class AdamW(torch.optim.Optimizer):
                 "hold: make the optimizer with the state_bits that the state was saved with"
             )
         state = {"step": torch.zeros(())} | self.moments.zeros(local(p))
-        for name, held in state.items():
-            if local(saved[name]).shape != held.shape:
+        for name, entry in state.items():
+            if local(saved[name]).shape != entry.shape:
                 raise UserError(
-                    f"the saved {name} has the shape {tuple(saved[name].shape)} instead of {tuple(held.shape)}: it is of "
+                    f"the saved {name} has the shape {tuple(saved[name].shape)} instead of {tuple(entry.shape)}: it is of "
                     "another parameter"
                 )
-            held.copy_(local(saved[name]))
+            entry.copy_(local(saved[name]))
         self.state[p] = state
 
 

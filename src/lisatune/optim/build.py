@@ -65,8 +65,8 @@ def parameter_groups(
         forgets = stateless or (stateless_slices and hasattr(p, "cut_into"))
         groups.setdefault((p.ndim < 2, forgets, ratio), []).append(p)
     return [
-        {"params": own, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets}
-        for (vector, forgets, ratio), own in groups.items()
+        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets}
+        for (vector, forgets, ratio), members in groups.items()
     ]
 
 

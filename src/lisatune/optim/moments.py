@@ -55,9 +55,9 @@ class Moments:
     Example:
         >>> moments, weight = Moments(8), torch.zeros(512)
         >>> state = moments.zeros(weight)
-        >>> for start, stop, held in moments.walk(state, [(0, 256), (256, 512)], weight.device):
-        ...     first, second = moments.load(held)
-        ...     moments.store(held, first + 1, second + 4, torch.zeros(256, dtype=torch.int32))
+        >>> for start, stop, block in moments.walk(state, [(0, 256), (256, 512)], weight.device):
+        ...     first, second = moments.load(block)
+        ...     moments.store(block, first + 1, second + 4, torch.zeros(256, dtype=torch.int32))
         >>> [(name, t.dtype, t[0].item()) for name, t in state.items() if name != "exp_avg_scale"]
         [('exp_avg', torch.int8, 127), ('exp_avg_sq', torch.uint8, 255), ('exp_avg_sq_scale', torch.float32, 4.0)]
     """
@@ -105,42 +105,42 @@ class Moments:
             for (start, stop), part in zip(spans, parts, strict=True):
                 yield start, stop, part
 
-    def load(self, held: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def load(self, block: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Both moments in float32, shape (n,); of 32 bits the very tensors that hold them."""
-        first, second = held["exp_avg"], held["exp_avg_sq"]
+        first, second = block["exp_avg"], block["exp_avg_sq"]
         if self.bits == 8:
             return (
-                _values(first, held["exp_avg_scale"], FIRST_TOP),
-                _values(second, held["exp_avg_sq_scale"], SECOND_TOP),
+                _values(first, block["exp_avg_scale"], FIRST_TOP),
+                _values(second, block["exp_avg_sq_scale"], SECOND_TOP),
             )
         return first.float(), second.float()
 
-    def store(self, held: dict[str, Tensor], first: Tensor, second: Tensor, bits: Tensor | None) -> None:
+    def store(self, block: dict[str, Tensor], first: Tensor, second: Tensor, bits: Tensor | None) -> None:
         """Write both moments back into the tensors they were loaded from.
 
         Args:
-            held: What ``walk`` gave.
+            block: What ``walk`` gave.
             first: float32, shape (n,).
             second: float32, shape (n,), not negative. One that is positive stays so: else the update would be divided
                 by eps alone.
             bits: 32 random bits for each element, int32, shape (n,); None for 32 bits of state, which need none.
         """
         if self.bits == 32:
-            held["exp_avg"].copy_(first)
-            held["exp_avg_sq"].copy_(second)
+            block["exp_avg"].copy_(first)
+            block["exp_avg_sq"].copy_(second)
             return
         assert bits is not None
         low, high = bits & 0xFFFF, (bits >> 16).bitwise_and_(0xFFFF)
         if self.bits == 16:
-            held["exp_avg"].copy_(round_stochastically(first, low))
-            held["exp_avg_sq"].copy_(round_stochastically(second, high))
+            block["exp_avg"].copy_(round_stochastically(first, low))
+            block["exp_avg_sq"].copy_(round_stochastically(second, high))
             return
         codes, scale = _codes(first, FIRST_TOP, low)
-        held["exp_avg"].copy_(codes.copysign_(first))
-        held["exp_avg_scale"].copy_(scale)
+        block["exp_avg"].copy_(codes.copysign_(first))
+        block["exp_avg_scale"].copy_(scale)
         codes, scale = _codes(second, SECOND_TOP, high)
-        held["exp_avg_sq"].copy_(torch.maximum(codes, second.sign()))
-        held["exp_avg_sq_scale"].copy_(scale)
+        block["exp_avg_sq"].copy_(torch.maximum(codes, second.sign()))
+        block["exp_avg_sq_scale"].copy_(scale)
 
 
 def _power(x: Tensor, top: int) -> Tensor:

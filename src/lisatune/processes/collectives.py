@@ -78,11 +78,11 @@ def together() -> Iterator[None]:
         error = caught
     if num_ranks() == 1 and error is not None:
         raise error
-    told = gathered(None if error is None else str(error))
-    failed = [number for number, text in enumerate(told) if text is not None]
+    sentences = gathered(None if error is None else str(error))
+    failed = [number for number, text in enumerate(sentences) if text is not None]
     if failed and rank() == 0:
         where = "" if len(failed) == num_ranks() else f"on rank {_listed(failed)} of {num_ranks()}: "
-        raise UserError(where + told[failed[0]]) from error
+        raise UserError(where + sentences[failed[0]]) from error
     if failed:
         raise SystemExit(2)
 
@@ -94,11 +94,11 @@ def check_alike(facts: dict[str, Any]) -> None:
         facts: What has to be equal everywhere, by the name that people know it by; plain values.
     Raises: UserError that names what differs and on which ranks.
     """
-    everyone = gathered(facts)
-    for name, first in everyone[0].items():
-        others = [number for number, theirs in enumerate(everyone) if theirs[name] != first]
+    values = gathered(facts)
+    for name, first in values[0].items():
+        others = [number for number, theirs in enumerate(values) if theirs[name] != first]
         if others:
-            theirs = everyone[others[0]][name]
+            theirs = values[others[0]][name]
             raise UserError(
                 f"the ranks were not given the same: {name} is {theirs} on rank {_listed(others)}, but {first} on rank 0; "
                 "start them all with the same settings and files"

@@ -45,8 +45,8 @@ def write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> lis
         files: The same names everywhere; a plain tensor is equal everywhere too, and is written by one of them.
     Returns: The files of this process, which have been written, but not flushed to the disk.
     """
-    numbers = {tensor: i for i, held in enumerate(files.values(), start=1) for tensor in held}
-    everything = {name: tensor for held in files.values() for name, tensor in held.items()}
+    numbers = {tensor: i for i, tensors in enumerate(files.values(), start=1) for tensor in tensors}
+    everything = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     with _quiet():
         save(everything, storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True))
     written = []
@@ -66,9 +66,9 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self._reader = HuggingFaceStorageReader(str(folder))
         found = self._reader.read_metadata().state_dict_metadata
-        tensors = {name: held for name, held in found.items() if isinstance(held, TensorStorageMetadata)}
-        self.shapes = {name: held.size for name, held in tensors.items()}
-        self.dtypes = {name: held.properties.dtype for name, held in tensors.items()}
+        tensors = {name: entry for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+        self.shapes = {name: entry.size for name, entry in tensors.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
 
     def read(self, into: dict[str, Tensor]) -> None:
         """Copy tensors into those given by name, which may be shards; all processes ask for the same."""
@@ -82,8 +82,8 @@ def write_whole_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -
     Each process writes its shards, then one puts the pieces together on the disk: nowhere is more than a shard in memory.
     It takes twice the room while it lasts.
     """
-    numbers = {tensor: i for i, held in enumerate(files.values(), start=1) for tensor in held}
-    everything = {name: tensor for held in files.values() for name, tensor in held.items()}
+    numbers = {tensor: i for i, tensors in enumerate(files.values(), start=1) for tensor in tensors}
+    everything = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True, enable_consolidation=True)
     with _quiet():
         save(everything, storage_writer=writer)

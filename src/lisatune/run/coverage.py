@@ -27,11 +27,11 @@ def describe_coverage(config: TrainConfig, learner: Learner, num_steps: int) -> 
     rates = {part: config.learning_rate * ratio for part, ratio in _ratios(config, learner).items() if part in shares}
     lines = []
     if len(set(rates.values())) > 1 or min(shares.values(), default=1.0) < 1:
-        said = [
+        described = [
             f"{part} {rates[part] * share:.2g}" + (f" ({rates[part]:.2g} in {100 * share:.2g}% of steps)" if share < 1 else "")
             for part, share in shares.items()
         ]  # fmt: skip
-        lines.append(f"effective learning rates: {', '.join(said)}")
+        lines.append(f"effective learning rates: {', '.join(described)}")
     if learner.engine is not None:
         lines += _untrained(config, learner.engine, num_steps)
     return lines
@@ -93,8 +93,8 @@ def _shares(learner: Learner) -> dict[str, float]:
 
 
 def _trains(learner: Learner, part: str) -> bool:
-    own = learner.layers.parts()[{"layers": "layers.0", "norms": "norm"}.get(part, part)]
-    return any(p.requires_grad for p in own.values())
+    parameters = learner.layers.parts()[{"layers": "layers.0", "norms": "norm"}.get(part, part)]
+    return any(p.requires_grad for p in parameters.values())
 
 
 def _ratios(config: TrainConfig, learner: Learner) -> dict[str, float]:

@@ -57,10 +57,10 @@ def make_sampler(
     """
     check_options(name, options)
     kind = find_sampler(name)
-    own = {field.name for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    taken = {field.name for field in fields(kind) if field.init}  # type: ignore[arg-type]
     common = dict(zip(COMMON, (num_layers, num_active, interval_steps, seed, names), strict=True))
     try:
-        return kind(**{name: value for name, value in common.items() if name in own}, **options)
+        return kind(**{name: value for name, value in common.items() if name in taken}, **options)
     except UserError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
@@ -95,14 +95,14 @@ def check_options(name: str, options: Iterable[str]) -> None:
 
     Raises: UserError naming the first.
     """
-    own = {field.name: field for field in fields(find_sampler(name)) if field.init and field.name not in COMMON}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(find_sampler(name)) if field.init and field.name not in COMMON}  # type: ignore[arg-type]
     for option in options:
         if option in (*COMMON, "name"):
             raise UserError(f"sampler_options: {option} is none of them, give it as a setting of its own or not at all")
-        if option not in own:
-            hint = did_you_mean(str(option), own) or f": it has {', '.join(own) or 'no options'}"
+        if option not in known:
+            hint = did_you_mean(str(option), known) or f": it has {', '.join(known) or 'no options'}"
             raise UserError(f"sampler {name} has no option '{option}'{hint}")
-    for option, field in own.items():
+    for option, field in known.items():
         if option not in options and field.default is MISSING and field.default_factory is MISSING:
             what = f": {field.metadata['needs']}" if "needs" in field.metadata else ""
             raise UserError(f"sampler {name} needs {option}{what}")

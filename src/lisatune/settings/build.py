@@ -59,8 +59,8 @@ def _preset(registry: Mapping[str, MethodChoice], name: Any) -> Mapping[str, Any
 
 def _in_words(error: ValidationError) -> str:
     first = error.errors()[0]
-    if isinstance(own := first.get("ctx", {}).get("error"), UserError):
-        return str(own)
+    if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
+        return str(cause)
     name = str(first["loc"][0]) if first["loc"] else "the configuration"
     if first["type"] == "missing":
         return f"{name} is missing: give --{name} or '{name}:' in the config file"

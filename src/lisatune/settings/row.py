@@ -69,8 +69,8 @@ def row(default: Any, help: str, **columns: Any) -> Any:
         >>> field.default, field.description, row_of(field).free
         (0, 'Seed of everything.', True)
     """
-    own = {name: columns.pop(name) for name in COLUMNS if name in columns}
-    return Field(default, description=help, json_schema_extra=Row(**own), **columns)
+    truths = {name: columns.pop(name) for name in COLUMNS if name in columns}
+    return Field(default, description=help, json_schema_extra=Row(**truths), **columns)
 
 
 class OneOf:

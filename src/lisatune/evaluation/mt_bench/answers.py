@@ -78,9 +78,9 @@ class Answerer:
         for turn in range(NUM_TURNS):
             for chat, question in zip(chats, questions, strict=True):
                 chat.append({"role": "user", "content": question.turns[turn]})
-            there = [i for i, chat in enumerate(chats) if self.records.get(self._key(chat)) is not None]
-            advance(len(there))
-            self._make([(questions[i].id, chat) for i, chat in enumerate(chats) if i not in set(there)], advance)
+            kept = [i for i, chat in enumerate(chats) if self.records.get(self._key(chat)) is not None]
+            advance(len(kept))
+            self._make([(questions[i].id, chat) for i, chat in enumerate(chats) if i not in set(kept)], advance)
             for i, chat in enumerate(chats):
                 record = self.records.get(self._key(chat))
                 assert record is not None
@@ -179,8 +179,8 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
-    own = model.generation_config.eos_token_id
-    listed = own if isinstance(own, list) else [own]
+    listed_there = model.generation_config.eos_token_id
+    listed = listed_there if isinstance(listed_there, list) else [listed_there]
     return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 

@@ -184,8 +184,8 @@ class Endpoint:
         if status in (401, 403):
             raise self._wrong_key(answer)
         if status in (400, 413, 422):
-            told = f"the judge at {self.url} refuses the request ({_told(answer)}): change the judge or its options"
-            raise RequestRefused(told, _field(answer.text))
+            refusal = f"the judge at {self.url} refuses the request ({_told(answer)}): change the judge or its options"
+            raise RequestRefused(refusal, _field(answer.text))
         if status in (408, 409, 429) or status >= 500:
             raise _Again(_told(answer), _retry_after(answer.headers.get("Retry-After")))
         if status != 200:

@@ -135,7 +135,7 @@ def names_of(models: Sequence[str]) -> list[str]:
     if twice:
         raise UserError(f"{twice[0]} is named twice: name each model once")
     parts = [[part for part in Path(model).parts if part != "/"] or [model] for model in models]
-    short = [own[-2] if own[-1] == "model" and len(own) > 1 else own[-1] for own in parts]
+    short = [path[-2] if path[-1] == "model" and len(path) > 1 else path[-1] for path in parts]
     return [name if short.count(name) == 1 else model for name, model in zip(short, models, strict=True)]
 
 

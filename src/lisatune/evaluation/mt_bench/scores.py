@@ -21,7 +21,7 @@ def score(questions: Sequence[Question], verdicts: Sequence[Turns]) -> dict[str,
     """A model's scores, overall and by category.
 
     A question's score is the mean of its turns' grades, a category's the mean of its questions', the model's the mean of
-    all questions'. A verdict without a grade counts as none, and is told of in ``num_unparsable``; a question without any
+    all questions'. A verdict without a grade counts as none, and is counted in ``num_unparsable``; a question without any
     grade is left out.
 
     Args:
@@ -31,8 +31,8 @@ def score(questions: Sequence[Question], verdicts: Sequence[Turns]) -> dict[str,
         ``num_questions`` that have a score, ``num_verdicts``, ``num_unparsable``, ``unparsable`` by reason; and the same of
         each category in ``by_category``.
     Example:
-        >>> told = score([Question("1", "maths", ("a", "b"))], [[Verdict(7), Verdict(None, "no grade")]])
-        >>> told["mean"], told["second_turn"], told["unparsable"]
+        >>> result = score([Question("1", "maths", ("a", "b"))], [[Verdict(7), Verdict(None, "no grade")]])
+        >>> result["mean"], result["second_turn"], result["unparsable"]
         (7.0, None, {'no grade': 1})
     """
     by_category = {

@@ -55,11 +55,11 @@ class Scored:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; each document's stay in ``scores.json``."""
-        told: dict[str, Any] = {"name": self.target.name, "model": self.target.model, "after": _plain(self.after)}
+        result: dict[str, Any] = {"name": self.target.name, "model": self.target.model, "after": _plain(self.after)}
         if self.before is None:
-            return told
+            return result
         differences = {task: difference(self.before[task], self.after[task]) for task in self.after}
-        return told | {"base": self.target.base, "before": _plain(self.before), "difference": differences}
+        return result | {"base": self.target.base, "before": _plain(self.before), "difference": differences}
 
 
 def find_target(name: str, output: Path | None = None) -> Target:
@@ -168,10 +168,10 @@ def _summarize(scored: Scored) -> None:
 
 
 def _plain(scores: dict[str, Score]) -> dict[str, Any]:
-    def without_values(told: dict[str, Any]) -> dict[str, Any]:
-        del told["values"]
-        for part in told["parts"].values():
+    def without_values(result: dict[str, Any]) -> dict[str, Any]:
+        del result["values"]
+        for part in result["parts"].values():
             without_values(part)
-        return told
+        return result
 
     return {task: without_values(asdict(score)) for task, score in scores.items()}

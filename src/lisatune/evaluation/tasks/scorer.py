@@ -57,8 +57,8 @@ class Scorer:
             self._tasks = {task.task_name: task for task in self._group.get_all_tasks()}
         for task in self._tasks.values():
             # as the harness does it: a task that says 0 keeps it, and one that says nothing has 0
-            own = task.get_config("num_fewshot")
-            if own is None or (num_fewshot is not None and own != 0):
+            of_task = task.get_config("num_fewshot")
+            if of_task is None or (num_fewshot is not None and of_task != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
 
     def __call__(
@@ -179,10 +179,10 @@ def _scores_of(item: Any, found: Mapping[str, Any], metric: str | None = None) -
     if not hasattr(item, "get_all_tasks"):
         yield item.task_name, _score(item.task_name, found, {}, metric)
         return
-    own = item.name != ASKED and item.has_aggregation
-    metric = metric or (item.aggregate_metric_list[0].metric if own else None)
+    has_score = item.name != ASKED and item.has_aggregation
+    metric = metric or (item.aggregate_metric_list[0].metric if has_score else None)
     parts = {name: score for child in item for name, score in _scores_of(child, found, metric)}
-    if own:
+    if has_score:
         yield item.name, _score(item.name, found, parts, metric)
     else:
         yield from parts.items()
