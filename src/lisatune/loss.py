@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.data.loader import Batch
+from lisatune.data.tokenize import IGNORED
 from lisatune.errors import UserError
 from lisatune.layers import Layers
 from lisatune.memory.blocks import Cut, cut_of
 from lisatune.optim.row_gradients import HeadPart, RowGradients
 from lisatune.slices.functions import whole_weight
 
-IGNORED = -100
 CHUNK_LOGITS = 2**25  # at most so many logits at once by default: 128 MiB in float32, 1,024 tokens of 32k, 261 of 128k
 
 

@@ -82,6 +82,8 @@ class Snapshots:
             torch.cuda.synchronize(learner.device)  # what is on its way to host memory has to be there
         if self._base is None:
             self._base = self._hash_base()
+
+        # what has changed since the last checkpoint; the rest is already on the disk
         changed = {part for part, step in learner.trained_at.items() if self._seen.get(part) != step}
         self._ever |= changed
         tensors: dict[str, dict[str, Tensor]] = {}
@@ -89,27 +91,20 @@ class Snapshots:
         scalars: dict[str, Any] = {}
         for part, parameters in self._trainable().items():
             states = learner.method.states(parameters, learner.optimizer)
-            names = {
-                f"weights-{part}": part in self._ever,
-                f"state-{part}": any(state for _, state in states.values()),
-            }
-            for name, present in names.items():
-                if not present:
-                    continue
-                if part not in changed and name in known:
-                    unchanged.add(name)
-                elif name.startswith("weights"):
-                    tensors[name] = {n: self._to_save(p) for n, p in parameters.items()}
-                else:
-                    tensors[name] = {
-                        f"{key}:{n}": self._to_save(as_shard(value, p))
-                        for n, (p, state) in states.items()
-                        for key, value in state.items()
-                        if isinstance(value, Tensor)
-                    }
-            held = {n: _scalars_of(state) for n, (_, state) in states.items()}
-            if any(held.values()):
-                scalars[part] = {n: values for n, values in held.items() if values}
+            weights_file, state_file = f"weights-{part}", f"state-{part}"
+            present = {weights_file} if part in self._ever else set()
+            present |= {state_file} if any(state for _, state in states.values()) else set()
+            still_right = present & known if part not in changed else set()
+            unchanged |= still_right
+            if weights_file in present - still_right:
+                tensors[weights_file] = {n: self._to_save(p) for n, p in parameters.items()}
+            if state_file in present - still_right:
+                tensors[state_file] = self._state_tensors(states)
+            numbers = {n: _scalars_of(state) for n, (_, state) in states.items()}
+            if any(numbers.values()):
+                scalars[part] = {n: values for n, values in numbers.items() if values}
+
+        # all that is no tensor
         content = State(
             standing=progress,
             drawn=learner.engine.drawn if learner.engine else None,
@@ -124,12 +119,23 @@ class Snapshots:
         self.checkpoints.save(progress.step, tensors, unchanged, content.model_dump(by_alias=True))
         self._seen = dict(learner.trained_at)
 
+    def _state_tensors(self, states: Mapping[str, tuple[Tensor, Mapping[str, Any]]]) -> dict[str, Tensor]:
+        """Tensors of optimizer state, ``<entry>:<parameter>``; ``states`` as ``Method.states`` gives them."""
+        return {
+            f"{key}:{name}": self._to_save(as_shard(value, parameter))
+            for name, (parameter, state) in states.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Put the learner where it was when ``checkpoint`` was saved; if that fails, it is not to be used.
 
         Raises: UserError if the base model is another one; Damaged if the checkpoint does not fit the model.
         """
         learner, state = self.learner, read_state_of(checkpoint)
+
+        # the base model, of which a checkpoint holds no copy
         self._base = self._hash_base()
         other = [part for part, digest in state.base.items() if self._base.get(part) != digest]
         if other:
@@ -137,16 +143,21 @@ class Snapshots:
                 f"the base model is not the one that the run began with: its {other[0]} has other weights; put the model "
                 f"back that {checkpoint.folder} was made from"
             )
+
+        # the files of the parts that train here
         trainable, files = self._trainable(), saved_files(checkpoint)
         weights = {part: f"weights-{part}" for part in trainable if f"weights-{part}" in files}
         states = {part: f"state-{part}" for part in trainable if f"state-{part}" in files}
         if strangers := files - {*weights.values(), *states.values()}:
             raise Damaged(f"{checkpoint.folder}: {min(strangers)} is of no part of this model")
+
         # weights first, since state goes where the weights that train now are
         store = open_store(checkpoint, in_shards=learner.placement.in_shards)
         for part, name in weights.items():
             _check_fit(checkpoint, name, trainable[part], store.shapes(name, trainable[part]))
         store.read_weights({name: trainable[part] for part, name in weights.items()})
+
+        # what was sampled, so that the same parameters ask for gradients as then; then the optimizer's state
         if learner.engine is not None:
             _check_draw(checkpoint, state, learner.engine)
             learner.engine.resume(state.progress.step, state.drawn, learner.optimizer, state.sampler)
@@ -176,10 +187,10 @@ class Snapshots:
 
     def _trainable(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parts to those of their parameters that the optimizer holds."""
-        held = {id(whole_of(p)) for group in self.learner.optimizer.param_groups for p in group["params"]}
+        optimized = {id(whole_of(p)) for group in self.learner.optimizer.param_groups for p in group["params"]}
         parts = self.learner.layers.parts()
-        found = {part: {n: p for n, p in own.items() if id(p) in held} for part, own in parts.items()}
-        return {part: own for part, own in found.items() if own}
+        found = {part: {n: p for n, p in every.items() if id(p) in optimized} for part, every in parts.items()}
+        return {part: parameters for part, parameters in found.items() if parameters}
 
     def _to_save(self, tensor: Tensor) -> Tensor:
         return self.learner.placement.to_save(tensor, behind=self.checkpoints.background)
@@ -188,11 +199,11 @@ class Snapshots:
         """SHA-256 of the weights as they are now, by part, and of what never trains in each: ``<part>/frozen``."""
         trainable = self._trainable()
         digests = {}
-        for part, own in self.learner.layers.parts().items():
+        for part, every in self.learner.layers.parts().items():
             trains = trainable.get(part, {})
             for name, parameters in {
                 part: trains,
-                f"{part}/frozen": {n: p for n, p in own.items() if n not in trains},
+                f"{part}/frozen": {n: p for n, p in every.items() if n not in trains},
             }.items():
                 if parameters:
                     digests[name] = _hash(parameters)
