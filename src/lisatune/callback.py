@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -22,6 +23,7 @@ from lisatune.trainer.processes import (
     prepare_shards,
     trainer_that_resumes,
 )
+from lisatune.trainer.record import Record, write_report
 from lisatune.trainer.settings import LisaSettings
 
 
@@ -48,6 +50,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         sampled_unit: ``layers``, pieces of them (``halves``, ``modules``), or ``slices``: blocks of rows of every matrix.
         num_slices: Only for slices: blocks that each matrix is cut into. Default: 15.
         train_norms: Only for slices: see ``SliceEngine``. Default: False.
+        report: Write ``report.html`` into the Trainer's ``output_dir`` at the end; needs matplotlib.
     Raises: UserError, when training begins, for a model that has adapters, a bidirectional model with a next-token loss,
         two of these callbacks, and a checkpoint made with other settings.
     Example: see examples/hf_trainer.py
@@ -68,6 +71,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         sampled_unit: str = "layers",
         num_slices: int | None = None,
         train_norms: Trains | None = None,
+        report: bool = False,
     ) -> None:
         if sampled_unit != "slices" and (num_slices is not None or train_norms is not None):
             raise UserError("num_slices and train_norms have no effect without sampled_unit='slices': leave them out")
@@ -82,10 +86,12 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._resumed = False
         self._after_backward: AfterBackward | None = None
         self._scores: dict[int, float] = {}
+        self.report = report
+        self._record: Record | None = None
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoint keeps of this callback."""
-        return {"args": self.settings.as_saved(), "attributes": {}}
+        return {"args": self.settings.as_saved(), "attributes": {"report": self.report}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Make ready for several processes, before the Trainer wraps the model."""
@@ -102,7 +108,9 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         else:
             self._copies = Copies(layers)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         """Find the layers; freeze nothing yet."""
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         check_alone(saved)
@@ -119,8 +127,10 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.settings.train_embedding is not True and checkpointed:
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
+        self._record = Record(self.engine, optimizer)
         if state.is_world_process_zero:
-            print(describe(self.engine, self.settings), *([unchecked] if unchecked else []), sep="\n")
+            told = [*describe(self.engine, self.settings), self._record.expected, *([unchecked] if unchecked else [])]
+            print(*(f"LISA: {line}" for line in told), sep="\n")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer once for each optimizer step, before its first forward."""
@@ -128,14 +138,23 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self.engine.begin_step(state.global_step, optimizer) and self._after_backward:
             self._after_backward.follow()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer when the optimizer has made its step."""
         assert self.engine is not None
+        assert self._record is not None
         self.engine.observe(state.global_step, self._scores)
+        self._record.step_is_done(optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let every parameter ask for gradients as before."""
+        """Let every parameter ask for gradients as before, and tell what was held."""
         assert self.engine is not None
+        assert self._record is not None
+        if state.is_world_process_zero:
+            print(f"LISA: {self._record.measured()}")
+            if self.report:
+                told = [*describe(self.engine, self.settings), self._record.expected, self._record.measured()]
+                name = type(self.engine.layers.model).__name__
+                write_report(Path(args.output_dir) / "report.html", name, told, self.engine, state.log_history)
         self.engine.release()
         self._resumed = False
         if self._after_backward:
@@ -169,16 +188,16 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._scores = self.engine.scores()
 
 
-def describe(engine: LisaEngine | SliceEngine, settings: LisaSettings) -> str:
+def describe(engine: LisaEngine | SliceEngine, settings: LisaSettings) -> list[str]:
     """What was found, what trains and what does not."""
     if isinstance(engine, SliceEngine):
-        return f"LISA: {engine.layers.describe()}\nLISA: {engine.describe()}, sampled by {settings.sampler}"
+        return [engine.layers.describe(), f"{engine.describe()}, sampled by {settings.sampler}"]
     pool = engine.pool
     always = sorted(engine.trained_parts(()))
     never = sorted({"embedding", "head"} - set(always) - set(pool) - ({"head"} if engine.layers.tied else set()))
-    text = f"LISA: {engine.layers.describe()}\nLISA: {settings.num_active} of {len(pool)} {settings.sampled_unit} "
-    text += f"train at a time, sampled by {settings.sampler} every {settings.interval_steps} steps"
+    text = f"{settings.num_active} of {len(pool)} {settings.sampled_unit} train at a time"
+    text += f", sampled by {settings.sampler} every {settings.interval_steps} steps"
     sampled = [part for part in ("embedding", "head") if part in pool]
     text += f" ({' and '.join(sampled)} with them)" if sampled else ""
     text += f"; {', '.join(always)} train in every step"
-    return text + (f"; {', '.join(never)} never" if never else "")
+    return [engine.layers.describe(), text + (f"; {', '.join(never)} never" if never else "")]

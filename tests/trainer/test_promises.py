@@ -158,3 +158,25 @@ def test_state_that_does_not_go_away_is_told(llama):
     step(llama, torch.randint(3, 128, (2, 8)), [one, two])
     with pytest.raises(UserError, match="Both keeps optimizer state that cannot be dropped: give its optimizers as a"):
         engine.begin_step(1, both)
+
+
+def test_bytes_are_told_before_and_after_and_a_page_is_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+    model = make_llama()
+    lisa = LisaCallback(**LISA, report=True)
+    fit(model, tmp_path, lisa, eval_strategy="no")
+    told = capsys.readouterr().out
+    # of 45,344 weights embedding, norm, head and one of four layers train: 17,504
+    assert "LISA: weights 0.2 MiB, gradients 0.1 MiB at most, optimizer state 0.1 MiB (full training: 0.3 MiB)" in told
+    assert "optimizer state 0.1 MiB at most" in told
+    trained = sum(
+        p.nbytes
+        for part in ("embedding", "norm", "head", "layers.0")
+        for p in find_layers(model).parts()[part].values()
+    )
+    counters = 4 * 12  # a step's number for each tensor
+    assert lisa._record.most_state_bytes == 2 * trained + counters
+    assert lisa._record._most_trained_bytes() == trained
+    page = (tmp_path / "report.html").read_text()
+    assert "Layers in training" in page
+    assert "train_runtime" in page
