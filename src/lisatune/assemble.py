@@ -33,7 +33,9 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     model, layers = method.prepare(model)
     for lever in levers:
         lever.on_model(layers)
-    placement = choose_placement(offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size)
+    placement = choose_placement(
+        offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size, whole=method.needs_whole_weights
+    )
     linear_head = placement.place(model, layers, device)
     method.start(layers, linear_head=linear_head)
     groups = make_groups(config, layers, model)

@@ -86,6 +86,7 @@ class Learner:
             )
             loss.backward()
             losses.append(loss.detach())
+        self.placement.sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         return self.placement.total(torch.stack(losses).sum())
 
     def clip(self) -> Tensor:

@@ -50,7 +50,7 @@ UNITS: dict[str, MethodChoice] = {
     "halves": MethodChoice(LISA),
     "modules": MethodChoice(LISA),
     "slices": MethodChoice(
-        "lisatune.methods.slices:Slices", processes=1, instead="set recipe=paper",
+        "lisatune.methods.slices:Slices",
         preset={
             "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
             "learning_rate": 3e-4,

@@ -6,18 +6,20 @@ It is decided once, by ``choose_placement``, and asked of the object that this r
 from __future__ import annotations
 
 from lisatune.placement.base import OnDevice
+from lisatune.placement.copies import Copies
 from lisatune.placement.in_host import InHost
 from lisatune.placement.sharded import Sharded
 from lisatune.processes.collectives import num_ranks
 
 
-def choose_placement(*, offload_frozen: bool, shard_size: int) -> OnDevice:
+def choose_placement(*, offload_frozen: bool, shard_size: int, whole: bool = False) -> OnDevice:
     """The placement for the processes that there are.
 
     Args:
         offload_frozen: Keep frozen decoder layers in host memory, on one process.
         shard_size: Processes that share each weight, if there are several.
+        whole: Each process needs all weights whole.
     """
     if num_ranks() > 1:
-        return Sharded(shard_size)
+        return Copies() if whole else Sharded(shard_size)
     return InHost() if offload_frozen else OnDevice()

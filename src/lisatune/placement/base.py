@@ -52,6 +52,9 @@ class OnDevice:
         """Sum over the processes of what each has computed of its share; may be in place."""
         return value
 
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Sum the gradients of ``parameters`` over the processes, if the backward pass has not done so."""
+
     def after_switch(self) -> None:
         """Parameters were frozen or thawed."""
 

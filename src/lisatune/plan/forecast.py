@@ -339,7 +339,7 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_meta:
                     ledger.book(value, f"state/{owner[whole_of(p)]}")
-    if not learner.placement.in_shards:
+    if num_ranks() == 1:
         return {}
     one, two = wires
     more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second

@@ -21,6 +21,10 @@ class Memory(BaseModel):
         "Number of processes that share one copy of the weights: 1 gives each its own (data parallel), all of them split it "
         "(FSDP), a number between makes copies of split ones (hybrid).",
         ge=1, free=True, ladder=1, pulled=None,
+        needs={
+            "sampled_unit!=slices or dp_shard_size=1": "cannot be more than 1 with sampled_unit=slices, which needs whole "
+            "weights in each process: leave it out",
+        },
     )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = row(
         "auto",
