@@ -23,7 +23,7 @@ class Memory(BaseModel):
         ge=1, free=True, ladder=1, pulled=None,
         needs={
             "sampled_unit!=slices or dp_shard_size=1": "cannot be more than 1 with sampled_unit=slices, which needs whole "
-            "weights in each process: leave it out",
+            "weights in each process: leave it out, or set recipe=paper",
         },
     )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = row(
