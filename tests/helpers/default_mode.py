@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-NUM_STEPS, LEARNING_RATE, ROWS, MAX_LENGTH = 6, 0.1, 4, 64
+NUM_STEPS, LEARNING_RATE, ROWS, MAX_LENGTH = 6, 0.005, 4, 64
 SETTINGS = {"adam_epsilon": 1.0, "max_steps": NUM_STEPS, "save_steps": 1, "learning_rate": LEARNING_RATE, "eval_rows": 6,
             "num_active": 2, "interval_steps": 4}  # fmt: skip
 MOVED = ("checkpointing", "inputs off the device", "frozen layers off the device", "moments off the device")

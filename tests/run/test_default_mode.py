@@ -1,8 +1,8 @@
 """The promises of equal bits where nobody asked MKL for them: each is kept to rounding, on every processor.
 
 The bits may differ there, and then the difference grows from step to step. An epsilon of 1 keeps Adam from making a whole step
-of a gradient that is but rounding. At this learning rate a step at most doubles how far two runs are apart, if the loss bends
-by less than 10 in any direction.
+of a gradient that is but rounding. Then a step multiplies how far two runs are apart by at most 1 + learning rate * curvature.
+The largest curvature of this model's loss was 37 before its first step (power iteration); 40 is allowed for.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from default_mode import MAX_LENGTH, MOVED, NUM_STEPS, ROWS, SETTINGS, distance
+from default_mode import LEARNING_RATE, MAX_LENGTH, MOVED, NUM_STEPS, ROWS, SETTINGS, distance
 from patience import HANG_SECONDS
 from places import HELPERS
 from rounding import apart_tiny_llama
@@ -21,7 +21,7 @@ from runs import weights
 from tiny import write_rows
 from torchrun import torchrun
 
-TOLERANCE = apart_tiny_llama(ROWS * MAX_LENGTH) * 2**NUM_STEPS
+TOLERANCE = apart_tiny_llama(ROWS * MAX_LENGTH) * (1 + 40 * LEARNING_RATE) ** NUM_STEPS
 
 
 @pytest.fixture(scope="module")
