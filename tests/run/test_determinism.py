@@ -115,18 +115,16 @@ def _as_before():
     torch.use_deterministic_algorithms(False)
 
 
-def test_another_processor_is_told_of(model_folder, data_file, tmp_path, monkeypatch, elsewhere):
-    run(model_folder, data_file, tmp_path / "run", 3, monkeypatch)
+def test_another_processor_is_told_of(model_folder, data_file, tmp_path, elsewhere):
+    run(model_folder, data_file, tmp_path / "run", 3)
     elsewhere()
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True)
     assert "now it is Another, AVX2: weights equal to the bit need the same" in said
 
 
 @pytest.mark.usefixtures("_as_before")
-def test_another_processor_is_refused_where_equal_bits_were_asked_for(
-    model_folder, data_file, tmp_path, monkeypatch, elsewhere
-):
-    run(model_folder, data_file, tmp_path / "run", 3, monkeypatch, full_determinism=True)
+def test_another_processor_is_refused_where_equal_bits_were_asked_for(model_folder, data_file, tmp_path, elsewhere):
+    run(model_folder, data_file, tmp_path / "run", 3, full_determinism=True)
     elsewhere()
     with pytest.raises(UserError, match="did not begin like this: processor was .*, now it is Another, AVX2"):
         run(model_folder, data_file, tmp_path / "run", resume=True, full_determinism=True)
