@@ -1,3 +1,5 @@
+from array import array
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,25 @@ def test_loss_and_gradients_equal_the_plain_ones(num_tokens, chunk_tokens, with_
         torch.autograd.grad(loss * 3, inputs), torch.autograd.grad(expected * 3, inputs), strict=True
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_weights_scale_each_token_s_loss(in_blocks):
+    """As the plain weighted sum, to rounding of float32 sums of 30 terms: 1e-6."""
+    hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    labels, weights = torch.arange(12), torch.rand(12)
+    labels[3] = -100
+    store = RowGradients() if in_blocks else None
+    loss = linear_cross_entropy(hidden, weight, labels, weights=weights, chunk_tokens=5, row_gradients=store)
+    losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    expected = (losses * weights).sum() / 11
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    wanted = torch.autograd.grad(expected, [hidden, weight])
+    loss.backward()
+    torch.testing.assert_close(hidden.grad, wanted[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(store.block(weight, 0, 30) if store else weight.grad, wanted[1], atol=1e-6, rtol=1e-5)
+    ones = linear_cross_entropy(hidden, weight, labels, weights=torch.ones(12))
+    assert torch.equal(ones, linear_cross_entropy(hidden, weight, labels))
 
 
 def test_the_divisor_is_the_whole_steps():
@@ -149,3 +170,38 @@ def test_row_gradients_of_a_computed_weight_are_refused():
     weight = torch.randn(9, 4, requires_grad=True)
     with pytest.raises(UserError, match="computed from other tensors"):
         linear_cross_entropy(torch.randn(3, 4), weight * 2, torch.arange(3), row_gradients=RowGradients())
+
+
+@pytest.mark.parametrize("linear_head", [True, False])
+def test_a_mixture_has_the_loss_of_transformers_with_that_of_its_routers(linear_head):
+    """To rounding of a mean of 22 float32 terms: 1e-6. Held-out loss, in evaluation mode, is cross-entropy alone."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from lisatune.data.loader import collate
+    from lisatune.data.tokenize import Encoded
+    from lisatune.layers import find_layers
+    from lisatune.loss import batch_loss
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
+        )
+    )  # fmt: skip
+    ids = [torch.arange(5, 17).tolist(), torch.arange(20, 30).tolist()]
+    batch = collate([[Encoded(array("i", row), array("i", row))] for row in ids], 0)
+    mask = batch.is_token.long()
+    labels = batch.input_ids.masked_fill(mask == 0, -100)
+    layers = find_layers(model)
+    model.train()
+    expected = model(input_ids=batch.input_ids, attention_mask=mask, labels=labels)
+    loss = batch_loss(layers, batch, batch.num_labelled, linear_head=linear_head)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-6, rtol=1e-6)
+    halves = [batch_loss(layers, half, batch.num_labelled, linear_head=linear_head) for half in batch.split(1)]
+    assert abs((sum(halves) - loss).item()) < 0.1 * loss.item()  # the balance of each half by itself
+    grads = torch.autograd.grad(loss, model.parameters())
+    for ours, theirs in zip(grads, torch.autograd.grad(expected.loss, model.parameters()), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    model.eval()
+    alone = batch_loss(layers, batch, batch.num_labelled, linear_head=linear_head)
+    torch.testing.assert_close(alone, expected.loss - 0.5 * expected.aux_loss, atol=1e-6, rtol=1e-6)

@@ -19,6 +19,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class BadRowError(UserError):
+    """A row that was met while a run was under way; what was trained so far is saved before it is told."""
+
+
 class Stopped(Exception):
     """A run was asked to stop by a signal, and has saved what it had.
 

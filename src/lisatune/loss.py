@@ -5,6 +5,8 @@ Shapes: N tokens, D width, V vocabulary, C tokens of one chunk.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     row_gradients: RowGradients | None = None,
     cut: Cut | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, a few tokens at a time.
 
@@ -50,6 +53,7 @@ def linear_cross_entropy(
         row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
             its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
         cut: If given, that of ``weight``: only its trained rows get a gradient, of their own shape.
+        weights: What each token's loss is multiplied by, shape (N,), float32. Default: 1 each.
     Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
     Raises: ValueError if ``hidden`` and ``labels`` differ in N; UserError for row gradients of a weight that is computed
         from others.
@@ -76,7 +80,7 @@ def linear_cross_entropy(
     rows, slots = ((), ()) if cut is None else (cut.rows, tuple(cut.slots))
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients,
-        rows, *slots,
+        None if weights is None else weights[labelled, None], rows, *slots,
     )  # fmt: skip
     return loss
 
@@ -92,6 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor: int,
         chunk_tokens: int,
         row_gradients: RowGradients | None,
+        weights: Tensor | None,
         slot_rows: tuple[tuple[int, int], ...],
         *slots: Tensor,
     ) -> Tensor:
@@ -99,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         leaves_part = wants_weight and row_gradients is not None
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight and not leaves_part else None
-        grad_slots = [torch.zeros_like(slot) for slot in slots] if any(ctx.needs_input_grad[8:]) else []
+        grad_slots = [torch.zeros_like(slot) for slot in slots] if any(ctx.needs_input_grad[9:]) else []
         grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
         log_normalisers = hidden.new_empty(len(hidden), dtype=torch.float32) if leaves_part else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -113,7 +118,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax = logits_CV.sub_(largest).exp_()
             total = softmax.sum(1, keepdim=True)
             log_normaliser = total.log() + largest
-            loss += (log_normaliser - target_logits).sum()
+            losses = log_normaliser - target_logits
+            loss += (losses if weights is None else losses * weights[rows]).sum()
             if log_normalisers is not None:
                 log_normalisers[rows] = log_normaliser[:, 0]
             if grad_hidden is None and grad_weight is None and grad_bias is None and not grad_slots:
@@ -121,7 +127,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # d loss / d logits = (softmax - one-hot) / divisor
             grad = softmax.div_(total)
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-            grad = grad.div_(divisor).to(weight.dtype)
+            grad = grad.div_(divisor) if weights is None else grad.mul_(weights[rows]).div_(divisor)
+            grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -133,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept: tuple[Tensor | None, ...] = ()
         if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
             kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())
-        ctx.weight, ctx.divisor, ctx.row_gradients = weight, divisor, row_gradients
+        ctx.weight, ctx.divisor, ctx.row_gradients, ctx.weights = weight, divisor, row_gradients, weights
         ctx.num_slots, ctx.num_grads = len(slots), 3 + len(grad_slots)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *grad_slots, *kept)
         return loss / divisor
@@ -144,10 +151,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, kept = ctx.saved_tensors[: ctx.num_grads], ctx.saved_tensors[ctx.num_grads :]
         if kept:
             hidden, labels, log_normaliser, bias = kept
-            part = HeadPart(hidden.detach(), labels, log_normaliser, bias, scale.float() / ctx.divisor)
+            factor = scale.float() / ctx.divisor
+            factor = factor.expand(len(labels), 1) if ctx.weights is None else factor * ctx.weights
+            part = HeadPart(hidden.detach(), labels, log_normaliser, bias, factor)
             ctx.row_gradients.add(ctx.weight, part)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
-        return (*grads[:3], None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))
+        return (*grads[:3], None, None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))
 
 
 def batch_loss(
@@ -163,14 +172,73 @@ def batch_loss(
         row_gradients: Where the head's gradient is left, if it is to be made a block at a time.
     """
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids + layers.first_position}
+    weights = None if batch.weights is None else batch.weights.flatten()
     if linear_head:
         assert isinstance(layers.head, nn.Linear)
-        hidden = layers.trunk(**inputs).flatten(0, 1)
+        hidden, routers = trunk_and_routers(layers, inputs)
+        hidden = hidden.flatten(0, 1)
         weight, bias = layers.head.weight, layers.head.bias
         bias_cut = cut_of(bias)
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             hidden, weight, batch.labels.flatten(), bias=whole_weight(bias_cut) if bias_cut else bias,
-            num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight),
+            num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight), weights=weights,
         )  # fmt: skip
-    logits = layers.model(**inputs, use_cache=False).logits.flatten(0, 1).float()
-    return torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / max(1, num_labelled)
+        return loss if routers is None else loss + router_loss(layers, batch, num_labelled, routers)
+    wants_routers = asks_for_router_loss(layers)
+    options = {"output_router_logits": True} if wants_routers else {}
+    output = layers.model(**inputs, use_cache=False, **options)
+    logits = output.logits.flatten(0, 1).float()
+    losses = torch.nn.functional.cross_entropy(
+        logits, batch.labels.flatten(), reduction="sum" if weights is None else "none"
+    )
+    loss = (losses if weights is None else (losses * weights).sum()) / max(1, num_labelled)
+    return loss + router_loss(layers, batch, num_labelled, output.router_logits) if wants_routers else loss
+
+
+def asks_for_router_loss(layers: Layers) -> bool:
+    """Whether the model is a mixture of experts whose config asks for its balancing loss in training."""
+    config: Any = layers.model.config
+    config = config.get_text_config()
+    wanted = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)
+    return bool(wanted) and layers.model.training
+
+
+def trunk_and_routers(layers: Layers, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The last hidden states, and the logits of each layer's router where the model's config asks for their loss."""
+    if not asks_for_router_loss(layers):
+        return layers.trunk(**inputs), None
+    output = layers.trunk_module(**inputs, use_cache=False, output_router_logits=True)
+    return output.last_hidden_state, output.router_logits
+
+
+def router_loss(layers: Layers, batch: Batch, num_labelled: int, router_logits: tuple[Tensor, ...]) -> Tensor:
+    """What transformers adds for a mixture of experts: ``router_aux_loss_coef`` times its balancing loss.
+
+    A micro-batch counts by its share of the step's labelled tokens, so one micro-batch gives the very loss of transformers.
+
+    Raises: UserError if transformers has no such loss for the model, or its gradient would be lost.
+    """
+    model: Any = layers.model
+    balance = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    if balance is None:
+        raise UserError(
+            f"config.json asks for a router loss (output_router_logits), which {type(model).__name__} does not have: set "
+            "output_router_logits to false in it"
+        )
+    config = model.config.get_text_config()
+    num_experts = (
+        getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
+    )
+    loss = balance(router_logits, num_experts, config.num_experts_per_tok, batch.is_token.long())
+    if (
+        torch.is_grad_enabled()
+        and not loss.requires_grad
+        and any(p.requires_grad for layer in layers.decoder for p in layer.parameters())
+    ):
+        raise UserError(
+            "the router loss that config.json asks for has no gradient here: leave gradient_checkpointing out, or set "
+            "output_router_logits to false in config.json"
+        )
+    share = (batch.labels != IGNORED).sum() / max(1, num_labelled)
+    added: Tensor = config.router_aux_loss_coef * share * loss.to(share.device)
+    return added

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ from rich.console import Console
 
 from lisatune.common.run_folder import check_output, finished, how_to_resume, only_run
 from lisatune.common.signals import stop_signals
-from lisatune.data.examples import HeldOut
-from lisatune.data.formats import Example
-from lisatune.errors import Stopped, UserError
+from lisatune.data.examples import HeldOut, Rows
+from lisatune.errors import BadRowError, Stopped, UserError
 from lisatune.plan.ladder import explain_out_of_memory
 from lisatune.processes.collectives import gathered, num_ranks, rank, together
 from lisatune.processes.group import joined, restarted
@@ -24,7 +23,7 @@ from lisatune.run.finish import finish
 from lisatune.run.journal import Journal
 from lisatune.run.preflight import preflight
 from lisatune.run.progress import Progress
-from lisatune.run.resume import go_on
+from lisatune.run.resume import go_on, with_date_of_before
 from lisatune.run.saving import Saving
 from lisatune.run.schedule import seed_step, set_learning_rate
 from lisatune.settings import TrainConfig, check_num_ranks, write_config
@@ -37,7 +36,7 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     memory_bytes: int | None = None,
-    examples: tuple[Iterable[Example], HeldOut] | None = None,
+    examples: tuple[Sequence[Rows], HeldOut] | None = None,
 ) -> dict[str, Any]:
     """Train as ``config`` says and leave the run's folder behind.
 
@@ -64,6 +63,7 @@ def train(
             return dict(summary)
         with together():
             check_num_ranks(config, num_ranks())
+            config = with_date_of_before(config) if resume else config
             examples = examples or preflight(config, resume=resume)
         run = build(config, *examples, console=console, memory_bytes=memory_bytes)
         return train_built(run, console=console, resume=resume, allow_changes=allow_changes)
@@ -84,13 +84,29 @@ def train_built(run: Run, *, console: Console, resume: bool = False, allow_chang
                 write_config(config, folder / "config.yaml")
             with explain_out_of_memory(config, model_config, device, run.data.longest):
                 with journal.opened(progress):
-                    loop(run, progress, journal, saving, console)
+                    try:
+                        loop(run, progress, journal, saving, console)
+                    except BadRowError as error:
+                        raise _saved_before(error, run, progress, journal, saving) from error
                 return finish(run, progress, journal.scores, console)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be written ({error.strerror or error}), so the run was stopped; "
             + how_to_resume(folder)
         ) from error
+
+
+def _saved_before(error: UserError, run: Run, progress: Progress, journal: Journal, saving: Saving) -> UserError:
+    """Save a checkpoint before a bad row of a stream stops the run; what is told then."""
+    if progress.step == 0:
+        return error
+    journal.settle(progress)
+    saving.save(progress)
+    saving.wait()
+    return UserError(
+        f"{error}; stopped after step {progress.step:,} of {run.data.num_steps:,}, with a checkpoint. To leave bad rows out "
+        f"{how_to_resume(Path(run.config.output))} on_bad_row=skip; if you mend the row, add --allow-changes instead"
+    )
 
 
 @contextmanager

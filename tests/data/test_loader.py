@@ -114,3 +114,13 @@ def test_a_batch_with_nothing_labelled_has_loss_zero_and_zero_gradients():
         loss.backward()
         assert loss.item() == 0
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_weights_go_with_their_labels():
+    plain = Encoded(array("i", [1, 2, 3]), array("i", [-100, 2, 3]))
+    weighted = Encoded(array("i", [4, 5, 6]), array("i", [-100, 5, 6]), "", array("f", [0.0, 0.5, 0.25]))
+    assert collate([[plain]], 0).weights is None
+    batch = collate([[plain, weighted], [plain]], 0)
+    assert batch.weights.tolist() == [[1, 1, 1, 0.5, 0.25, 1], [1, 1, 1, 1, 1, 1]]
+    assert batch.share(1, 2).weights.tolist() == [[1] * 6]
+    assert [micro.weights.shape for micro in batch.split(1)] == [(1, 5), (1, 2)]

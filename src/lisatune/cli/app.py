@@ -13,6 +13,7 @@ from rich.console import Console
 from lisatune.cli import common
 from lisatune.cli.chat import chat
 from lisatune.cli.compare import compare
+from lisatune.cli.data import data
 from lisatune.cli.demo import demo
 from lisatune.cli.eval import evaluate
 from lisatune.cli.export import export
@@ -29,6 +30,7 @@ from lisatune.processes.launch import num_started, number_started
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
+    "data": data,
     "plan": plan,
     "compare": compare,
     "chat": chat,
@@ -41,7 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "settings": settings,
     "demo": demo,
 }
-TAKES_SETTINGS = ("train", "plan", "compare")
+TAKES_SETTINGS = ("train", "data", "plan", "compare")
 
 
 app = typer.Typer(
@@ -66,6 +68,20 @@ def _show_warning(message: Warning | str, category: type[Warning], *place: Any, 
         _show_python_warning(message, category, *place, **file)
 
 
+def check_options(words: list[str]) -> None:
+    """Refuse an option of another tool with the name that we use; others are the parser's to refuse.
+
+    Raises: UserError with a hint.
+    """
+    from lisatune.settings.hints import hint_for
+
+    if words[:1] and words[0] in TAKES_SETTINGS:
+        for word in words[1:]:
+            name = word.partition("=")[0]
+            if name.startswith("--") and (hint := hint_for(name)):
+                raise UserError(f"no such option: {name}{hint}; settings are written as in max_length=512")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one sentence and exit status 2."""
     console = Console(stderr=True)
@@ -74,6 +90,7 @@ def main() -> None:
     try:
         if num_started() > 1 and sys.argv[1:2] != ["train"]:
             raise UserError("several processes can only train: start this command once, without torchrun")
+        check_options(sys.argv[1:])
         app()
     except UserError as error:
         tell(console, f"{name}: {error}", style="red")

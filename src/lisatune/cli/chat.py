@@ -7,18 +7,23 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import AnswerTokens, AnyDevice, quiet_libraries
+from lisatune.cli.common import AnswerTokens, AnyDevice, TrustRemoteCode, quiet_libraries
 
 
 def chat(
     run: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this once, instead of talking.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON file with a list of the functions that the model may call.")
+    ] = None,
     max_new_tokens: AnswerTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.0,
     device: AnyDevice = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Speak with a trained model."""
+    from lisatune.data.tools import read_tools
     from lisatune.models.names import check_model_name
 
     inside = Path(run).expanduser() / "model"
@@ -26,4 +31,13 @@ def chat(
     quiet_libraries()
     from lisatune.models.chat import chat
 
-    chat(run, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, device=device)
+    chat(
+        run,
+        prompt,
+        system=system,
+        tools=None if tools is None else read_tools(tools),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )

@@ -21,6 +21,10 @@ ModelName = Annotated[str | None, typer.Option(help="Folder, .gguf file or hub n
 DataName = Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")]
 AnyDevice = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")]
 AnswerTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the model's folder brings along, as its run did anyway."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

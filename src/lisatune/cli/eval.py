@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AnyDevice, AsJson, console, quiet_libraries
+from lisatune.cli.common import AnyDevice, AsJson, TrustRemoteCode, console, quiet_libraries
 
 
 def evaluate(
@@ -31,6 +31,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder of scores.json; a run's own folder by default, for a model none.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Score models on tasks; a run's model before and after training."""
@@ -44,7 +45,8 @@ def evaluate(
     targets = [find_target(model, output) for model in dict.fromkeys(models)]
     found = score_targets(
         targets, names, data_dir=data_dir, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size,
-        chat_template=apply_chat_template, device=device, console=console,
+        chat_template=apply_chat_template, device=device, trust_remote_code=trust_remote_code,
+        console=console,
     )  # fmt: skip
     if as_json:
         print(json.dumps([scored.as_dict() for scored in found]))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.cli.common import AsJson, TrustRemoteCode, console, quiet_libraries
 from lisatune.common.console import tell
 
 
@@ -27,6 +27,7 @@ def export(
     push_to: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository too.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Hand on what was trained: a plain folder, only what changed, or a GGUF file."""
@@ -38,11 +39,11 @@ def export(
     from lisatune.models.export import export_delta, export_gguf, export_model, push
 
     if delta:
-        result = export_delta(run, output)
+        result = export_delta(run, output, trust_remote_code=trust_remote_code)
     elif gguf is not None:
-        result = export_gguf(run, output, gguf)
+        result = export_gguf(run, output, gguf, trust_remote_code=trust_remote_code)
     else:
-        result = export_model(run, output, dtype)
+        result = export_model(run, output, dtype, trust_remote_code=trust_remote_code)
     if push_to is not None:
         result["pushed"] = push(output, push_to)
     if as_json:

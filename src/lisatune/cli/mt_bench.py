@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AnswerTokens, AnyDevice, AsJson, console, quiet_libraries
+from lisatune.cli.common import AnswerTokens, AnyDevice, AsJson, TrustRemoteCode, console, quiet_libraries
 from lisatune.common.console import tell
 from lisatune.errors import NEEDS_MATPLOTLIB, UserError
 
@@ -54,6 +54,7 @@ def mt_bench(
     requests_per_minute: Pace = None,
     limit: Limit = None,
     device: AnyDevice = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer two-turn questions, have a model judge the answers, and put models side by side (MT-Bench)."""
@@ -70,7 +71,8 @@ def mt_bench(
     quiet_libraries()
     result = evaluate(
         models, questions, endpoint, output, references=references, limit=limit, max_new_tokens=max_new_tokens,
-        judge_max_tokens=judge_max_tokens, batch_size=batch_size, device=device, console=console,
+        judge_max_tokens=judge_max_tokens, batch_size=batch_size, device=device, trust_remote_code=trust_remote_code,
+        console=console,
     )  # fmt: skip
     try:
         radar = draw(result, output) or "not drawn, which takes three categories or more"

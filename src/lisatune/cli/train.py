@@ -53,7 +53,7 @@ def train(
 
     # the settings, of which the options win
     settings = read_settings(config, overrides or [])
-    settings |= given(model=model, data=data, output=output, log_to=log_to, save_total_limit=keep)
+    settings |= given(model=model, data=data_of(data), output=output, log_to=log_to, save_total_limit=keep)
     settings |= {} if save_every is None else parse_period(save_every)
     checked = build_config(settings)
     memory_bytes = None if fit is None else parse_bytes(fit)
@@ -91,6 +91,14 @@ def train(
         print(json.dumps(summary))
     else:
         print_summary(summary, checked.output)
+
+
+def data_of(given: str | None) -> Any:
+    """``--data``: a name, or a list of data sets with their shares, written as in a file of settings."""
+    from lisatune.settings import read_settings
+
+    is_list = given is not None and given.lstrip().startswith("[")
+    return read_settings(None, [f"data={given}"])["data"] if is_list else given
 
 
 def parse_period(text: str) -> dict[str, float]:

@@ -184,8 +184,9 @@ def _check_inputs(grid: Grid, before: Mapping[str, Any]) -> str:
     for trial in grid.trials:
         check_num_layers(trial.config)
     train, held_out = read_examples(first)
-    rows = [] if first.streaming else list(train)
-    sets = held_out.get("", held_out)  # the one set itself, if it has no name
+    rows = [example for part in train for example in part.examples or ()]
+    sets: Any = {name: list(some) for name, some in held_out.items()}
+    sets = sets.get("", sets)  # the one set itself, if it has no name
     digest = hashlib.sha256(repr((rows, sets)).encode()).hexdigest()[:16]
     count = f"{len(rows):,} rows to train on, " if rows else ""
     data = f"{count}{sum(map(len, held_out.values())):,} held out ({digest})"

@@ -68,6 +68,7 @@ class Example:
         template_kwargs: Further arguments of the chat template.
         call_texts: Turn to the text that stood for its tool calls, for a template that shows no calls.
         left_out: Columns of the row and keys of its turns that play no part.
+        source: Number of the data set, where a run has several.
     """
 
     where: str
@@ -78,6 +79,13 @@ class Example:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     call_texts: Mapping[int, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    source: int = 0
+
+    def __repr__(self) -> str:
+        """What is learnt: comparisons recognise their data by it, and must not see a column that plays no part."""
+        parts = {name: getattr(self, name) for name in ("tools", "weights", "template_kwargs", "source")}
+        told = "".join(f", {name}={value!r}" for name, value in parts.items() if value)
+        return f"Example(where={self.where!r}, messages={self.messages!r}, text={self.text!r}{told})"
 
     def weight(self, turn: int) -> float:
         """What the loss of ``turn`` counts."""
@@ -131,11 +139,13 @@ class RowParser:
     Args:
         columns: Our name of a column, or of a turn's ``role`` and ``content``, to the data's.
         roles: The data's name of a role to ours.
+        source: Number of the data set, where a run has several.
     Raises: UserError for a name that is none of ours.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    source: int = 0
 
     def __post_init__(self) -> None:
         known = (*COLUMNS, "role", "content")
@@ -180,7 +190,8 @@ class _RowReader:
         """The example; see ``parse_row``."""
         found = self._turns()
         if found is None and "text" in self.columns:
-            return Example(self.row.where, text=self._string("text"), left_out=self._unused())
+            text = self._string("text")
+            return Example(self.row.where, text=text, left_out=self._unused(), source=self.parser.source)
         found = found or self._other_pair()
         if found is None:
             raise self._unrecognised()
@@ -193,7 +204,7 @@ class _RowReader:
         )
         return Example(
             self.row.where, tuple(messages), None, tools, () if plain else tuple(weights), kwargs, self.call_texts,
-            self._unused(),
+            self._unused(), self.parser.source,
         )  # fmt: skip
 
     # -- the chat ----------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from lisatune.data.mixture import Mixture
 from lisatune.data.packing import pack
 from lisatune.data.tokenize import IGNORED, Encoded
 from lisatune.errors import UserError
@@ -38,11 +39,12 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one optimizer step; all (B, T), ids, labels and positions int64.
+    """The rows of one optimizer step; all (B, T), ids, labels and positions int64, weights float32.
 
     ``labels`` are shifted already: ``labels[b, t]`` is the token to predict at ``t``, or -100. ``position_ids`` begin
     anew with each document, which is how the attention knows to keep documents apart. ``is_token`` is False on padding.
-    ``places`` says where the documents come from.
+    ``places`` says where the documents come from, ``sources`` how many tokens of which data set.
+    ``weights[b, t]`` is what the loss of ``labels[b, t]`` counts; None: 1 each.
     """
 
     input_ids: Tensor
@@ -50,6 +52,8 @@ class Batch:
     position_ids: Tensor
     is_token: Tensor
     places: tuple[str, ...] = ()
+    weights: Tensor | None = None
+    sources: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_labelled(self) -> int:
@@ -76,7 +80,8 @@ class Batch:
         if missing:
             positions = torch.cat([positions, torch.arange(positions.shape[1]).repeat(missing, 1)])
         ids, labels, is_token = take(self.input_ids, 0), take(self.labels, IGNORED), take(self.is_token, False)
-        return Batch(ids, labels, positions[rank::num_ranks], is_token, self.places)
+        weights = None if self.weights is None else take(self.weights, 1)
+        return Batch(ids, labels, positions[rank::num_ranks], is_token, self.places, weights, self.sources)
 
     def split(self, num_rows: int) -> Iterator[Batch]:
         """Micro-batches of at most ``num_rows`` rows, without the columns that only other rows need."""
@@ -93,7 +98,8 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         ids, labels, positions = change(self.input_ids), change(self.labels), change(self.position_ids)
-        return Batch(ids, labels, positions, change(self.is_token), self.places)
+        weights = None if self.weights is None else change(self.weights)
+        return Batch(ids, labels, positions, change(self.is_token), self.places, weights, self.sources)
 
 
 def collate(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
@@ -106,6 +112,9 @@ def collate(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
     labels = torch.full((len(rows), width), IGNORED)
     positions = torch.arange(width).repeat(len(rows), 1)
     is_token = torch.zeros(len(rows), width, dtype=torch.bool)
+    weights = None
+    if any(document.weights is not None for row in rows for document in row):
+        weights = torch.ones(len(rows), width)
     for b, row in enumerate(rows):
         start = 0
         for document in row:
@@ -114,17 +123,21 @@ def collate(rows: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
             # shifted: position t predicts the token at t + 1, never the first token of the next document
             is_token[b, start:end] = True
             labels[b, start : end - 1] = torch.tensor(document.labels[1:], dtype=torch.int64)
+            if weights is not None and document.weights is not None:
+                weights[b, start : end - 1] = torch.tensor(document.weights[1:])
             if len(row) > 1:
                 positions[b, end:] = torch.arange(width - end)  # the next document begins at 0 again
             start = end
-    return Batch(ids, labels, positions, is_token, tuple(document.where for row in rows for document in row))
+    documents = [document for row in rows for document in row]
+    sources = tuple((document.source, len(document)) for document in documents)
+    return Batch(ids, labels, positions, is_token, tuple(document.where for document in documents), weights, sources)
 
 
 class Loader:
     """Batches of optimizer steps, epoch after epoch without end, from any position on.
 
     Args:
-        documents: A sequence, shuffled anew each epoch, or a ``Stream``, shuffled within its windows.
+        documents: A sequence or a ``Mixture``, shuffled anew each epoch, or a ``Stream``, shuffled within its windows.
         rows_per_step: Rows of a batch; the last one of an epoch may have fewer.
         max_length: Tokens of a row.
         pad_id: Token that fills rows up.
@@ -136,7 +149,7 @@ class Loader:
 
     def __init__(
         self,
-        documents: Sequence[Encoded] | Stream,
+        documents: Sequence[Encoded] | Mixture | Stream,
         *,
         rows_per_step: int,
         max_length: int,
@@ -176,6 +189,10 @@ class Loader:
 
     def num_steps(self) -> int:
         """Batches in the first epoch; counted without making them. Packing may give another epoch one more or less."""
+        if isinstance(self.documents, Sequence) and not self.packing:
+            return -(-len(self.documents) // self.rows_per_step)
+        if isinstance(self.documents, Mixture) and not self.packing:
+            return -(-sum(self.documents.counts()) // self.rows_per_step)
         return -(-sum(1 for _ in self._rows(Position())) // self.rows_per_step)
 
     def _epoch(self, start: Position) -> Iterator[tuple[Batch, Position]]:
@@ -192,7 +209,7 @@ class Loader:
         """The rest of an epoch, a row at a time, each with the position after it."""
         for first, window in self._windows(start):
             order = random.Random(f"{self.seed}/{start.epoch}/{first}")
-            if self.shuffle and not isinstance(self.documents, Sequence):
+            if self.shuffle and not isinstance(self.documents, Sequence | Mixture):
                 order.shuffle(window)
             rows = [[document] for document in window]
             if self.packing:
@@ -204,11 +221,13 @@ class Loader:
                 yield row, Position(start.epoch, first, number)
 
     def _windows(self, start: Position) -> Iterator[tuple[int, list[Encoded]]]:
-        if not isinstance(self.documents, Sequence):
-            yield from self.documents.windows(start.first)
-            return
         documents = self.documents
-        if self.shuffle:
-            documents = random.Random(f"{self.seed}/{start.epoch}").sample(documents, len(documents))
-        for first in range(start.first, len(documents), WINDOW):
-            yield first, list(documents[first : first + WINDOW])
+        if not isinstance(documents, Sequence | Mixture):
+            yield from documents.windows(start.first)
+            return
+        is_mixture = isinstance(documents, Mixture)
+        order: Sequence[Any] = documents.of_epoch(start.epoch) if is_mixture else range(len(documents))  # type: ignore[arg-type, union-attr]
+        if self.shuffle:  # of places, not of documents: those need not be in memory
+            order = random.Random(f"{self.seed}/{start.epoch}").sample(order, len(order))
+        for first in range(start.first, len(order), WINDOW):
+            yield first, [documents[place] for place in order[first : first + WINDOW]]

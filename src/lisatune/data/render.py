@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 from lisatune.data.formats import REASONING_KEYS, Example, Message
@@ -21,6 +22,47 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
+
+
+# ChatML with tools and calls in the tags that Hermes and Qwen have made usual
+CHATML_TEMPLATE = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% if tools %}{{ '<|im_start|>system\n' + (system + '\n\n' if system else '') "
+    "+ 'You can call these functions:\n<tools>\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '</tools>\nWrite a call as JSON with name and arguments between <tool_call> and </tool_call>.<|im_end|>\n' }}"
+    "{% elif system %}{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if message.role != 'system' or not loop.first %}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ ('\n' if message.content or not loop.first else '') + '<tool_call>\n{\"name\": ' }}{{ call.function.name | tojson }}"
+    "{{ ', \"arguments\": ' }}{{ call.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def find_template(name: str, tokenizer: Any) -> str:
+    """The chat template that the setting ``chat_template`` names: ``chatml``, ``plain``, one of the tokenizer's, or a file.
+
+    Raises: UserError if there is none.
+    """
+    own = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in own:
+        return str(own[name])
+    if name == "chatml":
+        return CHATML_TEMPLATE
+    if name == "plain":
+        return plain_template(tokenizer)
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        known = ", ".join(["chatml", "plain", *own])
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"chat_template={name}: no such template, and no file that can be read ({reason}); give one of {known}, or a file"
+        ) from error
 
 
 def plain_template(tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ from itertools import islice
 from lisatune.data.formats import Example
 from lisatune.data.loader import WINDOW
 from lisatune.data.tokenize import Encoded, Encoder
+from lisatune.errors import BadRowError, UserError
 
 GROUP_EXAMPLES = 64
 
@@ -29,9 +30,12 @@ class EncodedStream:
         examples = islice(iter(self.examples), first, None)
         while True:
             begin, window = first, list[Encoded]()
-            while len(window) < WINDOW and (group := list(islice(examples, GROUP_EXAMPLES))):
-                window += self.encoder(group)
-                first += len(group)
+            try:
+                while len(window) < WINDOW and (group := list(islice(examples, GROUP_EXAMPLES))):
+                    window += self.encoder(group)
+                    first += len(group)
+            except UserError as error:
+                raise BadRowError(str(error)) from error
             if first == begin:
                 return
             yield begin, window

@@ -28,12 +28,14 @@ class Encoded:
     """Token ids of one document and which of them are learnt; both of length T, ``labels[t]`` is ``ids[t]`` or -100.
 
     ``where`` is the place of its row: ``file, line 3``. ``weights`` are what each label's loss counts; None: 1 each.
+    ``source`` is the number of its data set, where there are several.
     """
 
     ids: array[int]
     labels: array[int]
     where: str = ""
     weights: array[float] | None = None
+    source: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,6 +50,7 @@ class Counts:
         left_out: Columns and keys that play no part, each with the number of rows that have them.
         bad: Messages of the first rows that ``on_bad_row=skip`` left out.
         ends: The tokens that end learnt answers and texts.
+        cut_tokens: Tokens that rows lost at max_length.
         chats: Rows used that are chats.
         documents: Documents that the rows used became.
     """
@@ -56,6 +59,7 @@ class Counts:
     used: int = 0
     refused: int = 0
     truncated: int = 0
+    cut_tokens: int = 0
     labelled_tokens: int = 0
     tokens: int = 0
     chats: int = 0
@@ -79,7 +83,17 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Count what ``other`` has counted too."""
-        for name in ("read", "used", "refused", "truncated", "labelled_tokens", "tokens", "chats", "documents"):
+        for name in (
+            "read",
+            "used",
+            "refused",
+            "truncated",
+            "cut_tokens",
+            "labelled_tokens",
+            "tokens",
+            "chats",
+            "documents",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("reasons", "left_out", "ends"):
             getattr(self, name).update(getattr(other, name))
@@ -89,7 +103,7 @@ class Counts:
         """The counts, in one line."""
         text = f"{self.read:,} rows read, {self.used:,} used, {self.tokens:,} tokens, {self.labelled_tokens:,} of them learnt"
         if self.truncated:
-            text += f"; {self.truncated:,} rows cut at max_length"
+            text += f"; {self.truncated:,} rows cut at max_length, of {self.cut_tokens:,} tokens"
         if self.refused:
             text += f"; {self.refused:,} refused ({_counted(self.reasons)})"
         if self.left_out:
@@ -122,6 +136,8 @@ class Encoder:
         num_embeddings: Rows of the model's embedding; a row with a token beyond them is bad. None: not looked at.
         today: What a chat template is told as the date; the day's own, if not given.
         on_bad_row: ``stop`` raises the error of a bad row, ``skip`` counts it.
+    Attributes:
+        lengths: If it is made an array, the tokens of each row are added to it as they were before anything was cut.
     """
 
     def __init__(
@@ -143,6 +159,7 @@ class Encoder:
         self.num_embeddings = num_embeddings
         self.today = today
         self.counts = Counts()
+        self.lengths: array[int] | None = None
         self.on_bad_row = on_bad_row
         self._renderer: Renderer | None = None
         self._adds_space = _adds_space(tokenizer)
@@ -276,6 +293,8 @@ class Encoder:
         except UserError as error:
             self.on_bad(error)
             return []
+        if self.lengths is not None:
+            self.lengths.extend(len(ids) for ids, _ in rows)
         too_long = not is_text and longest > self.max_length
         if too_long and self.too_long == "refuse":
             raise UserError(
@@ -288,14 +307,15 @@ class Encoder:
         documents = [
             document
             for number, (ids, weights) in enumerate(rows, start=1)
-            for document in self._documents(
-                ids, weights, is_text, example.where + f", answer {number}" * (len(rows) > 1)
-            )
+            for document in self._documents(ids, weights, example, f", answer {number}" * (len(rows) > 1))
         ]
         if not documents:
             reason = "the answer begins beyond max_length" if longest > self.max_length else "nothing to learn"
             self.counts.refuse("blank text" if is_text and not longest else reason)
             return []
+        if too_long:
+            self.counts.truncated += 1
+            self.counts.cut_tokens += sum(max(0, len(ids) - self.max_length) for ids, _ in rows)
         self._count(example, documents, truncated=too_long)
         return documents
 
@@ -309,7 +329,8 @@ class Encoder:
                     "tokens alone; remove it from the row, or take a model and a tokenizer that belong together"
                 )
 
-    def _documents(self, ids: list[int], weights: list[float], is_text: bool, where: str) -> Iterator[Encoded]:
+    def _documents(self, ids: list[int], weights: list[float], example: Example, ending: str) -> Iterator[Encoded]:
+        is_text, where = example.text is not None, example.where + ending
         scaled = any(weight not in (0.0, 1.0) for weight in weights)
         for start in range(0, len(ids), self.max_length if is_text else max(len(ids), 1)):
             part = slice(start, start + self.max_length)
@@ -319,21 +340,22 @@ class Encoder:
                 labels = array(
                     "i", [token if weight else IGNORED for token, weight in zip(ids[part], own, strict=True)]
                 )
-                yield Encoded(array("i", ids[part]), labels, where, array("f", own) if scaled else None)
+                yield Encoded(array("i", ids[part]), labels, where, array("f", own) if scaled else None, example.source)
 
     def _count(self, example: Example, documents: Sequence[Encoded], *, truncated: bool) -> None:
         counts = self.counts
         counts.read += 1
         counts.used += 1
-        counts.truncated += truncated
         counts.chats += example.text is None
         counts.documents += len(documents)
         counts.left_out.update(example.left_out)
         for document in documents:
             counts.tokens += len(document)
             counts.labelled_tokens += sum(label != IGNORED for label in document.labels[1:])
-            if document.labels[-1] in self._end_ids:
-                counts.ends[document.labels[-1]] += 1
+            last = document.labels[-1]
+            ends = {self.tokenizer.eos_token_id} if example.text is not None else self._end_ids
+            if not truncated and last in ends:
+                counts.ends[last] += 1
 
 
 def _adds_space(tokenizer: Any) -> bool:

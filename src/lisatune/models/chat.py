@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from lisatune.models.load import load_model, pick_device
-
-
-def model_of(run: str) -> str:
-    """The model's folder in a run's folder, or ``run`` itself if it is a model or a hub name."""
-    inside = Path(run).expanduser() / "model"
-    return str(inside) if (inside / "config.json").is_file() else run
+from lisatune.errors import UserError
+from lisatune.models.load import end_tokens, load_trained, pick_device
 
 
 class Chat:
@@ -25,6 +19,7 @@ class Chat:
         model: A causal language model.
         tokenizer: Its tokenizer; without a chat template the text is continued as it is.
         system: A system prompt, or None for what the template has.
+        tools: Functions that the model may call, as JSON schemas.
         max_new_tokens: Tokens of an answer at most.
         temperature: 0 always takes the likeliest token.
     """
@@ -35,9 +30,11 @@ class Chat:
         tokenizer: Any,
         *,
         system: str | None = None,
+        tools: list[dict[str, Any]] | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
     ) -> None:
+        self.tools = tools
         self.model = model
         self.tokenizer = tokenizer
         self.max_new_tokens = max_new_tokens
@@ -45,16 +42,17 @@ class Chat:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
     @torch.no_grad()
-    def ask(self, prompt: str, streamer: Any = None) -> str:
-        """The answer to ``prompt``; ``streamer`` gets it as it is made."""
-        self.messages.append({"role": "user", "content": prompt})
+    def ask(self, prompt: str, streamer: Any = None, *, role: str = "user") -> str:
+        """The answer to ``prompt``; ``streamer`` gets it as it is made. ``role`` is ``tool`` for a tool's reply."""
+        self.messages.append({"role": role, "content": prompt})
         if self.tokenizer.chat_template is None:
-            inputs = self.tokenizer(prompt, return_tensors="pt")
+            inputs = _without_end(self.tokenizer(prompt, return_tensors="pt"), self.tokenizer.eos_token_id)
         else:
             inputs = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                self.messages, tools=self.tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         inputs = inputs.to(self.model.device)
+        check_ids(self.model, self.tokenizer, inputs["input_ids"])
         options: dict[str, Any] = {"do_sample": self.temperature > 0}
         if self.temperature > 0:
             options["temperature"] = self.temperature
@@ -63,7 +61,7 @@ class Chat:
             attention_mask=inputs["attention_mask"],
             max_new_tokens=self.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=end_tokens(self.model, self.tokenizer) or None,
             streamer=streamer,
             **options,
         )
@@ -77,9 +75,11 @@ def chat(
     prompt: str | None = None,
     *,
     system: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Answer ``prompt`` once on standard output, or talk until the input ends.
 
@@ -87,17 +87,38 @@ def chat(
     """
     from transformers import TextStreamer
 
-    model, tokenizer = load_model(model_of(run))
+    model, tokenizer = load_trained(run, trust_remote_code=trust_remote_code)
     model.to(pick_device(device))
-    partner = Chat(model, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    partner = Chat(model, tokenizer, system=system, tools=tools, max_new_tokens=max_new_tokens, temperature=temperature)
     if prompt is not None:
         print(partner.ask(prompt))
         return
     console = Console()
-    console.print("Type a message; an empty line or Ctrl-D ends the chat.", style="dim")
+    hint = " A line that begins with /tool is a tool's reply." if tools else ""
+    console.print(f"Type a message; an empty line or Ctrl-D ends the chat.{hint}", style="dim", markup=False)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while line := _read_line(console):
-        partner.ask(line, streamer)
+        is_reply = bool(tools) and line.startswith("/tool ")
+        partner.ask(line.removeprefix("/tool ") if is_reply else line, streamer, role="tool" if is_reply else "user")
+
+
+def _without_end(inputs: Any, end: int | None) -> Any:
+    """``inputs`` without an end-of-text token that the tokenizer has added, after which nothing would follow."""
+    if end is not None and inputs["input_ids"].shape[1] > 1 and inputs["input_ids"][0, -1] == end:
+        for name in inputs:
+            inputs[name] = inputs[name][:, :-1]
+    return inputs
+
+
+def check_ids(model: Any, tokenizer: Any, ids: torch.Tensor) -> None:
+    """Refuse a token that the tokenizer has, but the model has no embedding for.
+
+    Raises: UserError naming it.
+    """
+    largest, limit = int(ids.max()), model.get_input_embeddings().num_embeddings
+    if largest >= limit:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(f"the model has no embedding for the token '{token}' ({largest} of {limit:,}): leave it out")
 
 
 def _read_line(console: Console) -> str:

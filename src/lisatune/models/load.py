@@ -4,13 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lisatune.errors import UserError, missing_package
-from lisatune.models.names import check_model_name
+from lisatune.models.names import check_model_name, check_not_quantised, read_config, trusts_code
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
+    """A model's tokenizer, without its weights, and the rows of its embedding where config.json tells them.
+
+    Raises: UserError if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        options["gguf_file"], folder = path.name, str(path.parent)
+    else:
+        folder = str(path) if path.exists() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises many kinds, none of them ours
+        raise UserError(f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    found = None if "gguf_file" in options else read_config(name)
+    size = found[1].get("vocab_size") if found else None
+    return tokenizer, size if isinstance(size, int) else None
 
 
 def load_model(
@@ -35,6 +58,8 @@ def load_model(
         options["gguf_file"], name = path.name, str(path.parent)
     elif path.exists():
         name = str(path)
+    if "gguf_file" not in options:
+        check_not_quantised(name, _config_dict(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if "gguf_file" not in options:
@@ -47,12 +72,68 @@ def load_model(
     _check_template_names(name, tokenizer.chat_template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:  # tokens added to it may not occur
         raise UserError(
-            f"{name}: the tokenizer has {len(tokenizer):,} tokens, the model only "
+            f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
             f"{model.get_input_embeddings().num_embeddings:,}: they do not belong together"
         )
     return model, tokenizer
+
+
+def _config_dict(name: str) -> dict[str, Any]:
+    """What config.json says; nothing if it is not to be had, which loading will tell."""
+    from transformers import PretrainedConfig
+
+    try:
+        return dict(PretrainedConfig.get_config_dict(name)[0])
+    except Exception:  # transformers raises many kinds, none of them ours
+        return {}
+
+
+def load_trained(run: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """``load_model`` for a run's folder or any model; code of its own may run if it did when the run was trained."""
+    return load_model(model_of(run), dtype, trust_remote_code=trust_remote_code or trusts_code(run))
+
+
+def model_of(run: str) -> str:
+    """The model's folder in a run's folder, or ``run`` itself if it is a model or a hub name."""
+    inside = Path(run).expanduser() / "model"
+    return str(inside) if (inside / "config.json").is_file() else run
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
+    own = model.generation_config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+
+
+def stop_at(model: Any, tokens: Sequence[int]) -> None:
+    """Let generation end at ``tokens`` too; they are saved in ``generation_config.json``."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    own = settings.eos_token_id
+    listed = own if isinstance(own, list) else [own] if own is not None else []
+    ends = [*listed, *(token for token in tokens if token not in listed)]
+    if ends != listed:
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+
+
+def check_positions(model: Any, longest: int) -> None:
+    """Refuse rows longer than a model's table of positions, before they fail in it.
+
+    Raises: UserError naming both.
+    """
+    config = model.config.get_text_config()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and (name.endswith("wpe") or "position" in name.rpartition(".")[2]):
+            limit = getattr(config, "max_position_embeddings", None) or module.num_embeddings
+            if longest > min(limit, module.num_embeddings):
+                raise UserError(
+                    f"the longest row has {longest:,} tokens, but the model has learned {limit:,} positions alone ({name}): set "
+                    f"max_length={limit}"
+                )
 
 
 def _check_template_names(model: str, templates: Any) -> None:

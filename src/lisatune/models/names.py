@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from lisatune.errors import UserError, did_you_mean
+from lisatune.settings import read_settings
 
 
 def check_model_name(name: str) -> None:
@@ -36,3 +39,78 @@ def _check_model_name(name: str) -> None:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such model folder or file{did_you_mean(path.name, nearby)}")
+
+
+# model types whose positions are a table that the model has learned, or of a fixed size; those with n_positions are too
+TABLE_OF_POSITIONS = (
+    "opt",
+    "gpt_neo",
+    "biogpt",
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+)
+
+
+def read_config(name: str) -> tuple[Path, dict[str, Any]] | None:
+    """A local model's ``config.json`` and what it holds, that of the text model first; None for other models.
+
+    Raises: UserError if it cannot be read.
+    """
+    file = Path(name).expanduser() / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return file, {**settings, **settings.get("text_config", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not the config.json of a model ({error})") from error
+
+
+def check_not_quantised(name: str, settings: dict[str, Any]) -> None:
+    """Refuse weights that are quantised: they cannot be trained, and what would be saved is not what was loaded.
+
+    Raises: UserError saying how they are quantised.
+    """
+    how = settings.get("quantization_config") or settings.get("compression_config")
+    if not how:
+        return
+    told = how if isinstance(how, dict) else {}
+    bits = "8 bits" if told.get("load_in_8bit") else "4 bits" if told.get("load_in_4bit") else told.get("bits", "")
+    bits = f", {bits} bits" if isinstance(bits, int) else f", {bits}" if bits else ""
+    raise UserError(
+        f"{name}: quantised weights cannot be trained, and config.json says quantization_config ({told.get('quant_method', 'unknown')}"
+        f"{bits}); give the model as it was before it was quantised, in bfloat16 or float32"
+    )
+
+
+def check_max_length(name: str, max_length: int) -> None:
+    """Refuse rows longer than the positions that a local model has learned; others are checked when loaded.
+
+    Raises: UserError naming both.
+    """
+    if (found := read_config(name)) is None:
+        return
+    file, settings = found
+    positions = settings.get("n_positions")
+    key = "n_positions"
+    if positions is None and settings.get("model_type") in TABLE_OF_POSITIONS:
+        positions, key = settings.get("max_position_embeddings"), "max_position_embeddings"
+    if isinstance(positions, int) and max_length > positions:
+        raise UserError(
+            f"max_length={max_length} is more than the {positions} positions of the model ({key} in {file}), which is not made for "
+            f"longer rows: set max_length={positions}"
+        )
+
+
+def trusts_code(name: str) -> bool:
+    """Whether ``name`` is a run's folder, or the model in it, that was trained with trust_remote_code=true."""
+    path = Path(name).expanduser()
+    folder = path.parent if path.name == "model" else path
+    if not (folder / "config.yaml").is_file():
+        return False
+    return read_settings(str(folder / "config.yaml"), []).get("trust_remote_code") is True

@@ -154,7 +154,7 @@ class HeadPart:
         labels: Their labels, shape (N,), int64.
         log_normaliser: Log-normaliser of their logits, shape (N,), float32.
         bias: Bias of the head, shape (V,), if it has one: as it was in the forward pass.
-        scale: What the gradient of the summed loss is multiplied by: scalar, float32.
+        scale: What the gradient of each token's loss is multiplied by: shape (N, 1), float32.
     """
 
     hidden: Tensor
@@ -176,7 +176,7 @@ class HeadPart:
             softmax = logits.sub_(self.log_normaliser[chunk, None]).exp_()
             inside = (labels >= start) & (labels < stop)  # no indexing by it: the device would be asked how many
             targets = (labels - start).clamp_(0, len(rows) - 1)[:, None]
-            grad = softmax.scatter_add_(1, targets, -inside.float()[:, None]).mul_(self.scale).to(hidden.dtype)
+            grad = softmax.scatter_add_(1, targets, -inside.float()[:, None]).mul_(self.scale[chunk]).to(hidden.dtype)
             if total.dtype == hidden.dtype:
                 total.addmm_(grad.T, hidden)
             else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from rich.console import Console
 
 from lisatune.assemble import make_learner
 from lisatune.common.amounts import gib
-from lisatune.data.examples import HeldOut
-from lisatune.data.formats import Example
+from lisatune.data.examples import HeldOut, Rows
 from lisatune.data.loader import Batch, Position
+from lisatune.data.render import find_template, writes_date
 from lisatune.errors import UserError
 from lisatune.evaluation.tasks.check import data_folder
 from lisatune.evaluation.tasks.harness import task_names
@@ -24,7 +25,7 @@ from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner
 from lisatune.memory.measure import PeakMeter, tensor_bytes
-from lisatune.models.load import check_saved_names, load_model, pick_device
+from lisatune.models.load import check_positions, check_saved_names, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
 from lisatune.processes.collectives import check_alike, num_ranks, together
@@ -100,7 +101,7 @@ def is_due(period: int | None, step: int) -> bool:
 
 def build(
     config: TrainConfig,
-    examples: Iterable[Example],
+    examples: Sequence[Rows],
     held_out: HeldOut,
     *,
     console: Console,
@@ -131,7 +132,11 @@ def build(
             '"is_decoder": true in the config.json of the model'
         )
     with together():
-        data = prepare_data(config, tokenizer, examples, held_out, console)
+        config = settle_template(config, tokenizer)
+        num_embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        data = prepare_data(config, tokenizer, examples, held_out, console, num_embeddings)
+        check_positions(model, data.longest)
+    stop_at(model, data.ends())
     if num_ranks() > 1:
         with together():
             check_alike(_what_must_be_alike(config, data, model))
@@ -171,6 +176,18 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
     if config.dtype == "auto":
         settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
     return build_config(settings), device
+
+
+def settle_template(config: TrainConfig, tokenizer: Any) -> TrainConfig:
+    """Give the tokenizer the chat template that is asked for; ``config`` with the day that the template writes.
+
+    Raises: UserError if there is no such template.
+    """
+    if config.chat_template is not None:
+        tokenizer.chat_template = find_template(config.chat_template, tokenizer)
+    if config.template_date is None and writes_date(tokenizer.chat_template):
+        return config.model_copy(update={"template_date": date.today().isoformat()})
+    return config
 
 
 def _what_must_be_alike(config: TrainConfig, data: Data, model: torch.nn.Module) -> dict[str, Any]:

@@ -26,7 +26,10 @@ def finish(run: Run, progress: Progress, scores: dict[str, float] | None, consol
     """
     summary = summarize(run, progress, scores)
     if run.data.streamed:
-        console.print(f"train: {run.data.streamed.describe()}", highlight=False)
+        console.print(f"train: {run.data.counts[0].describe()}", markup=False, highlight=False, soft_wrap=True)
+    if shares := data_shares(run, progress):
+        drawn = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        console.print(f"tokens drawn: {drawn}", markup=False, highlight=False, soft_wrap=True)
     save_trained(run, run.folder)
     if rank() == 0:
         write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -45,7 +48,18 @@ def summarize(run: Run, progress: Progress, scores: dict[str, float] | None) -> 
         "peak_bytes": progress.peak_bytes, "base_bytes": run.meter.base_bytes,
         "state_bytes": state_bytes(run.learner.optimizer), "skipped_steps": progress.skipped_steps,
     }  # fmt: skip
+    if shares := data_shares(run, progress):
+        summary["data_shares"] = shares
     return summary | ({"scores": scores} if scores else {})
+
+
+def data_shares(run: Run, progress: Progress) -> dict[str, float]:
+    """The share of the tokens that was really drawn from each data set; empty if there is one alone."""
+    if len(run.data.names) == 1:
+        return {}
+    total = max(1, sum(progress.drawn.values()))
+    named = [name if run.data.names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(run.data.names)]
+    return {name: progress.drawn.get(str(i), 0) / total for i, name in enumerate(named)}
 
 
 def report_if_possible(folder: Path, console: Console) -> None:

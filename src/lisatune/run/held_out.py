@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -25,7 +26,9 @@ def held_out_loss(layers: Layers, batches: Iterable[Batch], *, linear_head: bool
     layers.model.eval()
     loss, count = 0.0, 0
     for batch in batches:
-        share = placement.share(batch).to(placement.device)
+        share = placement.share(replace(batch, weights=None)).to(
+            placement.device
+        )  # turns' weights are of training alone
         loss += placement.call(batch_loss, layers, share, 1, linear_head=linear_head).item()
         count += batch.num_labelled
     layers.model.train(training)

@@ -43,6 +43,7 @@ class Progress(BaseModel):
         skipped_in_a_row: Those among them that came last, one after the other.
         peak_bytes: Largest memory until the last checkpoint.
         trained_steps: Updates of each part, for a run with ``norm_steps``.
+        drawn: Tokens drawn from each data set, by its number.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,12 +58,15 @@ class Progress(BaseModel):
     skipped_in_a_row: Count = 0
     peak_bytes: Count = 0
     trained_steps: dict[str, Count] = {}
+    drawn: dict[str, Count] = {}
 
     def advance(self, batch: Batch, position: Position, *, bad: bool) -> None:
         """Count a step with ``batch``, after which the data goes on at ``position``."""
         self.step += 1
         self.position = position
         self.tokens += batch.num_tokens
+        for source, tokens in batch.sources:
+            self.drawn[str(source)] = self.drawn.get(str(source), 0) + tokens
         self.skipped_steps += bad
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lisatune.errors import UserError
 from lisatune.run.build import Run
 from lisatune.run.progress import Progress
 from lisatune.run.snapshot import Snapshots, State, environment, read_state_of
-from lisatune.settings import differences, read_settings, used_settings
+from lisatune.settings import TrainConfig, differences, read_settings, used_settings
 
 
 def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bool) -> Progress:
@@ -51,6 +52,15 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
     progress = snapshots.restore(checkpoint)
     console.print(f"going on after step {progress.step:,} of {run.data.num_steps:,}", highlight=False)
     return progress
+
+
+def with_date_of_before(config: TrainConfig) -> TrainConfig:
+    """``config`` with the day that the chat template of the run to resume has written, if it wrote one."""
+    path = Path(config.output) / "config.yaml"
+    if config.template_date is not None or not path.is_file():
+        return config
+    day = read_settings(str(path), []).get("template_date")
+    return config.model_copy(update={"template_date": day}) if isinstance(day, str) else config
 
 
 def _changes(run: Run, state: State | None) -> list[str]:

@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 from lisatune.common.files import replace_folder
+from lisatune.models.load import stop_at
 from lisatune.processes.collectives import rank
 from lisatune.run.build import Run
 
 
 def save_trained(run: Run, folder: Path) -> None:
     """Write ``model`` into ``folder``, and ``adapter`` for LoRA; each is there whole or not at all."""
+    stop_at(run.learner.layers.model, run.data.ends())  # a stream's are known at the end alone
     learner, new = run.learner, folder / ".model.new"
     model = learner.method.finish(learner, folder)
     if rank() == 0:

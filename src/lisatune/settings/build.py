@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from lisatune.errors import UserError, did_you_mean, shown
 from lisatune.methods import METHODS, UNITS, MethodChoice, usual_unit
 from lisatune.settings.config import TrainConfig
+from lisatune.settings.hints import hint_for
 from lisatune.settings.renamed import with_new_names
 from lisatune.settings.rules import refusals
 
@@ -32,7 +33,7 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     settings = with_new_names(settings)
     for name in settings:
         if name not in TrainConfig.model_fields:
-            hint = did_you_mean(name, TrainConfig.model_fields) if isinstance(name, str) else ""
+            hint = (hint_for(name) or did_you_mean(name, TrainConfig.model_fields)) if isinstance(name, str) else ""
             raise UserError(f"unknown setting {shown(name)}{hint}")
     settings = {name: value for name, value in settings.items() if value is not None}
     try:
@@ -48,13 +49,28 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         if isinstance(settings.get(name), bool) and type(value) in (int, float):
             raise UserError(f"{name}={settings[name]}: input should be a number")  # pydantic takes true for 1
         _refuse_unusable(name, value)
-    if refusal := next(refusals(config, settings), ""):
+    if refusal := next(refusals(config, settings), "") or _of_data(config, settings):
         raise UserError(refusal)
     return config
 
 
 def _preset(registry: Mapping[str, MethodChoice], name: Any) -> Mapping[str, Any]:
     return registry[name].preset if isinstance(name, str) and name in registry else {}
+
+
+def _of_data(config: TrainConfig, given: Mapping[str, Any]) -> str:
+    """Why settings of the data cannot go together, which no row of one setting can say; empty if all is well."""
+    if "loss_on" in given and not config.completion_only_loss:
+        return f"loss_on={config.loss_on} cannot go with completion_only_loss=false: leave one of them out"
+    if not isinstance(config.data, str):
+        for name in ("dataset_split", "dataset_config"):
+            if name in given:
+                return f"{name} has no effect where data lists several: give each its own split and config"
+        if config.eval_rows and not config.eval_data:
+            return "eval_rows cannot hold rows out of several data sets: give eval_data=<file>"
+    if isinstance(config.eval_rows, float) and config.eval_rows >= 1:
+        return f"eval_rows={config.eval_rows}: give a number of rows, or a share below 1"
+    return ""
 
 
 def _in_words(error: ValidationError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, Literal
 
 from pydantic import BaseModel, field_validator
 
@@ -15,7 +16,11 @@ class Places(BaseModel):
     model: str = row(
         ..., "Folder, .gguf file, or hub name of the model to train.", min_length=1, place=True, one_value=True
     )
-    data: str = row(..., "File, folder, or hub name of the rows to train on.", min_length=1, place=True, one_value=True)
+    data: str | list[dict[str, Any]] = row(
+        ..., "File, folder, or hub name of the rows to train on. Several with their shares: "
+        "[{path: a.jsonl, share: 0.7}, {path: org/name, split: train, config: main, share: 0.3}].",
+        min_length=1, place=True, one_value=True,
+    )  # fmt: skip
     output: str = row(
         ..., "Folder of the run. If it holds a run already, you can only resume that run.", min_length=1, free=True,
         one_value=True,
@@ -37,12 +42,44 @@ class Data(BaseModel):
     completion_only_loss: bool = row(
         True, "Learn answers only. False learns prompts too. Plain text is always learnt whole.", one_value=True
     )
+    loss_on: Literal["answers", "last", "all"] = row(
+        "answers", "What is learnt of a chat: all answers, the last answer, or prompts too.", one_value=True,
+        never_with={"completion_only_loss=false": "which learns prompts too"},
+    )  # fmt: skip
+    excess_length_strategy: Literal["truncate", "drop", "refuse"] = row(
+        "truncate",
+        "What is done with a chat longer than max_length: cut its end, leave it out, or stop.",
+        one_value=True,
+    )
+    on_bad_row: Literal["stop", "skip"] = row(
+        "stop", "What is done with a row that cannot be used: stop, or leave it out and count it.", free=True
+    )
+    columns: dict[str, str] = row(
+        {}, "Names of the data's columns where they differ: {messages: dialog, prompt: q}.", one_value=True
+    )
+    roles: dict[str, str] = row(
+        {}, "Meaning of the data's roles where they differ: {bot: assistant, observation: tool}.", one_value=True
+    )
+    chat_template: str | None = row(
+        None, "Chat template instead of the tokenizer's: chatml, plain, or a file of Jinja. It is saved with the model.",
+        min_length=1, one_value=True,
+    )  # fmt: skip
+    template_date: str | None = row(
+        None, "Day that a chat template writes, as 2026-11-26. Default: the day on which the run began.",
+        pattern=r"^\d{4}-\d\d-\d\d$", free=True,
+    )  # fmt: skip
     streaming: bool = row(
         False, "Read rows when they are needed, instead of all at the start.",
         needs={
             "max_steps": "needs max_steps: the length of a stream is not known beforehand",
             "eval_data or eval_rows=0": "cannot hold rows out of the data: give eval_data=<file>",
         },
+        never_with={"dataset_prepared_path": "which keeps encoded rows"},
     )  # fmt: skip
-    dataset_config: str | None = row(None, "Configuration of a hub data set that has several.", one_value=True)
-    dataset_split: str = row("train", "Split of a hub data set.", one_value=True)
+    dataset_config: str | None = row(None, "Configuration of a hub data set or a folder with several.", one_value=True)
+    dataset_split: str = row("train", "Split of a hub data set or of a folder with splits.", one_value=True)
+    dataset_num_proc: int | None = row(None, "Processes that encode large data. Default: all cores.", ge=1, free=True)
+    dataset_prepared_path: str | None = row(
+        None, "Folder of encoded rows, which later runs use again. Large data are always kept so, in ~/.cache/lisatune.",
+        min_length=1, free=True, place=True,
+    )  # fmt: skip

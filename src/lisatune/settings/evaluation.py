@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from pydantic import BaseModel, field_validator
 
@@ -15,13 +16,15 @@ WITH_TASKS = {"eval_tasks": "has no effect without eval_tasks: give eval_tasks=<
 class Evaluation(BaseModel):
     """Evaluation while training."""
 
-    eval_data: str | dict[str, str] | None = row(
+    eval_data: str | dict[str, Any] | None = row(
         None,
-        "Held-out rows in a file of their own. Or several files, {math: FILE, general: FILE}; the first one is compared.",
+        "Held-out rows of their own: a path, or {path: DIR, split: test, config: main, rows: 0.05}. "
+        "Or several with names, {math: FILE, general: FILE}; the first one is compared.",
         one_value=True, place=True,
     )  # fmt: skip
-    eval_rows: int = row(
-        0, "Number of rows held out of the data. With eval_data: how many of its rows are used (0: all).", ge=0,
+    eval_rows: int | float = row(
+        0, "Rows held out of the data: their number, or their share (0.05). With eval_data: how many of its rows are used "
+        "(0: all).", ge=0,
         one_value=True,
     )  # fmt: skip
     eval_steps: int | None = row(
@@ -52,8 +55,8 @@ class Evaluation(BaseModel):
 
     @field_validator("eval_data")
     @classmethod
-    def _name_by_words(cls, eval_data: str | dict[str, str] | None) -> str | dict[str, str] | None:
-        if isinstance(eval_data, dict):
+    def _name_by_words(cls, eval_data: Any) -> Any:
+        if isinstance(eval_data, dict) and "path" not in eval_data:
             bad = next((name for name in eval_data or [""] if not re.fullmatch(r"[A-Za-z][\w-]*", name)), None)
             if bad is not None:
                 raise UserError(

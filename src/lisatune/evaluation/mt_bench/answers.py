@@ -18,8 +18,7 @@ from lisatune.data.tokenize import plain_template
 from lisatune.errors import UserError
 from lisatune.evaluation.mt_bench.questions import NUM_TURNS, Question
 from lisatune.evaluation.mt_bench.records import Records, key_of
-from lisatune.models.chat import model_of
-from lisatune.models.load import load_model, pick_device
+from lisatune.models.load import end_tokens, load_trained, model_of, pick_device
 from lisatune.plan.forecast import model_config
 
 SUFFIXES = (
@@ -57,13 +56,21 @@ class Answerer:
     """
 
     def __init__(
-        self, name: str, records: Records, *, max_new_tokens: int = 1024, batch_size: int = 8, device: str = "auto"
+        self,
+        name: str,
+        records: Records,
+        *,
+        max_new_tokens: int = 1024,
+        batch_size: int = 8,
+        device: str = "auto",
+        trust_remote_code: bool = False,
     ) -> None:
         self.name = model_of(name)
         self.records = records
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.device = pick_device(device)
+        self.trust_remote_code = trust_remote_code
         self._digest = digest_of(self.name)
 
     def answers(
@@ -99,7 +106,7 @@ class Answerer:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model, tokenizer = load_model(self.name, dtype)
+        model, tokenizer = load_trained(self.name, dtype, trust_remote_code=self.trust_remote_code)
         tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)  # as in training
         return model.to(self.device), tokenizer
 
@@ -175,13 +182,6 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
         kept = ids if end is None else ids[:end]
         made.append((tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), end is None))
     return made
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those of the model's generation settings."""
-    listed_there = model.generation_config.eos_token_id
-    listed = listed_there if isinstance(listed_there, list) else [listed_there]
-    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
 
 
 def context_of(model: Any) -> int:

@@ -43,6 +43,7 @@ def evaluate(
     judge_max_tokens: int = 1024,
     batch_size: int = 8,
     device: str = "auto",
+    trust_remote_code: bool = False,
     console: Console,
 ) -> dict[str, Any]:
     """Answer the questions with each of ``models``, have the answers judged, and write ``mt_bench.json``.
@@ -75,6 +76,7 @@ def evaluate(
             answers = _answer(
                 models, names, asked, endpoint, Records(output / ANSWERS), console,
                 max_new_tokens=max_new_tokens, batch_size=batch_size, device=device,
+                trust_remote_code=trust_remote_code,
             )  # fmt: skip
             prompts = [
                 judge_prompt(q, a.texts[:turn])

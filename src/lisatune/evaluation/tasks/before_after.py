@@ -20,7 +20,7 @@ from lisatune.evaluation.tasks.record import Conditions, Record
 from lisatune.evaluation.tasks.score import Score, difference, numbers
 from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.models.load import load_model, pick_device
-from lisatune.models.names import check_model_name
+from lisatune.models.names import check_model_name, trusts_code
 from lisatune.settings import read_settings
 
 
@@ -93,6 +93,7 @@ def score_targets(
     chat_template: bool = False,
     batch_size: int = 8,
     device: str = "auto",
+    trust_remote_code: bool = False,
     console: Console,
 ) -> list[Scored]:
     """Score every target on every task; what was scored before under the same conditions is taken from ``scores.json``.
@@ -121,7 +122,8 @@ def score_targets(
                     scorers[task] = Scorer(
                         [task], data_dir=data_dir, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template
                     )
-            model, tokenizer = load_model(name, dtype)
+            trusted = trust_remote_code or trusts_code(target.name)
+            model, tokenizer = load_model(name, dtype, trust_remote_code=trusted)
             model.to(where)
             for task in missing:
                 scorer = scorers[task]

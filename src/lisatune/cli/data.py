@@ -1,0 +1,67 @@
+"""`lisatune data`."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.cli.train import data_of
+
+ROWS_SHOWN, ROWS_IN_JSON, ROWS_IN_PAGE = 5, 100, 200
+
+
+def data(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder or hub name; or a list with shares.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, as for train.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many rows to show; 5 by default.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids of each row.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to scroll through.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run would see: files, rows and why some are not used, lengths, and what is learnt of a few rows."""
+    from lisatune.settings import build_config, read_settings
+
+    settings: dict[str, Any] = {"output": "none"} | read_settings(config, overrides or []) | {"data": data_of(data)}
+    checked = build_config(settings | ({} if model is None else {"model": model}))
+    from lisatune.data.examples import read_examples
+    from lisatune.models.names import check_model_name
+
+    check_model_name(checked.model)
+    train, _ = read_examples(checked.model_copy(update={"eval_data": None, "eval_rows": 0, "streaming": False}))
+    quiet_libraries()
+    from lisatune.data.inspection import inspect
+    from lisatune.data.view import show, write_page
+    from lisatune.models.load import load_tokenizer
+    from lisatune.run.build import settle_template
+    from lisatune.run.data import Encoding
+
+    tokenizer, num_embeddings = load_tokenizer(checked.model, trust_remote_code=checked.trust_remote_code)
+    checked = settle_template(checked, tokenizer)
+    encoding = Encoding(checked, tokenizer, num_embeddings, Console(quiet=True))
+    encoded = []
+    with console.status("tokenizing"):
+        for some in train:
+            lengths = array("l")
+            documents, counts = encoding.documents(some, "train", lengths=lengths, may_be_empty=True)
+            encoded.append((documents, counts, lengths or [len(document) for document in documents]))
+    wanted = rows or (ROWS_IN_JSON if as_json else ROWS_IN_PAGE if html else ROWS_SHOWN)
+    found = inspect(
+        train, encoded, tokenizer, max_length=checked.max_length, batch_size=checked.per_device_train_batch_size,
+        num_rows=wanted, seed=checked.seed,
+    )  # fmt: skip
+    if html is not None:
+        console.print(str(write_page(found, html, ids=ids)), markup=False, highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(found.as_dict(ids=ids), ensure_ascii=False))
+    elif html is None:
+        Console().print(show(found, ids=ids))

@@ -1,0 +1,177 @@
+"""What a run would see of its data, before it starts."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lisatune.data.examples import Rows, spread
+from lisatune.data.files import DataFile
+from lisatune.data.packing import pack
+from lisatune.data.read import count_rows
+from lisatune.data.tokenize import IGNORED, Counts, Encoded
+
+WINDOW = 1000  # documents that are packed together, as the loader does
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A document as text.
+
+    Attributes:
+        where: The place of its row.
+        pieces: Parts of the text, each with whether it is learnt.
+        ids: Its tokens.
+        labels: The tokens that are learnt, -100 for others.
+    """
+
+    where: str
+    pieces: list[tuple[str, bool]]
+    ids: list[int]
+    labels: list[int]
+
+
+@dataclass
+class Inspection:
+    """All that ``lisatune data`` shows.
+
+    Attributes:
+        names: The data sets, as they were given.
+        described: What is read of each, in words.
+        read: Files that are read.
+        left_out: Files that are not, with the reason and their rows.
+        counts: What became of the rows.
+        lengths: Tokens of each row before anything is cut.
+        max_length: Tokens that a row may have.
+        batch_size: Rows of a micro-batch.
+        padding: The share of a run's tokens that is padding, without packing and with it.
+        rows: A few rows, spread evenly.
+    """
+
+    names: list[str]
+    described: list[str]
+    read: list[DataFile]
+    left_out: list[tuple[DataFile, int | None]]
+    counts: Counts
+    lengths: Sequence[int]
+    max_length: int
+    batch_size: int
+    padding: tuple[float, float]
+    rows: list[ShownRow] = field(default_factory=list)
+
+    def as_dict(self, *, ids: bool = False) -> dict[str, Any]:
+        """Plain values; ``ids`` adds tokens and labels to each row."""
+        counts = asdict(self.counts)
+        told: dict[str, Any] = {name: value for name, value in counts.items() if isinstance(value, int)}
+        told |= {"reasons": dict(self.counts.reasons), "not_used": dict(self.counts.left_out), "bad": self.counts.bad}
+        return {
+            "data": self.names,
+            "files": {
+                "read": [_file(file, file.num_rows) for file in self.read],
+                "left_out": [_file(file, rows) for file, rows in self.left_out],
+            },
+            "counts": told,
+            "lengths": {"histogram": histogram(self.lengths), "longest": max(self.lengths, default=0), "max_length": self.max_length},
+            "padding": {"batch_size": self.batch_size, "share": self.padding[0], "share_with_packing": self.padding[1]},
+            "rows": [
+                {"where": row.where, "pieces": [list(piece) for piece in row.pieces]}
+                | ({"ids": row.ids, "labels": row.labels} if ids else {})
+                for row in self.rows
+            ],
+        }  # fmt: skip
+
+
+def _file(file: DataFile, num_rows: int | None) -> dict[str, Any]:
+    told = {"file": str(file.path), "rows": num_rows, "split": file.split, "config": file.config or None}
+    return told | ({"reason": file.left_out} if file.left_out else {}) | ({"note": file.note} if file.note else {})
+
+
+def inspect(
+    train: Sequence[Rows], encoded: Sequence[tuple[Sequence[Encoded], Counts, Sequence[int]]], tokenizer: Any, *,
+    max_length: int, batch_size: int, num_rows: int, seed: int = 0,
+) -> Inspection:  # fmt: skip
+    """What the data sets of a run hold.
+
+    Args:
+        train: The data sets.
+        encoded: Of each: its documents, what became of its rows, and their tokens before anything was cut.
+        tokenizer: Writes documents as text.
+        max_length: Tokens that a row may have.
+        batch_size: Rows of a micro-batch.
+        num_rows: How many documents are shown.
+        seed: Seed of the order in which they would be trained.
+    """
+    counts = Counts()
+    for _, own, _ in encoded:
+        counts.add(own)
+    documents = [document for some, _, _ in encoded for document in _chosen(some, num_rows // len(encoded) or 1)]
+    lengths = [length for _, _, own in encoded for length in own]
+    cut = [min(length, max_length) for length in lengths]
+    return Inspection(
+        [rows.name for rows in train],
+        [rows.source.describe() for rows in train],
+        [file for rows in train for file in rows.source.read],
+        [(file, count_rows(file)) for rows in train for file in rows.source.files if file.left_out],
+        counts, lengths, max_length, batch_size, (padding(cut, batch_size, seed), padding(packed(cut, max_length), batch_size, seed)),
+        [shown_row(document, tokenizer) for document in documents],
+    )  # fmt: skip
+
+
+def _chosen(documents: Sequence[Encoded], number: int) -> Iterator[Encoded]:
+    return (documents[i] for i in sorted(spread(len(documents), number)))
+
+
+def shown_row(document: Encoded, tokenizer: Any) -> ShownRow:
+    """``document`` as text, cut where learnt and other tokens meet; the parts together are the whole text.
+
+    A part is what its tokens add to the text before it, as a tokenizer may write the same token otherwise at a beginning.
+    """
+    ids, labels = list(document.ids), list(document.labels)
+    ends = [t for t in range(1, len(ids)) if (labels[t] == IGNORED) != (labels[t - 1] == IGNORED)] + [len(ids)]
+    pieces, text = [], ""
+    for begin, end in zip([0, *ends], ends, strict=False):
+        longer = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        part = longer[len(text) :] if longer.startswith(text) else tokenizer.decode(ids[begin:end])
+        pieces.append((part, labels[begin] != IGNORED))
+        text = longer
+    return ShownRow(document.where, pieces, ids, labels)
+
+
+def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> float:
+    """The share of padding in micro-batches of ``batch_size`` rows, each as wide as its longest row.
+
+    Example:
+        >>> padding([1, 1, 4, 4], 4)
+        0.375
+    """
+    if not lengths:
+        return 0.0
+    order = random.Random(f"{seed}/0").sample(range(len(lengths)), len(lengths))
+    batches = [[lengths[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
+    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
+
+
+def packed(lengths: Sequence[int], max_length: int) -> list[int]:
+    """The tokens of each row that documents of these lengths are packed into, as the loader packs them."""
+    windows = [lengths[first : first + WINDOW] for first in range(0, len(lengths), WINDOW)]
+    return [sum(window[i] for i in row) for window in windows for row in pack(window, max_length)]
+
+
+def histogram(lengths: Sequence[int], bins: int = 16) -> list[tuple[int, int, int]]:
+    """Rows by their tokens, as (from, to, rows) with equal steps, from the shortest row to the longest.
+
+    Example:
+        >>> histogram([1, 2, 2, 9], bins=3)
+        [(1, 3, 3), (4, 6, 0), (7, 9, 1)]
+    """
+    if not lengths:
+        return []
+    shortest, longest = min(lengths), max(lengths)
+    step = -(-(longest - shortest + 1) // bins)
+    counts = array("q", [0]) * (-(-(longest - shortest + 1) // step))
+    for length in lengths:
+        counts[(length - shortest) // step] += 1
+    return [(shortest + i * step, shortest + (i + 1) * step - 1, count) for i, count in enumerate(counts)]

@@ -1,0 +1,97 @@
+"""The sets in examples/ are whole, and what they teach comes back in `lisatune chat`."""
+
+import json
+from datetime import date as Date
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from chat_templates import CHATML, make_tokenizer
+from lisatune.data.formats import parse_row, read_rows
+from lisatune.data.render import CHATML_TEMPLATE
+from lisatune.data.tokenize import IGNORED, Encoder
+from tiny import make_llama
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def weekday(date):
+    return Date.fromisoformat(date).strftime("%A")
+
+
+def test_every_call_of_the_tools_set_has_its_right_reply():
+    metres = {"m": 1, "km": 1000, "cm": 0.01, "mi": 1609.344}
+    right = {
+        "convert_length": lambda value, from_unit, to_unit: (
+            f"{round(value * metres[from_unit] / metres[to_unit], 3):g}"
+        ),
+        "days_between": lambda start, end: str((Date.fromisoformat(end) - Date.fromisoformat(start)).days),
+        "weekday": weekday,
+    }
+    num_calls = 0
+    for row in read_rows(str(EXAMPLES / "tools.jsonl")):
+        turns = row.columns["messages"]
+        known = {tool["function"]["name"] for tool in row.columns["tools"]}
+        for turn, reply in pairwise(turns):
+            for call in turn.get("tool_calls", ()):
+                assert call["function"]["name"] in known
+                assert reply["content"] == right[call["function"]["name"]](**call["function"]["arguments"])
+                assert reply["content"] in turns[-1]["content"]
+                num_calls += 1
+    assert num_calls > 20
+
+
+def test_calls_and_answers_of_the_sets_are_learnt_and_nothing_else():
+    tokenizer = make_tokenizer(CHATML_TEMPLATE)
+    for name in ("tools.jsonl", "multi_turn.jsonl"):
+        encoder = Encoder(tokenizer, 4000)
+        examples = [parse_row(row) for row in read_rows(str(EXAMPLES / name))]
+        for example, document in zip(examples, encoder(examples), strict=True):
+            learnt = tokenizer.decode([label for label in document.labels if label != IGNORED])
+            answers = [turn for turn in example.messages if turn["role"] == "assistant"]
+            assert learnt.count("<|im_end|>") == len(answers)
+            for turn in answers:
+                assert turn["content"] in learnt
+                for call in turn.get("tool_calls", ()):
+                    assert json.dumps(call["function"]["arguments"]) in learnt
+            assert not any(turn["content"] in learnt for turn in example.messages if turn["role"] == "user")
+        assert not encoder.counts.left_out or set(encoder.counts.left_out) <= {"name (not shown by the chat template)"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tools.jsonl", "multi_turn.jsonl"])
+def test_a_model_that_learnt_a_set_by_heart_says_it_in_chat(name, tmp_path):
+    """Two rows, learnt by a tiny model until it knows them; every answer and call comes back to the letter."""
+    from lisatune.models.chat import Chat
+    from lisatune.models.load import load_trained
+    from lisatune.settings import build_config
+    from lisatune.train import train
+
+    tokenizer = make_tokenizer(CHATML)
+    make_llama(vocab_size=len(tokenizer), hidden_size=96, max_position_embeddings=2048).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()[8:10]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    train(
+        build_config(
+            {
+                "model": str(tmp_path / "m"), "data": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "run"),
+                "method": "full", "max_steps": 150, "learning_rate": 3e-3, "max_length": 2048, "chat_template": "chatml",
+                "lr_scheduler_type": "cosine", "warmup_steps": 10, "device": "cpu",
+            }
+        )
+    )  # fmt: skip
+    model, tokenizer = load_trained(str(tmp_path / "run"))
+    for line in lines:
+        row = json.loads(line)
+        chat = Chat(model, tokenizer, tools=row.get("tools"), max_new_tokens=200)
+        for turn, reply in pairwise(row["messages"]):
+            if reply["role"] != "assistant":
+                continue
+            said = chat.ask(turn["content"], role=turn["role"])
+            if calls := reply.get("tool_calls"):
+                call = json.loads(said.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+                assert call == {key: calls[0]["function"][key] for key in ("name", "arguments")}
+            else:
+                assert said == reply["content"]
