@@ -232,16 +232,16 @@ def _entry(
     equal: Mapping[str, Any],
     failed: Mapping[str, str],
 ) -> dict[str, Any]:
+    """One contender: what it is, and the numbers of its runs if all have finished."""
     trials = contender.trials
+    status = "failed" if _all_ended(contender, failed) else "unfinished"
+    if contender.name in ready:
+        status = "finished"
     entry: dict[str, Any] = {
         "name": contender.name,
         "method": trials[0].config.method,
         "varied": trials[0].varied,
-        "status": "finished"
-        if contender.name in ready
-        else "failed"
-        if _all_ended(contender, failed)
-        else "unfinished",
+        "status": status,
         "failed": {t.name: failed[t.name] for t in trials if t.name in failed}
         | {t.name: "the held-out loss is no number" for t in trials if _no_number(contender.measured.get(t.name))},
         "by_search": [
@@ -252,8 +252,13 @@ def _entry(
             for key in contender.choices
         ],
     }
-    if entry["status"] != "finished":
-        return entry
+    return entry | (_numbers(contender, ready, equal) if status == "finished" else {})
+
+
+def _numbers(
+    contender: _Contender, ready: Mapping[str, Mapping[int, Measured]], equal: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Losses at the chosen values and their difference to the first contender's; memory and time of all its runs."""
     runs, first = ready[contender.name], next(iter(ready.values()))
     chosen = contender.best(contender.seeds)
     losses = [runs[seed].loss for seed in contender.seeds]
@@ -261,7 +266,7 @@ def _entry(
     low, high = differences["low"], differences["high"]
     every = [m for by_seed in contender.runs.values() for m in by_seed.values()]
     some = next(iter(runs.values()))
-    return entry | {
+    return {
         "chosen": contender.searched[chosen],
         "chosen_by_seed": {seed: contender.searched[key] for seed, key in contender.chosen_for().items()},
         "edge": _edges(contender, chosen),

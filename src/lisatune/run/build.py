@@ -112,6 +112,7 @@ def build(
 
     With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
     """
+    # the model, whole and on the CPU
     with together():
         check_tracker(config)
         config, device = settle(config)
@@ -131,6 +132,8 @@ def build(
             f"every token of {type(model).__name__} sees later tokens, so a next-token loss teaches nothing: set "
             '"is_decoder": true in the config.json of the model'
         )
+
+    # the data, which all processes must have alike
     with together():
         config = settle_template(config, tokenizer)
         num_embeddings: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -140,6 +143,8 @@ def build(
     if num_ranks() > 1:
         with together():
             check_alike(_what_must_be_alike(config, data, model))
+
+    # the forecast; with memory_bytes, of the levers that make the run fit
     if memory_bytes is None:
         plan = plan_run(config, model.config, device.type, tokens=data.longest)
     else:
@@ -149,6 +154,8 @@ def build(
         levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
         console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
     console.print(plan.describe(), highlight=False)
+
+    # the method and the levers, put on the model, which goes to the device
     meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
     with explain_out_of_memory(config, model.config, device.type, data.longest), together():
         learner = make_learner(config, model, device)

@@ -158,39 +158,50 @@ class Checkpoints:
     def _save(
         self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any]
     ) -> None:
-        beside = self.folder / f".writing-{step}"
-        if rank() == 0:
-            self.folder.mkdir(exist_ok=True)
-            self._sweep()
-            beside.mkdir()
-        barrier()
-        if not beside.is_dir():
-            raise UserError(
-                f"{self.folder} is not seen by all processes: choose an output in a folder that hosts share"
-            )
+        new, target = self._make_folder(step), self.folder / f"checkpoint-{step}"
         try:
-            files = self._write(beside, tensors, unchanged)
+            # the tensors, by all processes
+            files = self._write(new, tensors, unchanged)
             if rank() > 0:
                 barrier()
-                self._last = self.folder / f"checkpoint-{step}", Manifest(format=1, step=step, files=files)
+                self._last = target, Manifest(format=1, step=step, files=files)
                 return
-            (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
-            files[STATE] = _record(beside / STATE)
+
+            # the rest, by rank 0, and then the new folder in its place
+            (new / STATE).write_text(json.dumps(state), encoding="utf-8")
+            files[STATE] = _record(new / STATE)
             manifest = Manifest(format=1, step=step, files=files)
-            (beside / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-            sync(beside / MANIFEST)
-            sync(beside)
-            target = self.folder / f"checkpoint-{step}"
+            (new / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            sync(new / MANIFEST)
+            sync(new)
             self._discard(target)  # a damaged one, which was passed over
-            beside.rename(target)
+            new.rename(target)
             sync(self.folder)
             barrier()
         except BaseException as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             if isinstance(error, SafetensorError) and (cause := re.search(r"os error (\d+)", str(error))):
-                raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(beside)) from error
+                raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(new)) from error
             raise
         self._last = target, manifest
+        self._keep_newest(step)
+
+    def _make_folder(self, step: int) -> Path:
+        """The folder that the checkpoint of ``step`` is written in, until it is whole."""
+        new = self.folder / f".writing-{step}"
+        if rank() == 0:
+            self.folder.mkdir(exist_ok=True)
+            self._sweep()
+            new.mkdir()
+        barrier()
+        if not new.is_dir():
+            raise UserError(
+                f"{self.folder} is not seen by all processes: choose an output in a folder that hosts share"
+            )
+        return new
+
+    def _keep_newest(self, step: int) -> None:
+        """Remove all checkpoints but the newest ``keep`` up to ``step``."""
         steps = checkpoint_steps(self._run)
         kept = [s for s in steps if s <= step][: self.keep]
         for other in steps:

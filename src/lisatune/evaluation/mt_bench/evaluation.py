@@ -61,6 +61,7 @@ def evaluate(
     Returns: What ``mt_bench.json`` holds.
     Raises: UserError; Stopped at Ctrl-C. What was made until then is kept.
     """
+    # what can be found wrong before the first answer
     names = names_of(models)
     for model in models:
         inside = Path(model).expanduser() / "model"
@@ -70,6 +71,8 @@ def evaluate(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output {output} cannot be made ({error.strerror}): choose another folder") from error
+
+    # answers and verdicts, each kept as soon as it is there
     with only_run(output, doing="works"):
         judge = Judge(endpoint, Records(output / REPLIES), max_tokens=judge_max_tokens)
         try:
@@ -80,18 +83,20 @@ def evaluate(
             )  # fmt: skip
             prompts = [
                 judge_prompt(q, a.texts[:turn])
-                for own in answers
-                for q, a in zip(asked, own, strict=True)
+                for of_model in answers
+                for q, a in zip(asked, of_model, strict=True)
                 for turn in (1, 2)
             ]
             verdicts = _judge(judge, prompts, console)
         except KeyboardInterrupt:
             raise Stopped("stopped; what was made is kept, and the same command goes on", signal.SIGINT) from None
+
+        # what came of it
         pairs = [verdicts[i : i + NUM_TURNS] for i in range(0, len(verdicts), NUM_TURNS)]
         entries = []
-        for number, (name, model, own) in enumerate(zip(names, models, answers, strict=True)):
+        for number, (name, model, of_model) in enumerate(zip(names, models, answers, strict=True)):
             scores = score(asked, pairs[number * len(asked) : (number + 1) * len(asked)])
-            entries.append({"name": name, "model": model, "num_cut": sum(a.num_cut for a in own), **scores})
+            entries.append({"name": name, "model": model, "num_cut": sum(a.num_cut for a in of_model), **scores})
         result = {
             "judge": {"url": endpoint.url, "model": endpoint.model},
             "questions": questions,

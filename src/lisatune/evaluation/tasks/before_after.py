@@ -103,6 +103,7 @@ def score_targets(
 
     Raises: UserError as ``Scorer`` and ``load_model``.
     """
+    # what was scored before under these conditions
     where = pick_device(device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     conditions = Conditions(
@@ -111,6 +112,8 @@ def score_targets(
     record = Record()
     for folder in {target.folder for target in targets if target.folder is not None}:
         record.read(folder)
+
+    # each model is loaded once, for the tasks that it has not been scored on
     scorers: dict[str, Scorer] = {}
     for target in targets:
         for name in target.models():
@@ -138,6 +141,8 @@ def score_targets(
                 _write(record, targets, target.folder)
             del model
         _write(record, targets, target.folder)
+
+    # before and after side by side
     found = [_scored(target, tasks, record, conditions) for target in targets]
     for scored in found:
         _summarize(scored)
@@ -145,11 +150,11 @@ def score_targets(
 
 
 def _scored(target: Target, tasks: Sequence[str], record: Record, conditions: Conditions) -> Scored:
-    def of(model: str) -> Iterator[tuple[str, Score]]:
+    def scores(model: str) -> Iterator[tuple[str, Score]]:
         for task in tasks:
             yield from (record.get(model, task, conditions) or {}).items()
 
-    return Scored(target, None if target.base is None else dict(of(target.base)), dict(of(target.model)))
+    return Scored(target, None if target.base is None else dict(scores(target.base)), dict(scores(target.model)))
 
 
 def _write(record: Record, targets: Sequence[Target], folder: Path | None) -> None:
