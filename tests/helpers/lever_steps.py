@@ -11,7 +11,10 @@ CPU = torch.device("cpu")
 
 
 def config(**settings):
+    """Settings of LISA with layers, unless they say otherwise."""
     needed = {"model": "-", "data": "-", "output": "-", "dtype": "float32", "learning_rate": 1e-2}
+    if settings.get("method", "lisa") == "lisa" and "sampled_unit" not in settings:
+        needed["recipe"] = "paper"
     return build_config(needed | settings)
 
 
