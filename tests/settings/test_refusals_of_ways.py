@@ -18,7 +18,10 @@ FIELDS = TrainConfig.model_fields
 
 def build(*settings):
     given = {"model": "m", "data": "d", "output": "o", "max_steps": 9, "eval_data": "e"}
-    return build_config({k: v for some in (given, *settings) for k, v in some.items()})
+    given |= {k: v for some in settings for k, v in some.items()}
+    if given.get("method", "lisa") == "lisa" and "sampled_unit" not in given:
+        given = {"recipe": "paper"} | given  # a way without a unit is one of layers
+    return build_config(given)
 
 
 def choices():
@@ -45,7 +48,7 @@ def test_a_way_is_refused_where_it_cannot_work_and_nowhere_else(way):
     config = build(way.settings)
     check_num_ranks(config, 1)
     if way.processes is None:
-        with pytest.raises(UserError, match=r"^\w+=.* works on one process alone: leave it out"):
+        with pytest.raises(UserError, match=r"^\w+=.* works on one process only"):
             check_num_ranks(config, 2)
     else:
         check_num_ranks(config, 2)
