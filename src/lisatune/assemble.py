@@ -29,6 +29,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     are streamed inside of them. The optimizer comes before anything is frozen, since it has to hold every parameter that
     will ever train.
     """
+    # the model: adapters first, then the levers that change modules, then it goes to its place
     method, levers = make_method(config), make_levers(config)
     model, layers = method.prepare(model)
     for lever in levers:
@@ -38,6 +39,8 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     )
     linear_head = placement.place(model, layers, device)
     method.start(layers, linear_head=linear_head)
+
+    # the optimizer, over all that will ever train
     groups = make_groups(config, layers, model)
     optimizer = method.make_optimizer(groups)
     if optimizer is None:
@@ -48,6 +51,8 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
             ours=any(lever.needs_our_adamw for lever in levers),
         )  # fmt: skip
     method.adopt(optimizer)
+
+    # the learner, and what the other levers hang on it
     learner = Learner(
         model=model, method=method, optimizer=optimizer, levers=levers, placement=placement,
         max_grad_norm=config.max_grad_norm, bad_grad_norm=config.bad_grad_norm or math.inf,

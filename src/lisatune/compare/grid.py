@@ -139,6 +139,8 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
         for name, value in with_new_names(given).items()
         if name != "output"
     }
+
+    # what is compared, what is searched, and what may hold several values
     search = tuple(_values("search", given.get("search", "learning_rate")))
     methods = _values("method", given.get("method", "lisa"))
     for name in search:
@@ -157,6 +159,8 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
             if name in (*ONE_VALUE, "method", "seed", "search"):
                 raise UserError(f"{method}.{name}: contenders are compared within one {name}, so give it for all")
     _check_names(shared, methods)
+
+    # a trial for each combination, with a name of its own
     trials, taken = [], set[str]()
     for method in methods:
         for settings in _settings_of(str(method), shared, given.get(method, {}), search):
@@ -165,6 +169,8 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
                 raise UserError(f"{trial.contender}: the grid holds one run twice ({trial.name}): leave a value out")
             taken.add(trial.name.casefold())
             trials.append(trial)
+
+    # all contenders under the first seed, then under the next: a comparison that is cut short still compares
     order = list(dict.fromkeys(trial.config.seed for trial in trials))
     turn = {trial.name: i for i, trial in enumerate(_by_turns(trials))}
     trials.sort(key=lambda trial: (order.index(trial.config.seed), turn[trial.name]))

@@ -179,6 +179,8 @@ def results(
     ready = {c.name: c.reported() for c in contenders if c.choices and _all_ended(c, failed)}
     equal = _equal(ready, seeds)
     entries = [_entry(c, ready, equal, failed) for c in contenders]
+
+    # which fit into the memory, and which no other beats in both memory and loss
     within = [e for e in entries if e["status"] == "finished"]
     budget = memory_bytes or min((int(e["peak_bytes"] * TOLERANCE) for e in within), default=0)
     for entry in within:
@@ -187,6 +189,8 @@ def results(
             o["peak_bytes"] * TOLERANCE < entry["peak_bytes"] and o["eval_loss"]["mean"] <= entry["eval_loss"]["mean"]
             for o in within
         )
+
+    # the best of each method that fits
     fitting: dict[str, str | None] = {}
     for method in dict.fromkeys(entry["method"] for entry in entries):
         fits = [e for e in within if e["method"] == method and e["fits"]]

@@ -240,6 +240,8 @@ def _run_all(session: _Session, console: Console, run_one: Runner, drop_models: 
     console.print(f"{len(grid.contenders())} contenders: {how_many}", highlight=False)
     if not left:
         return
+
+    # one after the other; a signal stops the run that is under way, which saves itself, and then the comparison
     with _progress(len(grid.trials), len(left), console) as show:
         for trial in left:
             run = folder / "runs" / trial.name

@@ -24,6 +24,8 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column names and cells, for the terminal and the page."""
     entries, equal = result["contenders"], result["equal"]
     done = [entry for entry in entries if entry["status"] == "finished"]
+
+    # the columns that this comparison has
     names = [name for name in result["search"] if any(name in e["chosen"] for e in done)]
     unequal = len({round(entry["tokens"]) for entry in done}) > 1
     tasks = list(dict.fromkeys(task for entry in done for task in entry["scores"]))
@@ -37,6 +39,8 @@ def table_of(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head += [f"at {_mean(equal['tokens']):,.0f} tokens"] if unequal else []
     head += [f"at {_mean(equal['seconds']):,.3g} s"] if timed else []
     head += [*tasks, "peak", "predicted", "optimizer", "tokens/s", "s"]
+
+    # a row for each contender
     rows = []
     for entry in entries:
         if entry["status"] != "finished":

@@ -138,6 +138,8 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         width, first_of_all = _width(p), first_element(p)
         noise = f"moments {self.seed} {group['num_steps']} {index}"
+
+        # a block at a time: gradient, moments, weight, each in float32, then back to the types they are kept in
         for start, stop, moments in self.moments.walk(state, self._spans(local(p)), p.device):
             grad = self._gradient(p, start // width, stop // width).view(-1)
             if sq_norm is not None:

@@ -77,7 +77,7 @@ class Sharded(OnDevice):
             save_model_config(model, tokenizer, folder)
         barrier()
         parts = find_layers(model, decoder_name).parts()
-        files = {part: {n: p.detach() for n, p in own.items()} for part, own in parts.items() if own}
+        files = {part: {n: p.detach() for n, p in every.items()} for part, every in parts.items() if every}
         kept = model.state_dict().keys()
         if buffers := {name: buffer for name, buffer in model.named_buffers() if name in kept}:
             files["buffers"] = buffers

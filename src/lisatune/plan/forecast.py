@@ -256,6 +256,8 @@ def _plan_draw(
     remark = ""
     if getattr(model.config, "_attn_implementation", None) != ATTENTION:
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
+
+    # the run's own learner takes two steps on the meta device, and the ledger books every tensor
     cannot_run, sent = False, dict[str, int]()
     with ledger, experts_on_meta():
         learner = make_learner(config, model, torch.device("meta"))
@@ -271,6 +273,8 @@ def _plan_draw(
         except Exception as error:  # whatever a model's own code does that needs data
             cannot_run = True
             remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
+
+    # what it booked; for a model that cannot run there, a formula's numbers
     trained = [p for p in learner.model.parameters() if p.requires_grad]
     plan = Plan(
         method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder), drawn=drawn,

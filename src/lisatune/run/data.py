@@ -143,6 +143,8 @@ def prepare_data(
     """
     encoding = Encoding(config, tokenizer, num_embeddings, console)
     names = [rows.name for rows in train]
+
+    # the rows to train on, and those of them that are held out
     held: dict[str, Sequence[Encoded]] = {}
     documents: Sequence[Encoded] | Mixture | Stream
     if config.streaming:
@@ -150,23 +152,13 @@ def prepare_data(
         counts = [documents.encoder.counts]
         encoding.identity["train"] = _of_all([fingerprint.of_stream(rows.source) for rows in train])
     else:
-        parts, counts = [], []
-        for rows in train:
-            some, told = encoding.documents(rows, "train" if len(train) == 1 else f"train, {rows.name}")
-            if rows.hold_out:
-                assert isinstance(some, Store)
-                number = some.about["num_examples"]
-                held[""], some = some.split(spread(number, number_held_out(number, rows.hold_out, rows.name)))
-                encoding.recognise("held-out", held[""], f"-{rows.hold_out}-held-out")
-            parts.append(some)
-            counts.append(told)
-            encoding.recognise(f"train {rows.name}", some, f"-{rows.hold_out}" * bool(rows.hold_out))
-        own = [encoding.identity.pop(f"train {rows.name}") for rows in train]
-        encoding.identity = {"train": _of_all(own)} | encoding.identity
+        parts, counts = _encode(encoding, train, held)
         longest = config.max_length if config.packing else max(_longest(some) for some in parts)
         documents = parts[0] if len(parts) == 1 else Mixture(parts, [rows.share for rows in train], config.seed)
         if isinstance(documents, Mixture):
             _tell_mixture(documents, names, console)
+
+    # batches: of a step to train on, of a pass to evaluate on
     rows_per_pass = config.per_device_train_batch_size * num_ranks()
     pad_id = _pad_id(tokenizer, num_embeddings)
 
@@ -178,12 +170,35 @@ def prepare_data(
 
     loader = load(documents, rows_per_pass * config.gradient_accumulation_steps)
     num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
+
+    # the sets that are held out by name
     for name, some_rows in held_out.items():
         label = f"held out, {name}" if name else "held out"
         held[name], _ = encoding.documents(some_rows, label)
         encoding.recognise(label.replace(" ", "-", 1), held[name])
     batches = {name: list(load(some, rows_per_pass, shuffle=False).epoch(0)) for name, some in held.items()}
     return Data(loader, batches, num_steps, longest, encoding.identity, counts, names, config.streaming)
+
+
+def _encode(
+    encoding: Encoding, train: Sequence[Rows], held: dict[str, Sequence[Encoded]]
+) -> tuple[list[Sequence[Encoded]], list[Counts]]:
+    """Documents of each source, and what was counted in it; a share that is held out goes into ``held``."""
+    parts: list[Sequence[Encoded]] = []
+    counts: list[Counts] = []
+    for rows in train:
+        some, counted = encoding.documents(rows, "train" if len(train) == 1 else f"train, {rows.name}")
+        if rows.hold_out:
+            assert isinstance(some, Store)
+            number = some.about["num_examples"]
+            held[""], some = some.split(spread(number, number_held_out(number, rows.hold_out, rows.name)))
+            encoding.recognise("held-out", held[""], f"-{rows.hold_out}-held-out")
+        parts.append(some)
+        counts.append(counted)
+        encoding.recognise(f"train {rows.name}", some, f"-{rows.hold_out}" * bool(rows.hold_out))
+    digests = [encoding.identity.pop(f"train {rows.name}") for rows in train]
+    encoding.identity = {"train": _of_all(digests)} | encoding.identity
+    return parts, counts
 
 
 def _stream(encoding: Encoding, train: Sequence[Rows]) -> EncodedStream:

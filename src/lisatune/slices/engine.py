@@ -89,6 +89,8 @@ class SliceEngine:
             raise UserError(
                 f"{type(sampler).__name__} cannot draw slices, of which each tensor needs the same number: choose {choices}"
             )
+
+        # what was asked for
         self.layers = layers
         self.sampler = sampler
         self._num_active: int = sampler.num_active  # type: ignore[attr-defined]  # ``for_slices`` says so
@@ -96,6 +98,8 @@ class SliceEngine:
         self.state_policy = state_policy
         self.pool = tuple(f"slices.{block}" for block in range(sampler.num_layers))
         self.trains: dict[str, Trains] = {"embedding": train_embedding, "head": train_head, "norms": train_norms}
+
+        # the tensors: cut into blocks, or trained whole in every step; and what is sampled now
         self.cuts: dict[str, Cut] = {}
         self.samplers: dict[str, Sampler] = {}
         self.always: dict[str, nn.Parameter] = {}
@@ -108,7 +112,7 @@ class SliceEngine:
         for number, (name, (part, parameter)) in enumerate(self._tensors().items()):
             self._sort(number, name, parameter, self.trains_as(part, parameter))
         ever = self.cuts.keys() | self.always.keys()
-        self._trained_parts = {part for part, own in layers.parts().items() if ever & own.keys()}
+        self._trained_parts = {part for part, names in layers.parts().items() if ever & names.keys()}
 
     def trains_as(self, part: str, parameter: Tensor) -> Trains:
         """Whether a tensor of ``part`` trains in slices, whole or never."""
