@@ -4,12 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-slow clean
+.PHONY: demo check test test-slow clean
 
 demo: $(VENV)/.demo ## watch a small pretrained model learn, about 4 minutes on 2 cores
 	$(BIN)/lisatune demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-test: $(VENV)/.dev ## format, lint, types and tests
+check: $(VENV)/.dev ## format, lint, types and the quick tests, in a minute
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests -m "quick and not slow" -n 2
+
+test: $(VENV)/.dev ## format, lint, types and all tests but the slow ones
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

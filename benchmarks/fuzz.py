@@ -68,8 +68,8 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
     with atheris.instrument_imports(include=TARGETS[target]):
+        import forged
         import hostile
-        import test_fuzz
 
     class Bytes(hostile.Pick):
         """Choices taken from the fuzzer's bytes."""
@@ -84,7 +84,7 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
             return bytes(self.provider.ConsumeBytes(self.integer(0, most)))
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as place:
-        case = {"rows": _rows, "config": _config, "checkpoint": _checkpoint}[target](hostile, test_fuzz, Path(place))
+        case = {"rows": _rows, "config": _config, "checkpoint": _checkpoint}[target](hostile, forged, Path(place))
         outcomes = Outcomes(cases, folder)
         seeds = folder / "corpus"
         seeds.mkdir()
@@ -103,9 +103,9 @@ def fuzz(target: str, cases: int, seed: int, folder: Path) -> None:
         atheris.Fuzz()
 
 
-def _rows(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes], str]:
-    from conftest import make_tokenizer
+def _rows(hostile: Any, forged: Any, place: Path) -> Callable[[Any, bytes], str]:
     from lisatune.data.tokenize import Encoder
+    from tiny import make_tokenizer
 
     tokenizer = make_tokenizer()
 
@@ -120,8 +120,11 @@ def _rows(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes], s
     return case
 
 
-def _config(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes], str]:
-    layers = test_fuzz.find_layers(test_fuzz.make_llama())
+def _config(hostile: Any, forged: Any, place: Path) -> Callable[[Any, bytes], str]:
+    from lisatune.layers import find_layers
+    from tiny import make_llama
+
+    layers = find_layers(make_llama())
 
     def case(pick: Any, data: bytes) -> str:
         given = ({}, [], data) if pick.chance(4) else hostile.settings(pick)
@@ -130,12 +133,12 @@ def _config(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes],
     return case
 
 
-def _checkpoint(hostile: Any, test_fuzz: Any, place: Path) -> Callable[[Any, bytes], str]:
-    small, real = test_fuzz.small_files(), test_fuzz.real_files()
+def _checkpoint(hostile: Any, forged: Any, place: Path) -> Callable[[Any, bytes], str]:
+    small, real = forged.small_files(), forged.real_files()
 
     def case(pick: Any, data: bytes) -> str:
         if pick.chance(200):  # dear, because a model is built
-            return str(test_fuzz.try_forged(pick, real, place))
+            return str(forged.try_forged(pick, real, place))
         folder = hostile.copy_checkpoint(small, place / "run")
         hostile.damage(pick, folder)
         return str(hostile.try_checkpoint(folder, small))

@@ -29,6 +29,22 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 
+# what is run while one works: rooms and files whose tests take milliseconds, and most of the arithmetic
+QUICK = (
+    "settings/", "samplers/", "data/", "levers/test_inverse_chance", "levers/test_frozen_steps", "optim/test_rounding",
+    "levers/test_optimizer_in_backward", "run/test_checkpoint", "test_engine", "test_layers", "test_learner", "test_loss",
+    "test_pieces", "test_structure",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the quick tests, which ``make check`` runs."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and str(item.path.relative_to(here)).startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
+
+
 @pytest.fixture
 def llama() -> Any:
     return make_llama()

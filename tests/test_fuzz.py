@@ -1,4 +1,4 @@
-"""Bad input, some ten thousand cases of it: an answer or a UserError, never a traceback; no row is lost in silence."""
+"""Bad input, some thousand cases of it, ten thousand among the slow tests: an answer or a UserError, never a traceback; no row is lost in silence."""
 
 import contextlib
 import gzip
@@ -8,20 +8,19 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hostile
-from lisatune import UserError, assemble
+from forged import make_learner, real_files, small_files, try_forged
+from lisatune import UserError
+from lisatune.assemble import make_method
 from lisatune.common.run_folder import check_output
 from lisatune.data.formats import parse_row, read_rows
-from lisatune.data.loader import Batch
 from lisatune.data.tokenize import Encoder
 from lisatune.layers import find_layers
 from lisatune.models.names import check_model_name
 from lisatune.run.checkpoint import Checkpoints, Damaged, read_manifest, read_state
-from lisatune.run.progress import Progress
 from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config, read_settings
 from tiny import make_llama
@@ -42,8 +41,24 @@ class Drawn(hostile.Pick):
         return self.data.draw(st.binary(max_size=most))
 
 
-def cases(name):
-    return settings(max_examples=CASES[name], suppress_health_check=list(HealthCheck))
+def amounts(name):
+    """A tenth of the cases each time, and all of them, which takes minutes, among the slow tests."""
+    few, all_cases = (
+        pytest.param(CASES[name] // 10, id="some"),
+        pytest.param(CASES[name], id="all", marks=pytest.mark.slow),
+    )
+    return pytest.mark.parametrize("count", [few, all_cases])
+
+
+def fuzz(count, case):
+    """Call ``case`` with ``count`` ways to choose."""
+
+    @settings(max_examples=count, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def check(data):
+        case(Drawn(data))
+
+    check()
 
 
 @pytest.fixture(scope="module")
@@ -58,74 +73,34 @@ def test_there_are_ten_thousand_cases():
     assert sum(CASES.values()) >= 10_000
 
 
-@cases("row")
-@given(st.data())
-def test_any_row_is_read_or_refused(data):
-    columns = hostile.row(Drawn(data))
-    if isinstance(columns, dict):
-        hostile.try_row(columns)
+@amounts("row")
+def test_any_row_is_read_or_refused(count):
+    def case(pick):
+        columns = hostile.row(pick)
+        if isinstance(columns, dict):
+            hostile.try_row(columns)
+
+    fuzz(count, case)
 
 
-@cases("file")
-@given(data=st.data())
-def test_any_file_is_read_or_refused_and_its_rows_add_up(folder, tokenizer, data):
-    name, content = hostile.row_file(Drawn(data))
-    (folder / name).write_bytes(content)
-    hostile.try_rows(folder / name, lambda: Encoder(tokenizer, 40))
+@amounts("file")
+def test_any_file_is_read_or_refused_and_its_rows_add_up(folder, tokenizer, count):
+    def case(pick):
+        name, content = hostile.row_file(pick)
+        (folder / name).write_bytes(content)
+        hostile.try_rows(folder / name, lambda: Encoder(tokenizer, 40))
+
+    fuzz(count, case)
 
 
-@cases("settings")
-@given(data=st.data())
-def test_any_settings_build_a_config_or_are_refused(folder, layers, data):
-    hostile.try_settings(*hostile.settings(Drawn(data)), folder, layers)
+@amounts("settings")
+def test_any_settings_build_a_config_or_are_refused(folder, layers, count):
+    fuzz(count, lambda pick: hostile.try_settings(*hostile.settings(pick), folder, layers))
 
 
 @pytest.fixture(scope="module")
 def layers():
     return find_layers(make_llama())
-
-
-def make_learner():
-    """A model as small as can be, before its first step."""
-    model = make_llama(layers=2, vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=2)
-    config = build_config(hostile.NEEDED | {"num_active": 1, "interval_steps": 2, "device": "cpu", "dtype": "float32"})
-    return assemble.make_learner(config, model, torch.device("cpu"))
-
-
-def take_step(some, step):
-    ids = torch.arange(6)[None] + step
-    batch = Batch(ids, ids + 1, torch.arange(6)[None], torch.ones_like(ids, dtype=torch.bool))
-    some.step(step, [batch], batch.num_labelled)
-
-
-def real_files():
-    """The files of a checkpoint that a learner wrote after three steps."""
-    some = make_learner()
-    for step in range(3):
-        take_step(some, step)
-    with tempfile.TemporaryDirectory() as path:
-        Snapshots(some, Checkpoints(Path(path)), {"seed": 0}, {"train": "x"}).save(Progress(step=3))
-        return {file.name: file.read_bytes() for file in (Path(path) / "checkpoints/checkpoint-3").iterdir()}
-
-
-def small_files():
-    """The files of a checkpoint of two tensors."""
-    with tempfile.TemporaryDirectory() as path:
-        tensors = {name: {"weight": torch.arange(4.0)} for name in ("weights-head", "state-head")}
-        Checkpoints(Path(path)).save(1, tensors, set(), {"standing": {"step": 1}})
-        return {file.name: file.read_bytes() for file in (Path(path) / "checkpoints/checkpoint-1").iterdir()}
-
-
-def try_forged(pick, files, folder):
-    """Forge a checkpoint, go on from it, and take a step."""
-    hostile.forge(pick, hostile.copy_checkpoint(files, folder / "forged" / "checkpoints", step=3))
-
-    def restore():
-        checkpoints, some = Checkpoints(folder / "forged"), make_learner()
-        progress = Snapshots(some, checkpoints, {}, {}).restore(checkpoints.latest(lambda text: None))
-        take_step(some, progress.step)
-
-    return hostile.try_forged(restore)
 
 
 @pytest.fixture(scope="module")
@@ -138,18 +113,19 @@ def real():
     return real_files()
 
 
-@cases("checkpoint")
-@given(data=st.data())
-def test_any_damage_to_a_checkpoint_is_told_and_nothing_else_is_touched(folder, small, data):
-    place = hostile.copy_checkpoint(small, folder / "run")
-    hostile.damage(Drawn(data), place)
-    hostile.try_checkpoint(place, small)
+@amounts("checkpoint")
+def test_any_damage_to_a_checkpoint_is_told_and_nothing_else_is_touched(folder, small, count):
+    def case(pick):
+        place = hostile.copy_checkpoint(small, folder / "run")
+        hostile.damage(pick, place)
+        hostile.try_checkpoint(place, small)
+
+    fuzz(count, case)
 
 
-@cases("forged")
-@given(data=st.data())
-def test_a_checkpoint_that_is_whole_but_forged_is_used_or_refused(folder, real, data):
-    try_forged(Drawn(data), real, folder)
+@amounts("forged")
+def test_a_checkpoint_that_is_whole_but_forged_is_used_or_refused(folder, real, count):
+    fuzz(count, lambda pick: try_forged(pick, real, folder))
 
 
 PART = b'{"text": "a"}'
@@ -256,9 +232,7 @@ def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
 def test_settings_that_were_holes_are_refused_in_words(folder, layers, text, message):
     (folder / "holes.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        assemble.make_method(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), []))).make_engine(
-            layers
-        )
+        make_method(build_config(hostile.NEEDED | read_settings(str(folder / "holes.yaml"), []))).make_engine(layers)
     hostile.refusal(caught.value)
 
 

@@ -320,10 +320,3 @@ def test_badam_sweeps_over_all_layers_and_leaves_embedding_and_head(model_folder
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
     assert {row["active_layers"][0] for row in metrics(tmp_path / "run")[1:]} == {0, 1, 2, 3}
-
-
-def test_mezo_learns_without_a_backward_pass(model_folder, data_file, tmp_path):
-    """Slowly: a step looks at the slopes along four directions alone."""
-    more = {"learning_rate": 5e-4, "mezo_directions": 4, "max_steps": 150, "lr_scheduler_type": "constant"}
-    summary, _ = run(model_folder, data_file, tmp_path / "run", method="mezo", **more)
-    assert summary["eval_loss_after"] < summary["eval_loss_before"] - 0.02

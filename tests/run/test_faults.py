@@ -60,18 +60,19 @@ def small_disk(where, size):
         subprocess.run(["umount", "-l", where], check=True)
 
 
-def test_killed_at_fifty_moments(model_folder, data_file, tmp_path):
-    """kill -9, writes included; a child that is forked saves the 50 starts of Python and torch."""
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_many_moments(model_folder, data_file, tmp_path, kills):
+    """kill -9, writes included; a child that is forked saves the starts of Python and torch."""
     script = HELPERS / "killing.py"
     done = subprocess.run(
-        [sys.executable, script, model_folder, data_file, tmp_path, "50"],
+        [sys.executable, script, model_folder, data_file, tmp_path, str(kills)],
         capture_output=True, text=True, env=environment(), timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
-    assert told["kills"] == 50
-    assert told["while_writing"] >= 20
-    assert told["went_on"] >= 40
+    assert told["kills"] == kills
+    assert told["while_writing"] >= 0.4 * kills
+    assert told["went_on"] >= 0.8 * kills
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
