@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -56,3 +57,9 @@ def test_the_schema_takes_what_the_settings_take():
 def test_one_form_at_a_time():
     with pytest.raises(UserError, match="three forms of one list: give one of them"):
         run("--json", "--schema")
+
+
+def test_the_page_in_the_docs_is_current():
+    """If not: ``lisatune settings --markdown > docs/settings.md``."""
+    written = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert written.read_text(encoding="utf-8") == page()
