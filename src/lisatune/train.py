@@ -63,8 +63,8 @@ def train(
             return dict(summary)
         with together():
             check_num_ranks(config, num_ranks())
-            config = with_date_of_before(config) if resume else config
             examples = examples or preflight(config, resume=resume)
+            config = with_date_of_before(config) if resume else config
         run = build(config, *examples, console=console, memory_bytes=memory_bytes)
         return train_built(run, console=console, resume=resume, allow_changes=allow_changes)
 

@@ -176,8 +176,9 @@ def _apply_delta(folder: Path, dtype: str | None, trust_remote_code: bool) -> tu
 def _take_generation_settings(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        model.generation_config = GenerationConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _base_of(run: str) -> str:

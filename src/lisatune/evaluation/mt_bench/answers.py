@@ -18,7 +18,8 @@ from lisatune.data.tokenize import plain_template
 from lisatune.errors import UserError
 from lisatune.evaluation.mt_bench.questions import NUM_TURNS, Question
 from lisatune.evaluation.mt_bench.records import Records, key_of
-from lisatune.models.load import end_tokens, load_trained, model_of, pick_device
+from lisatune.models.load import end_tokens, load_model, model_of, pick_device
+from lisatune.models.names import trusts_code
 from lisatune.plan.forecast import model_config
 
 SUFFIXES = (
@@ -106,7 +107,9 @@ class Answerer:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        model, tokenizer = load_trained(self.name, dtype, trust_remote_code=self.trust_remote_code)
+        model, tokenizer = load_model(
+            self.name, dtype, trust_remote_code=self.trust_remote_code or trusts_code(self.name)
+        )
         tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)  # as in training
         return model.to(self.device), tokenizer
 
