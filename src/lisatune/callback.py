@@ -50,6 +50,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         sampled_unit: ``layers``, pieces of them (``halves``, ``modules``), or ``slices``: blocks of rows of every matrix.
         num_slices: Only for slices: blocks that each matrix is cut into. Default: 15.
         train_norms: Only for slices: see ``SliceEngine``. Default: False.
+        train_outside: Train what is outside the text model too: a vision tower and its projector, in every step.
         report: Write ``report.html`` into the Trainer's ``output_dir`` at the end; needs matplotlib.
     Raises: UserError, when training begins, for a model that has adapters, a bidirectional model with a next-token loss,
         two of these callbacks, and a checkpoint made with other settings.
@@ -71,14 +72,18 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         sampled_unit: str = "layers",
         num_slices: int | None = None,
         train_norms: Trains | None = None,
+        train_outside: bool = False,
         report: bool = False,
     ) -> None:
+        if sampled_unit == "slices" and train_outside:
+            raise UserError("train_outside has no effect with sampled_unit='slices': leave it out")
         if sampled_unit != "slices" and (num_slices is not None or train_norms is not None):
             raise UserError("num_slices and train_norms have no effect without sampled_unit='slices': leave them out")
         self.settings = LisaSettings.usual(
             num_active=num_active, interval_steps=interval_steps, seed=seed, state_policy=state_policy,
             decoder_name=decoder_name, train_embedding=train_embedding, train_head=train_head, sampler=sampler,
             sampler_options=sampler_options, sampled_unit=sampled_unit, num_slices=num_slices, train_norms=train_norms,
+            train_outside=train_outside,
         )  # fmt: skip
         self.engine: LisaEngine | SliceEngine | None = None
         self._copies: Copies | None = None
@@ -100,7 +105,9 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._sharded = check_processes(AcceleratorState())
         if num_ranks() == 1 or model is None:
             return
-        check_settings(self.settings, sharded=self._sharded)
+        checkpointed = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+        finds_unused = not checkpointed if args.ddp_find_unused_parameters is None else args.ddp_find_unused_parameters
+        check_settings(self.settings, sharded=self._sharded, finds_unused=finds_unused)
         layers = find_layers(model, self.settings.decoder_name)
         if self._sharded:
             check_causal(layers)

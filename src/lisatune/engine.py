@@ -35,6 +35,7 @@ class LisaEngine:
         train_embedding: False freezes the input embedding and position embeddings; then nothing below the lowest active
             layer is differentiated. ``"sampled"`` draws them like a layer: they train in the intervals that draw them.
         train_head: The same for the output embedding. Of a tied pair, both take the same value.
+        train_outside: Whether what is outside the text model, such as a vision tower, trains in every step.
     Raises: UserError if ``interval_steps`` is less than 1, the sampler draws from another number of parts than there are
         (``layers.pool`` lists them), or embedding and head are one tensor of which only one is to train.
     Cost: a switch is a walk over the parameters; between switches ``begin_step`` is one comparison.
@@ -67,6 +68,7 @@ class LisaEngine:
         *,
         train_embedding: Trains = True,
         train_head: Trains = True,
+        train_outside: bool = False,
     ) -> None:
         if interval_steps < 1:
             raise UserError(f"interval_steps is {interval_steps}: a set of layers lives at least 1 step")
@@ -87,6 +89,7 @@ class LisaEngine:
         self.layers = layers
         self.train_embedding = train_embedding
         self.train_head = train_head
+        self.train_outside = train_outside
         self.sampler = sampler
         self.interval_steps = interval_steps
         self.state_policy = state_policy
@@ -106,7 +109,8 @@ class LisaEngine:
 
     def trained_parts(self, drawn: tuple[int, ...]) -> set[str]:
         """The parts that train while ``drawn``, indices of ``pool``, are active."""
-        return self.layers.trained_parts(drawn, train_embedding=self.train_embedding, train_head=self.train_head)
+        parts = self.layers.trained_parts(drawn, train_embedding=self.train_embedding, train_head=self.train_head)
+        return parts | {"outside"} if self.train_outside else parts
 
     def _layers_of(self, drawn: tuple[int, ...]) -> tuple[int, ...]:
         """The whole decoder layers among what was sampled."""

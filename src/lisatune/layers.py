@@ -34,12 +34,12 @@ class Layers:
     ``norm``                the rest of the text model: final norm, projections, transforms before the head
     ``head``                the output embedding, empty when tied; of a model without one whatever comes after the text
                             model: ``score``, ``qa_outputs``
-    ``outside``             what is not of the text model (a vision tower and its projector), and what the model's
-                            authors keep frozen (a router's bias, sinusoids)
+    ``outside``             what is not of the text model (a vision tower and its projector)
+    ``fixed``               what the model's authors keep frozen (a router's bias, sinusoids); only if there is any
     ======================  ==================================================================================
 
-    LISA trains the decoder layers by turns, ``norm`` always, embedding and head always unless told otherwise, and
-    ``outside`` never. Of an encoder-decoder the layers of both are ``decoder``, the encoder's first.
+    LISA trains the decoder layers by turns, ``norm`` always, embedding and head always unless told otherwise,
+    ``outside`` only if told so, and ``fixed`` never. Of an encoder-decoder the layers of both are ``decoder``, the encoder's first.
     """
 
     model: nn.Module
@@ -71,7 +71,7 @@ class Layers:
         prefixes |= {id(layer): f"layers.{i}" for i, layer in enumerate(self.decoder)}
         if self.head is not None:
             prefixes[id(self.head)] = "head"
-        owner = {id(getattr(module, name)): "outside" for module, name in self.fixed}
+        owner = {id(getattr(module, name)): "fixed" for module, name in self.fixed}
         for module in (self.embedding, *self.decoder, *([self.head] if self.head is not None else [])):
             for parameter in module.parameters():
                 owner.setdefault(id(parameter), prefixes[id(module)])
@@ -84,6 +84,7 @@ class Layers:
             for parameter in module.parameters(recurse=False):
                 owner.setdefault(id(parameter), part)
         names = ["embedding", *(f"layers.{i}" for i in range(len(self.decoder))), "norm", "head", "outside"]
+        names += ["fixed"] if self.fixed else []
         parts: dict[str, dict[str, nn.Parameter]] = {name: {} for name in names}
         for name, parameter in self.model.named_parameters():
             if hasattr(parameter, "cut"):  # a view of rows of another one, see ``slices``
@@ -196,15 +197,15 @@ class Layers:
             + ("head tied to it" if self.tied else f"head {counts['head']:,}")
             + f", norm and the like {counts['norm']:,}"
         )
-        if not counts["outside"]:
-            return text
-        return text + f", outside the text model (never trained) {counts['outside']:,}: {self._outside_names()}"
+        for part, what in (("outside", "outside the text model"), ("fixed", "frozen by its authors")):
+            text += f", {what} {counts[part]:,}: {self._modules_of(part)}" if counts.get(part) else ""
+        return text
 
-    def _outside_names(self) -> str:
-        """The outermost modules that hold nothing but what is outside, and single parameters."""
-        inside = [name for part, parameters in self.parts().items() if part != "outside" for name in parameters]
+    def _modules_of(self, part: str) -> str:
+        """The outermost modules that hold nothing but ``part``, and single parameters."""
+        inside = [name for other, parameters in self.parts().items() if other != part for name in parameters]
         names = list[str]()
-        for name in self.parts()["outside"]:
+        for name in self.parts()[part]:
             steps = name.split(".")
             starts = (".".join(steps[:i]) for i in range(1, len(steps)))
             whole = next((s for s in starts if not any(n.startswith(s + ".") for n in inside)), name)

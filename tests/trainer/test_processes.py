@@ -30,6 +30,7 @@ CASES = {
     "copies, gradient norm": {"lisa": {"sampler": "gradient_norm"}},
     "copies, tied, keep": {"model": {"tied": True}, "lisa": {"state_policy": "keep"}},
     "copies, slices": {"lisa": {"sampled_unit": "slices", "num_slices": 4, "train_norms": True}},
+    "copies, slices, norms": {"lisa": {"sampled_unit": "slices", "num_slices": 4, "train_norms": True}},
     "copies, SFT": {"trainer": "sft"},
     "copies, DPO": {"trainer": "dpo"},
     "shards": {"arguments": FSDP2, "sharded": True},
@@ -40,6 +41,9 @@ REFUSED = {
     "use_reentrant=True does not work on several processes": {
         "arguments": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         "output": "reentrant",
+    },
+    "slices on several processes need train_norms=True": {
+        "arguments": {"gradient_checkpointing": True}, "lisa": {"sampled_unit": "slices"}, "output": "slices"
     },
     "sampled_unit=slices needs whole weights in each process": {
         "arguments": FSDP2, "sharded": True, "lisa": {"sampled_unit": "slices"}, "output": "sharded slices"

@@ -125,7 +125,7 @@ def test_a_routers_bias_that_its_authors_froze_is_left_alone(num_experts, tmp_pa
     model = hf.Ernie4_5_MoeForCausalLM(config)
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen
-    assert frozen == list(find_layers(model).parts()["outside"])
+    assert frozen == list(find_layers(model).parts()["fixed"])
     fit(model, tmp_path, [LisaCallback(1, 1)], rows("ernie"))
     assert frozen == [n for n, p in model.named_parameters() if not p.requires_grad]
     assert plan_memory(config, max_length=8).num_layers == 3
@@ -158,7 +158,7 @@ def test_encoder_and_decoder_can_be_named_by_hand():
 
 def test_what_is_outside_is_named():
     model = make("marian")
-    assert "(never trained) 65,536: model.encoder.embed_positions, model.decoder.embed_positions" in (
+    assert "frozen by its authors 65,536: model.encoder.embed_positions, model.decoder.embed_positions" in (
         find_layers(model).describe()
     )
 

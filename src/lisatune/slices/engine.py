@@ -116,7 +116,7 @@ class SliceEngine:
 
     def trains_as(self, part: str, parameter: Tensor) -> Trains:
         """Whether a tensor of ``part`` trains in slices, whole or never."""
-        if part == "outside" or not parameter.is_floating_point():
+        if part in ("outside", "fixed") or not parameter.is_floating_point():
             return False
         if parameter.ndim < 2:
             return self.trains["norms"]

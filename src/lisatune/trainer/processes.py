@@ -49,18 +49,24 @@ def check_processes(state: Any) -> bool:
     return bool(kind == DistributedType.FSDP)
 
 
-def check_settings(settings: LisaSettings, *, sharded: bool) -> None:
-    """Refuse what works on one process alone, or only where each process holds whole weights."""
+def check_settings(settings: LisaSettings, *, sharded: bool, finds_unused: bool) -> None:
+    """Refuse what works on one process alone, or only where each process holds whole weights.
+
+    Args:
+        settings: Of the callback.
+        sharded: Whether the weights will be in shards.
+        finds_unused: Whether DistributedDataParallel looks for parameters without a gradient.
+    """
     if sharded and settings.sampled_unit == "slices":
         raise UserError(f"sampled_unit=slices needs whole weights in each process: {INSTEAD}, or sample layers")
     if sharded and settings.sampler == "gradient_norm":
         raise UserError(f"sampler=gradient_norm needs whole gradients in each process: {INSTEAD}, or another sampler")
     if sharded and settings.state_policy == "keep":
         raise UserError(f"state_policy=keep needs whole optimizer state in each process: {INSTEAD}, or reset_layers")
-    if settings.sampled_unit == "slices" and settings.train_norms is not True:
+    if settings.sampled_unit == "slices" and settings.train_norms is not True and not finds_unused:
         raise UserError(
-            "on several processes the norms have to train in every step, since DistributedDataParallel wants one tensor that does: set "
-            "train_norms=True"
+            "slices on several processes need train_norms=True, or no gradient checkpointing and "
+            "ddp_find_unused_parameters=True: DistributedDataParallel waits for a norm"
         )
 
 

@@ -35,6 +35,7 @@ class LisaSettings:
     sampled_unit: str = "layers"
     num_slices: int = 15
     train_norms: Trains = False
+    train_outside: bool = False
 
     def __post_init__(self) -> None:
         if self.num_active < 1:
@@ -87,7 +88,9 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
         settings.sampler, num_layers=len(pool), num_active=settings.num_active, seed=settings.seed,
         interval_steps=settings.interval_steps, names=pool, **settings.sampler_options,
     )  # fmt: skip
-    return LisaEngine(layers, sampler, settings.interval_steps, settings.state_policy, **trains)
+    return LisaEngine(
+        layers, sampler, settings.interval_steps, settings.state_policy, **trains, train_outside=settings.train_outside
+    )
 
 
 def slice_engine(settings: LisaSettings, model: nn.Module) -> SliceEngine:
