@@ -91,6 +91,13 @@ class Method:
             if any(p.requires_grad for p in parameters.values())
         }
 
+    def largest_draws(self, model: Any) -> list[tuple[int, ...]]:
+        """For the forecast, before anything else is called: the draws of which one needs most memory in ``model``."""
+        return [()]
+
+    def draw_always(self, drawn: tuple[int, ...]) -> None:
+        """For the forecast, before the first step: let ``drawn``, one of ``largest_draws``, train in each interval."""
+
     def states(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, tuple[Tensor, State]]:

@@ -15,6 +15,8 @@ from lisatune.layers import Layers, Trains
 from lisatune.methods.base import Method
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
+from lisatune.samplers.base import Sampler
+from lisatune.samplers.draws import check_num_active
 from lisatune.slices.engine import SliceEngine
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class Lisa(Method):
     """Trains the parts that a sampler draws. ``LisaEngine`` is the whole of it; the arguments are settings.
 
-    ``fixed`` and ``badam`` are this method with another sampler, see ``PRESETS``.
+    ``fixed`` and ``badam`` are this method with another sampler, see ``METHODS``.
     """
 
     sampler: str
@@ -57,15 +59,35 @@ class Lisa(Method):
 
         Raises: UserError for options that the sampler does not know.
         """
-        pool = layers.pool(train_embedding=self.train_embedding, train_head=self.train_head)
-        sampler = make_sampler(
-            self.sampler, num_layers=len(pool), num_active=self.num_active, interval_steps=self.interval_steps,
-            seed=self.seed, names=pool, **self.sampler_options,
-        )  # fmt: skip
+        sampler = self._sampler(layers)
         return LisaEngine(
             layers, sampler, self.interval_steps, self.state_policy, train_embedding=self.train_embedding,
             train_head=self.train_head,
         )  # fmt: skip
+
+    def _sampler(self, layers: Layers) -> Sampler:
+        pool = layers.pool(train_embedding=self.train_embedding, train_head=self.train_head)
+        return make_sampler(
+            self.sampler, num_layers=len(pool), num_active=self.num_active, interval_steps=self.interval_steps,
+            seed=self.seed, names=pool, **self.sampler_options,
+        )  # fmt: skip
+
+    def largest_draws(self, model: Any) -> list[tuple[int, ...]]:
+        """As the sampler says. With the embedding frozen, the backward pass ends early in some."""
+        _, layers = self.prepare(model)
+        pool, counts = (
+            layers.pool(train_embedding=self.train_embedding, train_head=self.train_head),
+            layers.num_parameters(),
+        )
+        unit = "decoder layers" if self.sampled_unit == "layers" else self.sampled_unit
+        check_num_active(self.num_active, len(pool), unit=unit, least=0)
+        ends_early = self.train_embedding is not True
+        sizes = [counts[part] for part in pool]
+        return self._sampler(layers).largest_draws(sizes, len(layers.decoder) if ends_early else None)
+
+    def draw_always(self, drawn: tuple[int, ...]) -> None:
+        """Put a sampler that knows one draw in place of the engine's."""
+        self.engine.sampler = _OneDraw(len(self.engine.pool), drawn)
 
     def begin_step(self, number: int, optimizer: torch.optim.Optimizer) -> bool:
         """Freeze and thaw at the beginning of an interval."""
@@ -85,3 +107,17 @@ class Lisa(Method):
     def trained_parts(self) -> set[str]:
         """What was drawn, and what trains always; nothing before the first step."""
         return set() if self.engine.drawn is None else self.engine.trained_parts(self.engine.drawn)
+
+
+@dataclass(frozen=True)
+class _OneDraw(Sampler):
+    """The same draw in each interval."""
+
+    num_layers: int
+    drawn: tuple[int, ...]
+
+    def __call__(self, interval: int) -> tuple[int, ...]:
+        return self.drawn
+
+    def inclusion(self, interval: int) -> tuple[float, ...]:
+        return (0.5,) * self.num_layers  # any below 1, for which a correction needs its memory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ class Slices(Lisa):
             layers, sampler, self.interval_steps, self.state_policy, train_embedding=self.train_embedding,
             train_head=self.train_head, train_norms=self.train_norms,
         )  # fmt: skip
+
+    def largest_draws(self, model: Any) -> list[tuple[int, ...]]:
+        """One will do: slices are equal to a row."""
+        return [()]
+
+    def draw_always(self, drawn: tuple[int, ...]) -> None:
+        """Do nothing: the first draw is as large as any."""
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Let ``optimizer`` hold the slices in place of the whole matrices."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lisatune.assemble import make_learner, make_method
 from lisatune.common.amounts import gib
 from lisatune.data.loader import Batch
-from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
 from lisatune.memory.blocks import whole_of
@@ -30,10 +29,7 @@ from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
-from lisatune.samplers import make_sampler
-from lisatune.samplers.base import Sampler
-from lisatune.samplers.draws import check_num_active
-from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
+from lisatune.settings import TrainConfig, build_config, check_num_ranks
 
 PARTS = ("decoder", "embedding", "head")
 TEMPORARIES = ("loss", "backward", "step", "other")
@@ -182,41 +178,10 @@ def plan_run(
     dtype = {"cuda": "bfloat16", "cpu": "float32"}[device] if config.dtype == "auto" else config.dtype
     config = config.model_copy(update={"dtype": dtype})
     rows, tokens = rows or config.per_device_train_batch_size, tokens or config.max_length
-    model = _meta_model(hf_config, config, device)
+    draws = make_method(config).largest_draws(_meta_model(hf_config, config, device))
     with fake_processes(num_ranks()):
-        plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in _worst_draws(config, model)]
+        plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in draws]
     return max(plans, key=lambda plan: plan.peak_bytes)
-
-
-def _worst_draws(config: TrainConfig, model: nn.Module) -> list[tuple[int, ...]]:
-    """The draws of which one needs most, as the sampler says."""
-    if config.method not in LAYERWISE or config.sampled_unit == "slices":  # slices are equal to a row
-        return [()]
-    _, layers = make_method(config).prepare(model)
-    options = {"train_embedding": config.train_embedding, "train_head": config.train_head}
-    pool, counts, gamma = layers.pool(**options), layers.num_parameters(), config.num_active
-    unit = "decoder layers" if config.sampled_unit == "layers" else config.sampled_unit
-    check_num_active(gamma, len(pool), unit=unit, least=0)
-    sampler = make_sampler(
-        config.sampler, num_layers=len(pool), num_active=gamma, interval_steps=config.interval_steps, seed=config.seed,
-        names=pool, **config.sampler_options,
-    )  # fmt: skip
-    ends_early = config.train_embedding is not True
-    return sampler.largest_draws([counts[part] for part in pool], len(layers.decoder) if ends_early else None)
-
-
-@dataclass(frozen=True)
-class _Draw(Sampler):
-    """The same draw in each interval."""
-
-    num_layers: int
-    drawn: tuple[int, ...]
-
-    def __call__(self, interval: int) -> tuple[int, ...]:
-        return self.drawn
-
-    def inclusion(self, interval: int) -> tuple[float, ...]:
-        return (0.5,) * self.num_layers  # any below 1, for which a correction needs its memory
 
 
 def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
@@ -263,8 +228,7 @@ def _plan_draw(
         learner = make_learner(config, model, torch.device("meta"))
         parts = {p: _part(name) for name, parameters in learner.layers.parts().items() for p in parameters.values()}
         _book_weights(ledger, learner, parts)
-        if isinstance(learner.engine, LisaEngine):
-            learner.engine.sampler = _Draw(len(learner.engine.pool), drawn)
+        learner.method.draw_always(drawn)
         _watch(ledger, learner, parts)
         try:
             sent = _two_steps(ledger, learner, config, rows, tokens)
