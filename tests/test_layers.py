@@ -106,7 +106,10 @@ def test_vision_tower_is_not_the_decoder_and_is_never_trained():
     optimizer = torch.optim.AdamW(model.parameters())
     LisaEngine(layers, UniformSampler(3, 1)).begin_step(0, optimizer)
     assert not any(p.requires_grad for p in model.model.visual.parameters())
-    assert f"outside the text model {sum(p.numel() for p in model.model.visual.parameters()):,}: model.visual" in layers.describe()
+    assert (
+        f"outside the text model {sum(p.numel() for p in model.model.visual.parameters()):,}: model.visual"
+        in layers.describe()
+    )
 
 
 def test_position_embeddings_belong_to_the_embedding():
