@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from results import write_page
+from results import SHAPES, markdown, write_page
 from transformers import AutoModelForCausalLM
 
 from lisatune.assemble import make_learner
@@ -31,7 +31,7 @@ from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config
 
 MIB = 2**20
-SHAPE = Path(__file__).parent / "shapes" / "smollm2-135m.json"
+SHAPE = SHAPES / "smollm2-135m.json"
 
 
 def batch_of(step: int) -> Batch:
@@ -66,10 +66,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--interval-steps", type=int, default=8)
     options = parser.parse_args()
-    lines = [
-        "| method | state | first, MiB | later, MiB | everything, MiB | later / everything | later, s | everything, s | ratio |"
-    ]
-    lines.append("| --- " * 9 + "|")
+    head = [
+        "method", "state", "first, MiB", "later, MiB", "everything, MiB", "later / everything", "later, s", "everything, s",
+        "ratio",
+    ]  # fmt: skip
+    rows = []
     for name, settings in {
         "LISA, gamma 2": {},
         "LISA, embedding and head frozen": {"train_embedding": False, "train_head": False},
@@ -108,13 +109,13 @@ def main() -> None:
         shutil.rmtree(folder)
         later, everything = statistics.median(bytes_ours[1:]), statistics.median(bytes_all[1:])
         took, all_took = statistics.median(seconds_ours[1:]), statistics.median(seconds_all[1:])
-        lines.append(
-            f"| {name} | {settings.get('optim', 'adamw')} | {bytes_ours[0] / MIB:,.0f} | {later / MIB:,.0f} | "
-            f"{everything / MIB:,.0f} | {later / everything:.2f} | {took:.2f} | {all_took:.2f} | {took / all_took:.2f} |"
-        )
-        print(lines[-1], flush=True)
+        mib = [f"{size / MIB:,.0f}" for size in (bytes_ours[0], later, everything)]
+        seconds = [f"{value:.2f}" for value in (took, all_took, took / all_took)]
+        rows.append([name, settings.get("optim", "adamw"), *mib, f"{later / everything:.2f}", *seconds])
+        print(*rows[-1], sep=" | ", flush=True)
     table = (
-        "\n".join(lines) + f"\n\nA checkpoint every {options.every} steps, layers drawn every {options.interval_steps}."
+        markdown(head, rows)
+        + f"\n\nA checkpoint every {options.every} steps, layers drawn every {options.interval_steps}."
     )
     print(write_page("checkpoints", table, __doc__).read_text())
 

@@ -28,26 +28,24 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from results import write_page
+from results import SHARED, markdown, write_page
 from torch import Tensor, nn
 
+from lisatune.compare import results
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.layers import Layers, find_layers
 from lisatune.samplers.uniform import UniformSampler
 
-SHARED = Path(__file__).parents[2] / "shared"
 NUM_LAYERS, NUM_ACTIVE, WIDTH, ROWS, RIDGE = 8, 2, 6, 512, 1e-2
 BETAS, EPS = (0.9, 0.999), 1e-8  # of torch, and of LISA's code
 INTERVALS, BATCH, BATCHES = (1, 5, 20, 100), 16, (1, 4, 16, 64, 256)
 RATES, FULL_BATCH_RATES = (0.01, 0.03, 0.1, 0.3), (0.03, 0.1, 0.3, 1.0)
 POLICIES: dict[StatePolicy, str] = {"keep": "kept", "reset_layers": "dropped", "reset_all": "all reset"}
 MODEL_INTERVALS, MODEL_RATES, MODEL_BATCH, WINDOW, NUM_WINDOWS = (1, 20, 100), (1e-3, 3e-3, 1e-2), 4, 64, 256
-T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5%, for 1, 2, ... degrees of freedom
 HUES = {1: "#3b82f6", 5: "#10b981", 20: "#f97316", 100: "#a855f7"}  # of K
 GREY = "#7d828a"  # legible on white and on black; the page's own colour does not reach into an image
 
@@ -335,8 +333,8 @@ def fit_slope(times: Sequence[float], values: Sequence[float]) -> float:
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
     """Mean of the seeds and half the width of its 95% confidence interval (Student's t)."""
-    half = T_QUANTILE[len(samples) - 2] * statistics.stdev(samples) / math.sqrt(len(samples))
-    return statistics.mean(samples), half
+    found = results.interval(list(samples))
+    return found["mean"], found["high"] - found["mean"]
 
 
 def slope_of(times: Sequence[int], values: Sequence[Tensor], variant: int, since: float) -> tuple[float, float]:
@@ -344,11 +342,6 @@ def slope_of(times: Sequence[int], values: Sequence[Tensor], variant: int, since
     kept = [i for i, t in enumerate(times) if t >= since]
     seeds = torch.stack([values[i][:, variant] for i in kept], 1).tolist()
     return interval([fit_slope([times[i] for i in kept], own) for own in seeds])
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def few(value: float) -> str:
@@ -384,7 +377,7 @@ def rate_table(problems: Problems, record: Record, variants: Sequence[Variant]) 
         ])  # fmt: skip
     header = ["K", "state", "1/p", "eta_0", *(f"T = {t:.0e}" for t in decades), f"slope, T from {steps / 1000:.0e}"]
     header += ["slope, last decade", f"the same at eta_0 = {top:g}", "f(w_T)", "f(mean w_t)"]
-    return table([*header, *(f"f(mean w_t, last half of {t:.0e})" for t in tails)], rows)
+    return markdown([*header, *(f"f(mean w_t, last half of {t:.0e})" for t in tails)], rows)
 
 
 def limits(problems: Problems, steps: int) -> dict[int, Tensor]:
@@ -408,7 +401,7 @@ def constant_rate_table(problems: Problems, steps: int) -> str:
         floors = ((record.mean_gap[-1] - first / 10) / 0.9).mean(0).view(-1, len(rates)).tolist()
         for kind, own in zip(FEW_KINDS, floors, strict=True):
             rows.append([*kind.cells(), str(batch_rows or "all"), *map(few, own), f"{fit_slope(rates, own):.2f}"])
-    return table(["K", "state", "1/p", "rows", *(f"eta = {r:g}" for r in rates), "the gap goes as eta to the"], rows)
+    return markdown(["K", "state", "1/p", "rows", *(f"eta = {r:g}" for r in rates), "the gap goes as eta to the"], rows)
 
 
 def decay_table(problems: Problems, steps: int, weight_decay: float = 0.1) -> str:
@@ -432,7 +425,7 @@ def decay_table(problems: Problems, steps: int, weight_decay: float = 0.1) -> st
             table_rows.append(row)
     header = ["K", "state", "1/p", "rows", "f, less min f", "norm of w, against the minimum's"]
     header += ["S: median (tenth to nine tenths)", "S over weight_decay times the gradient's rms, median"]
-    return table(header, table_rows)
+    return markdown(header, table_rows)
 
 
 Line = tuple[str, Sequence[float], Sequence[float], str, str]  # label, x, y, colour, line style
@@ -515,7 +508,7 @@ def verdicts(noisy: Record, variants: Sequence[Variant], ends: dict[int, Tensor]
         f"best eta_0 without over best with: {min(rates):.1f} to {max(rates):.1f} (1/p is {NUM_LAYERS // NUM_ACTIVE})",
         "changes the best rate, neither limit nor pace" if max(ratios) < 1.5 and min(ratios) > 0.67 else "matters",
     ))  # fmt: skip
-    return table(["claim", "measured", "verdict"], rows)
+    return markdown(["claim", "measured", "verdict"], rows)
 
 
 def convex_panels(noisy: Record, smooth: Record, ends: dict[int, Tensor]) -> list[tuple[str, str, str, list[Line]]]:
@@ -588,7 +581,7 @@ def convex(options: argparse.Namespace) -> None:
 {rate_table(problems, smooth, tried(FULL_BATCH_RATES))}
 
 ## Where it ends: f at the mean of the second half of {options.limit_steps:.0e} steps from the minimum
-{table(["K", "state", "1/p", *(f"B = {rows}" for rows in BATCHES)], end_rows)}
+{markdown(["K", "state", "1/p", *(f"B = {rows}" for rows in BATCHES)], end_rows)}
 
 ## A rate that does not fall: mean of f(w_t), last nine tenths of {options.limit_steps:.0e} steps from the minimum
 {constant}
@@ -732,7 +725,7 @@ def model(options: argparse.Namespace) -> None:
     header = ["K", "state", "1/p", "eta_0", *(f"T = {t}" for t in decades), "slope, last decade"]
     header += [f"{name} at w_{t}" for name in ("f", "sq. gradient") for t in decades]
     text = MODEL_ABOUT.format(seeds=options.seeds, first=first, lowest=lowest, long=3 * steps, tries=steps // 5)
-    text += f"\n\n![Mean of f over T iterates](FIGURE)\n\n{table(header, rows)}\n\n"
+    text += f"\n\n![Mean of f over T iterates](FIGURE)\n\n{markdown(header, rows)}\n\n"
     text += f"Took {(time.perf_counter() - begin) / 60:.0f} minutes on one core that other work shared."
     panels = []
     for policy, name in list(POLICIES.items())[:2]:

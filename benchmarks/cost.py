@@ -14,11 +14,10 @@ import argparse
 import gc
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from results import write_page
+from results import SHAPES, markdown, write_page
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +27,6 @@ from lisatune.memory.measure import state_bytes
 from lisatune.models.load import pick_device
 from lisatune.plan.forecast import model_config, plan_config, plan_run
 
-SHAPES = Path(__file__).parent / "shapes"
 FREE = {"max_grad_norm": 0}
 SLICES = {"sampled_unit": "slices", "train_norms": True}  # one of 15, in each step
 METHODS: dict[str, dict[str, Any]] = {
@@ -127,18 +125,20 @@ def race(
                 seconds[name].append(took)
     for contender in contenders.values():
         contender.count(options.rounds + 2, batch)
-    lines = [f"| | s/step, median | against {against}, median (min to max) | matrix work against {against} | peak MiB, forecast | optimizer state MiB |",
-             "| --- " * 6 + "|"]  # fmt: skip
+    head = ["", "s/step, median", f"against {against}, median (min to max)", f"matrix work against {against}",
+            "peak MiB, forecast", "optimizer state MiB"]  # fmt: skip
+    table = []
     for name, contender in contenders.items():
         ratios = [a / b for a, b in zip(seconds[name], seconds[against], strict=True)]
-        lines.append(
-            f"| {name} | {statistics.median(seconds[name]):.3f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {contender.flops / contenders[against].flops:.2f} "
-            f"| {contender.peak / 2**20:.0f} | {state_bytes(contender.learner.optimizer) / 2**20:.0f} |"
-        )
+        table.append([
+            name, f"{statistics.median(seconds[name]):.3f}",
+            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            f"{contender.flops / contenders[against].flops:.2f}", f"{contender.peak / 2**20:.0f}",
+            f"{state_bytes(contender.learner.optimizer) / 2**20:.0f}",
+        ])  # fmt: skip
     lisa = contenders["LISA"]
     share = statistics.median(lisa.engine_seconds[2:]) / statistics.median(seconds["LISA"])
-    return "\n".join(lines), {"engine_share": share}
+    return markdown(head, table), {"engine_share": share}
 
 
 def main() -> None:

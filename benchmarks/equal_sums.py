@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from results import markdown, write_page
+
 HERE = Path(__file__).parent
 SHAPES = [
     *((1, k, 32) for k in (8, 32, 33)), *((2, k, 32) for k in (8, 32, 33)), (4, 32, 32), (8, 8, 8), (8, 32, 32), (16, 32, 32),
@@ -45,15 +47,12 @@ def products() -> str:
 
     from lisatune.run.determinism import blas, uneven_products
 
-    rows = [
-        "| type | product | starts, in bytes after a multiple of 64 | largest difference |",
-        "| --- | --- | --- | --- |",
-    ]
+    head, rows = ["type", "product", "starts, in bytes after a multiple of 64", "largest difference"], []
     for dtype in (torch.float32, torch.bfloat16):
         for found in uneven_products(dtype, SHAPES):
             starts = ", ".join(map(str, found.starts))
-            rows.append(f"| {str(dtype).removeprefix('torch.')} | {found} | {starts} | {found.difference:.1e} |")
-    table = "\n".join(rows) if len(rows) > 2 else "No product depends on the alignment."
+            rows.append([str(dtype).removeprefix("torch."), found, starts, f"{found.difference:.1e}"])
+    table = markdown(head, rows) if rows else "No product depends on the alignment."
     return f"**{blas()}**\n\n{table}\n\nOther bits in other layouts (float32): {', '.join(by_layout()) or 'none'}.\n"
 
 
@@ -152,10 +151,7 @@ def child(mode: str, *words: str) -> str:
 
 def price(rounds: int, num_steps: int) -> str:
     """Table of the seconds of a step in each mode, and their ratio to the default mode."""
-    rows = [
-        "| step | mode | s, by the clock | s, processor | ratio | ratio, processor |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head, rows = ["step", "mode", "s, by the clock", "s, processor", "ratio", "ratio, processor"], []
     for name in STEPS:
         taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
         for _ in range(rounds):
@@ -166,8 +162,8 @@ def price(rounds: int, num_steps: int) -> str:
             middle = [statistics.median(s[i] for s in seconds) for i in (0, 1)]
             pairs = list(zip(seconds, taken["default"], strict=True))
             ratio = [statistics.median(s[i] / d[i] for s, d in pairs) for i in (0, 1)]
-            rows.append(f"| {name} | {mode} | " + " | ".join(f"{x:.2f}" for x in (*middle, *ratio)) + " |")
-    return "\n".join(rows)
+            rows.append([name, mode, *(f"{x:.2f}" for x in (*middle, *ratio))])
+    return markdown(head, rows)
 
 
 def main() -> None:
@@ -186,8 +182,6 @@ def main() -> None:
         told = "\n".join(child(mode, "--products") for mode in ("", "COMPATIBLE"))
         print(told)
         if not options.no_price:
-            from results import write_page
-
             print(write_page("equal-sums", f"{told}\n{price(options.rounds, options.steps)}", __doc__ or ""))
 
 

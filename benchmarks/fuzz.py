@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results import write_page
+from results import markdown, write_page
 
 TARGETS = {"rows": ["lisatune"], "config": ["lisatune", "yaml"], "checkpoint": ["lisatune"]}  # to what is watched
 SHARES = {"rows": 0.9, "config": 0.02, "checkpoint": 0.08}  # of all cases; a config takes ten times as long as a row
@@ -166,22 +166,19 @@ def run_target(target: str, cases: int, seed: int, keep: Path | None) -> dict[st
 
 def as_tables(found: dict[str, dict[str, Any]]) -> str:
     """One row a target, then what became of the cases."""
-    lines = [
-        "| target | cases | branches reached: first input, last | features: first, last | minutes | tracebacks |",
-        "| --- " * 6 + "|",
-    ]
+    rows = []
     for target, one in found.items():
         cases = sum(one["counts"].values()) + sum(one["tracebacks"].values())
         (_, cov, ft), (_, last_cov, last_ft) = one["first"], one["last"]
-        lines.append(
-            f"| {target} | {cases:,} | {cov:,}, {last_cov:,} | {ft:,}, {last_ft:,} | {one['seconds'] / 60:.0f} "
-            f"| {sum(one['tracebacks'].values())} |"
-        )
+        reached = [f"{cov:,}, {last_cov:,}", f"{ft:,}, {last_ft:,}"]
+        rows.append([target, f"{cases:,}", *reached, f"{one['seconds'] / 60:.0f}", sum(one["tracebacks"].values())])
+    head = ["target", "cases", "branches reached: first input, last", "features: first, last", "minutes", "tracebacks"]
+    parts = [markdown(head, rows)]
     for target, one in found.items():
-        lines += ["", f"## {target}", "", "| what became of it | cases |", "| --- | --- |"]
-        lines += [f"| {kind} | {count:,} |" for kind, count in Counter(one["counts"]).most_common()]
-        lines += [f"| **traceback**: {kind} | {count:,} |" for kind, count in one["tracebacks"].items()]
-    return "\n".join(lines)
+        became = [[kind, f"{count:,}"] for kind, count in Counter(one["counts"]).most_common()]
+        became += [[f"**traceback**: {kind}", f"{count:,}"] for kind, count in one["tracebacks"].items()]
+        parts += [f"## {target}", markdown(["what became of it", "cases"], became)]
+    return "\n\n".join(parts)
 
 
 def main() -> None:

@@ -28,17 +28,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from results import write_page
+from results import markdown, write_page
 
 HOSTS = {"lisatune0": "10.77.0.1", "lisatune1": "10.77.0.2"}
 LINKS = {  # delay in seconds, bits a second, share lost
     "0.1 ms, 1 Gbit/s": (1e-4, 1e9, 0.0),
     "20 ms, 200 Mbit/s, 1% of packets lost": (0.02, 2e8, 0.01),
 }
-HEAD = (
-    "| link | run | a step, s | the longest, s | MB a step and host | last loss |",
-    "| --- | --- | --- | --- | --- | --- |",
-)
+HEAD = ("link", "run", "a step, s", "the longest, s", "MB a step and host", "last loss")
 SILENT, KILLED = "nothing for 10 s", "the second host killed and back after 5 s"
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
 MTU = 60_000  # large, for this process takes some 50 us a packet
@@ -217,12 +214,10 @@ def main() -> None:
         with two_hosts(LINKS[link]) as cable:
             found = train(options, cable, folder / f"{len(rows)}", RUNS[run], trouble)
         name = ", ".join(filter(None, (link, trouble)))
-        rows.append(
-            f"| {name} | {run} | {found['seconds']:.2f} | {found['longest']:.2f} | {found['bytes'] / 1e6:.1f} | "
-            f"{found['loss']:.5f} |"
-        )
-        print(rows[-1], flush=True)
-        write_page("hosts", "\n".join([*HEAD, *rows]), __doc__ or "")
+        seconds = [f"{found[key]:.2f}" for key in ("seconds", "longest")]
+        rows.append([name, run, *seconds, f"{found['bytes'] / 1e6:.1f}", f"{found['loss']:.5f}"])
+        print(*rows[-1], sep=" | ", flush=True)
+        write_page("hosts", markdown(HEAD, rows), __doc__ or "")
 
 
 if __name__ == "__main__":

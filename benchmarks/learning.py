@@ -34,8 +34,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from reproduce import MODELS, SHARED, markdown, unpacked
-from results import write_page
+from reproduce import MODELS, unpacked
+from results import SHARED, markdown, write_page
 
 from lisatune.compare.results import interval
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import write_page
+from results import SHAPES, markdown, write_page
 
 from lisatune.assemble import make_learner
 from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
@@ -28,7 +28,6 @@ from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.samplers.fixed import FixedSampler
 
-SHAPES = Path(__file__).parent / "shapes"
 GB = 10**9
 KEPT = Path("runs/memory-measured.jsonl")
 # arXiv:2403.17919, first version, GB for a GPU: full, LoRA r128, r256, r512, LISA E+H, +2 layers, +4 layers
@@ -86,33 +85,38 @@ def plan_of(shape: str, rows: int, tokens: int, device: str = "cuda", **settings
 
 def paper_table(shapes: tuple[str, ...]) -> str:
     """One row a model: predicted GB, and the paper's figure in brackets where it has one."""
-    lines = ["| model | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    rows = []
     for shape in shapes:
         cells = []
         for (_, settings), theirs in zip(COLUMNS.items(), PAPER.get(shape, (None,) * len(COLUMNS)), strict=True):
             plan = plan_of(shape, 1, 1024, optim="adamw_16bit", **settings)
             cells.append(f"{plan.peak_bytes / GB:.1f}" + (f" ({theirs:g})" if theirs is not None else ""))
             print(shape, settings, cells[-1], flush=True)
-        lines.append(f"| {shape} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([shape, *cells])
+    return markdown(["model", *COLUMNS], rows)
 
 
 def lever_table(shape: str) -> str:
     """Levers added one at a time, LISA beside LoRA r16 with the same levers as far as they concern it."""
-    lines = ["| lever added | LISA, 2 layers, GiB | in host memory | LoRA r16, GiB | in host memory | LISA against LoRA |",
-             "| --- " * 6 + "|"]  # fmt: skip
+    head = [
+        "lever added",
+        "LISA, 2 layers, GiB",
+        "in host memory",
+        "LoRA r16, GiB",
+        "in host memory",
+        "LISA against LoRA",
+    ]
+    rows = []
     pulled: dict[str, Any] = {}
     for lever in LEVERS:
         pulled |= lever
         lisa = plan_of(shape, 2, 2048, **pulled)
         lora = plan_of(shape, 2, 2048, method="lora", **{k: v for k, v in pulled.items() if k != "vocabulary_blocks"})
         name = " ".join(f"{k}={str(v).lower()}" for k, v in lever.items()) or "none"
-        lines.append(
-            f"| `{name}` | {_gib(lisa.peak_bytes)} | {_gib(lisa.host_bytes)} | {_gib(lora.peak_bytes)} "
-            f"| {_gib(lora.host_bytes)} | {lisa.peak_bytes / lora.peak_bytes:.2f} |"
-        )
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+        sizes = map(_gib, (lisa.peak_bytes, lisa.host_bytes, lora.peak_bytes, lora.host_bytes))
+        rows.append([f"`{name}`", *sizes, f"{lisa.peak_bytes / lora.peak_bytes:.2f}"])
+        print(*rows[-1], sep=" | ", flush=True)
+    return markdown(head, rows)
 
 
 def predict() -> None:
@@ -145,8 +149,9 @@ RANKS = (  # shape, active layers, processes, processes that share each weight
 
 def ranks() -> None:
     """What each of several processes holds and sends."""
-    lines = ["| model | processes | `dp_shard_size` | method | peak GiB of each | weights | gradients | state | gathered | activations, temporaries "
-             "| sends GiB a step: weights | gradients |", "| --- " * 12 + "|"]  # fmt: skip
+    head = ["model", "processes", "`dp_shard_size`", "method", "peak GiB of each", "weights", "gradients", "state", "gathered",
+            "activations, temporaries", "sends GiB a step: weights", "gradients"]  # fmt: skip
+    rows = []
     for shape, gamma, count, shard_size in RANKS:
         methods: dict[str, dict[str, Any]] = {
             f"LISA, {gamma} layers": {"num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
@@ -164,13 +169,13 @@ def ranks() -> None:
                 )
             sizes = [plan.peak_bytes, *(plan.total(kind) for kind in ("weights", "gradients", "state", "gathered"))]
             sizes += [plan.total("activations") + plan.total("temporaries"), *plan.sent_bytes_of.values()]
-            lines.append(f"| {shape} | {count} | {shard_size} | {name} | " + " | ".join(map(_gib, sizes)) + " |")
-            print(lines[-1], flush=True)
+            rows.append([shape, count, shard_size, name, *map(_gib, sizes)])
+            print(*rows[-1], sep=" | ", flush=True)
     about = (
         "Predicted GiB (2^30), bfloat16 weights and moments, checkpointing, batch 1 x 2048 tokens on each process; sums of gradients travel in "
         "float32; what a process sends is that of a ring. Peaks are of the first process, whose shards are the largest."
     )
-    print(write_page("memory-ranks", about + "\n\n" + "\n".join(lines), __doc__ or ""))
+    print(write_page("memory-ranks", about + "\n\n" + markdown(head, rows), __doc__ or ""))
 
 
 def measure(rounds: int, minutes: float) -> None:
@@ -193,8 +198,17 @@ def measure(rounds: int, minutes: float) -> None:
             ("llama-2-7b", 1, 1024, {"method": "full", "optim": "adamw_16bit", "gradient_checkpointing": True})
         )
         cases = [*large, *cases]
-    lines = ["| model | batch | settings | predicted GiB | measured GiB | predicted/measured | resident GiB more | tokens/s |",
-             "| --- " * 8 + "|"]  # fmt: skip
+    head = [
+        "model",
+        "batch",
+        "settings",
+        "predicted GiB",
+        "measured GiB",
+        "predicted/measured",
+        "resident GiB more",
+        "tokens/s",
+    ]
+    table = []
     end, kept = time.monotonic() + 60 * minutes, {}
     if KEPT.exists():
         kept = {line["key"]: line for line in map(json.loads, KEPT.read_text().splitlines())}
@@ -215,21 +229,22 @@ def measure(rounds: int, minutes: float) -> None:
             continue  # the time is over; the same command goes on
         got = kept[key]
         if "failed" in got:
-            lines.append(
-                f"| {shape} | {rows} x {tokens} | {' '.join(words) or 'lisa'} | | failed: {got['failed']} | | | |"
+            table.append(
+                [shape, f"{rows} x {tokens}", " ".join(words) or "lisa", "", f"failed: {got['failed']}", "", "", ""]
             )
             continue
-        lines.append(
-            f"| {shape} | {rows} x {tokens} | `{' '.join(words) or 'method=lisa'}` | {_gib(got['predicted'])} | {_gib(got['measured'])} "
-            f"| {got['predicted'] / got['measured']:.3f} | {_gib(got['resident'])} | {got['tokens_per_second']:.0f} |"
-        )
-        print(lines[-1], flush=True)
+        table.append([
+            shape, f"{rows} x {tokens}", f"`{' '.join(words) or 'method=lisa'}`", _gib(got["predicted"]),
+            _gib(got["measured"]), f"{got['predicted'] / got['measured']:.3f}", _gib(got["resident"]),
+            f"{got['tokens_per_second']:.0f}",
+        ])  # fmt: skip
+        print(*table[-1], sep=" | ", flush=True)
     what = "torch.cuda.max_memory_allocated" if cuda else "bytes that PyTorch's CPU allocator had given out"
     print(
         write_page(
             "memory-measured",
             f"Measured: {what}. Random weights; defaults of `lisatune train` (float32 on a CPU, bfloat16 on a GPU).\n\n"
-            + "\n".join(lines),
+            + markdown(head, table),
             __doc__ or "",
         )
     )

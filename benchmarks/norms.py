@@ -15,25 +15,13 @@ import argparse
 import datetime
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from results import HERE, write_page
-from rich.console import Console
+from results import HERE, SHARED, lisatune, markdown, write_page
 
-from lisatune.cli import quiet_libraries
-from lisatune.common.files import replace_folder
-from lisatune.data.loader import Position
-from lisatune.run.build import build
-from lisatune.run.preflight import preflight
-from lisatune.run.schedule import seed_step, set_learning_rate
-from lisatune.settings import build_config, write_config
-from lisatune.study.recorder import NormRecorder
 from lisatune.study.study import SKEWED, NormRun, draw, read_norms, study, tables
 
-SHARED = Path(__file__).parents[2] / "shared"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"method": "lora", "lora_r": 128, "lora_alpha": 32, "lora_target_modules": [*LINEAR, "embed_tokens", "lm_head"]}
 RUNS: dict[str, dict[str, Any]] = {
@@ -51,41 +39,13 @@ unequal changes, from the first update on ("change of the weights at first")."""
 
 
 def record(folder: Path, settings: dict[str, Any], options: argparse.Namespace) -> None:
-    """Train as ``lisatune train`` does, and leave config.yaml, norms.jsonl and losses.json behind."""
-    common = {"model": options.model, "data": options.data, "output": str(folder), "max_steps": options.steps}
-    common |= {
-        "max_length": 128,
-        "per_device_train_batch_size": 4,
-        "eval_rows": 64,
-        "warmup_steps": 10,
-        "device": "cpu",
-        "seed": 0,
-    }
-    config = build_config(common | settings)
-    run = build(config, *preflight(config), console=Console(stderr=True))
-    learner, new = run.learner, folder.with_name(f".{folder.name}.new")
-    new.mkdir(parents=True, exist_ok=True)
-    write_config(config, new / "config.yaml")
-    losses: dict[str, Any] = {"before": run.held_out_losses()[""]}
-    started, recording = time.perf_counter(), 0.0
-    with NormRecorder(learner.layers, new, source=config.model) as recorder:
-        recorder.begin()
-        learner.model.train()
-        for step, (batch, _) in zip(range(options.steps), run.data.loader.batches(Position()), strict=False):
-            seed_step(config.seed, step)
-            set_learning_rate(learner.optimizer, config, step, options.steps)
-            outcome = learner.step(step, [batch], batch.num_labelled)
-            assert not outcome.bad
-            recorder.count(learner.trained_parts)
-            begun = time.perf_counter()
-            recorder.record(step + 1, matrix_ranks=step + 1 == options.steps)
-            recording += time.perf_counter() - begun
-            if (step + 1) % 20 == 0:
-                print(f"{folder.name}: step {step + 1}, loss {outcome.loss.item():.3f}", flush=True)
-    seconds = time.perf_counter() - started
-    losses |= {"after": run.held_out_losses()[""], "seconds": seconds, "recording": recording / seconds}
-    (new / "losses.json").write_text(json.dumps(losses))
-    replace_folder(new, folder)
+    """Train with a line of norms for each step."""
+    common = {
+        "norm_steps": 1, "max_steps": options.steps, "max_length": 128, "per_device_train_batch_size": 4, "eval_rows": 64,
+        "warmup_steps": 10, "device": "cpu", "seed": 0,
+    }  # fmt: skip
+    words = [f"{name}={json.dumps(value)}" for name, value in (common | settings).items()]
+    lisatune("train", "--resume", "--model", options.model, "--data", options.data, "--output", folder, *words)
 
 
 def report(options: argparse.Namespace) -> Path:
@@ -93,7 +53,7 @@ def report(options: argparse.Namespace) -> Path:
     folders = [options.runs / name for name in RUNS]
     runs = [read_norms(folder) for folder in folders]
     told = study(runs)
-    *of_runs, skewness = [_markdown(*table) for table in tables(told)]
+    *of_runs, skewness = [_titled(*table) for table in tables(told)]
     text = [
         f"{Path(options.model).resolve().parent.name}, Alpaca: {options.steps} steps of 4 rows of at most 128 tokens, "
         "10 steps of warm-up, then linearly to 0, AdamW, float32, seed 0; a line of norms for each step. LoRA: rank 128, "
@@ -140,9 +100,8 @@ def _answer(told: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _markdown(title: str, heads: list[str], cells: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *cells]
-    return f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _titled(title: str, heads: list[str], cells: list[list[str]]) -> str:
+    return f"### {title}\n\n{markdown(heads, cells)}"
 
 
 def _initialisation(lora: NormRun, config: dict[str, Any]) -> str:
@@ -158,16 +117,16 @@ def _initialisation(lora: NormRun, config: dict[str, Any]) -> str:
         first, last = lora.parts[part][0]["norm"], lora.parts[part][-1]["mean_norm"]
         rows.append([part, f"{rule} = {value:.2f}", f"{first:.2f}", f"{last:.2f}", f"{last / first - 1:.2%}"])
     heads = ["part", "by the rule of initialisation", "untrained adapters", "the paper's mean norm", "more by"]
-    return _markdown("adapters that were never trained, against the paper's quantity", heads, rows)
+    return _titled("adapters that were never trained, against the paper's quantity", heads, rows)
 
 
 def _losses(folders: list[Path]) -> str:
     rows = []
     for folder in folders:
-        s = json.loads((folder / "losses.json").read_text())
-        seconds = f"{s['seconds']:.0f}"
-        rows.append([folder.name, f"{s['before']:.4f}", f"{s['after']:.4f}", seconds, f"{s['recording']:.0%}"])
-    return _markdown("held-out loss of 64 rows", ["run", "before", "after", "s", "of them recording"], rows)
+        told = json.loads((folder / "summary.json").read_text())
+        losses = [f"{told[name]:.4f}" for name in ("eval_loss_before", "eval_loss_after")]
+        rows.append([folder.name, *losses, f"{told['train_seconds']:.0f}"])
+    return _titled("held-out loss of 64 rows", ["run", "before", "after", "s, recording too"], rows)
 
 
 def main() -> None:
@@ -177,10 +136,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/norms"))
     parser.add_argument("--steps", type=int, default=150)
     options = parser.parse_args()
-    quiet_libraries()
-    torch.set_num_threads(1)
     for name, settings in RUNS.items():
-        if not (options.runs / name).exists():
+        if not (options.runs / name / "summary.json").exists():
             record(options.runs / name, settings, options)
     print(report(options))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from results import write_page
+from results import markdown, write_page
 
 ELEMENTS = 2**18
 
@@ -34,11 +34,12 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=1e-3)
     parser.add_argument("--deviation", type=float, default=0.02)
     options = parser.parse_args()
-    lines = ["| weights | left of the probes, share of the norm |", "| --- | --- |"]
+    rows = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         left = drift(dtype, options.steps, options.epsilon, options.deviation)
-        lines.append(f"| {str(dtype).removeprefix('torch.')} | {100 * left:.2g}% |")
-    print(write_page("probe-drift", "\n".join(lines), __doc__).read_text())
+        rows.append([str(dtype).removeprefix("torch."), f"{100 * left:.2g}%"])
+    table = markdown(["weights", "left of the probes, share of the norm"], rows)
+    print(write_page("probe-drift", table, __doc__).read_text())
 
 
 if __name__ == "__main__":

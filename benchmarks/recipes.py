@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from reproduce import MODELS, SHARED, markdown, unpacked
-from results import write_page
+from reproduce import MODELS, unpacked
+from results import SHARED, lisatune, markdown, write_page
 
 DATA = SHARED / "data"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -28,15 +27,6 @@ RATES = {"lisa": (3e-4, 1e-3), "lora": (3e-4, 1e-3), "full": (3e-5, 1e-4)}
 TRIALS = [(method, rate) for method, rates in RATES.items() for rate in rates]
 TASKS = {"gsm8k": 40, "pubmedqa": 250}  # test questions: an answer is a number worked out in text, or one word
 NAMES = ("instructions", "gsm8k", "pubmedqa", "continue")
-
-
-def lisatune(*words: object) -> str:
-    """Run a command; what it prints."""
-    command = [sys.executable, "-m", "lisatune", *map(str, words)]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    return done.stdout
 
 
 def train(folder: Path, config: str, model: Path, data: Path, *words: str) -> dict[str, Any]:

@@ -17,13 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results import write_page
+from results import SHARED, markdown, write_page
 
 from lisatune.common.files import replace_folder
 from lisatune.compare.grid import short_text
 from lisatune.compare.table import notes_of, table_of
 
-SHARED = Path(__file__).parents[2] / "shared"
 GSM8K = SHARED / "data/gsm8k/train.jsonl.gz"
 MODELS = {
     "stories260K": SHARED / "models/stories260K/hf",
@@ -169,10 +168,6 @@ def grid_table(entries: list[dict[str, Any]]) -> str:
 
     rows = [[f"gamma = {gamma}", *(cell(gamma, interval) for interval in intervals)] for gamma in gammas]
     return markdown(["", *(f"K = {interval}" for interval in intervals)], rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

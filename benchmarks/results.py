@@ -1,4 +1,4 @@
-"""Pages under ``results/``: the date, the commit, the hardware and the versions above each table."""
+"""What the benchmarks share: pages under ``results/``, tables, where shapes and data are, and commands of lisatune."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SHAPES = HERE / "shapes"
+SHARED = HERE.parents[1] / "shared"  # models and data next to the checkout; benchmarks/README.md says which
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def lisatune(*words: object) -> str:
+    """Run a command of lisatune on one core; what it prints."""
+    command = [sys.executable, "-m", "lisatune", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 def write_page(name: str, table: str, about: str) -> Path:

@@ -20,9 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import write_page
+from results import SHARED, markdown, write_page
 
-SHARED = Path(__file__).parents[2] / "shared"
 GIB = 2**30
 
 
@@ -100,7 +99,7 @@ def tell(samples: list[dict[str, float]], steps: list[dict], interval: int) -> s
     def median(rows: list[dict], key: str, span: tuple[int, int]) -> float:
         return statistics.median(row[key] for row in rows if span[0] < row["step"] <= span[1])
 
-    lines = ["| | " + " | ".join(spans) + " | smallest to largest |", "| --- " * (len(spans) + 2) + "|"]
+    table: list[list[str]] = []
     for name, rows, key, unit, digits in [
         ("resident memory, GiB", samples, "resident", GIB, 3),
         ("optimizer state, bytes", steps, "state_bytes", 1, 0),
@@ -109,14 +108,14 @@ def tell(samples: list[dict[str, float]], steps: list[dict], interval: int) -> s
     ]:
         every = [row[key] / unit for row in rows if row["step"] > interval]
         cells = [f"{median(rows, key, span) / unit:,.{digits}f}" for span in spans.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {min(every):,.{digits}f} to {max(every):,.{digits}f} |")
+        table.append([name, *cells, f"{min(every):,.{digits}f} to {max(every):,.{digits}f}"])
     cells = []
     for low, high in spans.values():
         inside = [row for row in samples if low < row["step"] <= high]
         first, final = inside[0], inside[-1]
         cells.append(f"{1e3 * (final['cpu'] - first['cpu']) / (final['step'] - first['step']):,.1f}")
-    lines.append("| processor time of a step, checkpoints included, ms | " + " | ".join(cells) + " | |")
-    return "\n".join(lines)
+    table.append(["processor time of a step, checkpoints included, ms", *cells, ""])
+    return markdown(["", *spans, "smallest to largest"], table)
 
 
 def draw(samples: list[dict[str, float]], steps: list[dict], path: Path) -> None:
