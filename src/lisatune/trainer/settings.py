@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,9 @@ class LisaSettings:
         """``given``, without what is None; what is left out is as usual for the unit that is sampled."""
         given = {name: value for name, value in given.items() if value is not None}
         unit = UNITS.get(given.get("sampled_unit", "layers"))
-        return cls(**{**(unit.preset if unit else {}), **given})
+        preset = unit.preset if unit else {}
+        own = {field.name for field in fields(cls)}  # the learning rate is the Trainer's
+        return cls(**{**{name: value for name, value in preset.items() if name in own}, **given})
 
     def engine(self, model: nn.Module) -> LisaEngine | SliceEngine:
         """LISA for ``model``."""
