@@ -121,6 +121,7 @@ def test_train_chat_and_report(model_folder, data_file, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 4
+    assert "\nstep 4/4  loss " in done.stderr
     answer = lisatune("chat", "run", "--prompt", "What is 1 plus 1?", "--max-new-tokens", 4, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     talk = subprocess.run(

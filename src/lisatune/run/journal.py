@@ -1,4 +1,4 @@
-"""All that a run writes down while it trains: metrics, norms of the layers, the tracker, and the bar."""
+"""All that a run writes down while it trains: metrics, norms of the layers, the tracker, and the progress shown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 
-from lisatune.common.bars import training_bar
+from lisatune.common.bars import Step, training_bar
 from lisatune.common.loss_names import named_losses
 from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
@@ -29,7 +29,7 @@ class Journal:
 
     Args:
         run: The run, before its first step.
-        console: Where the bar is drawn.
+        console: Where the progress is shown.
     Attributes:
         scores: Task scores after the last step; None before it, or if there are no tasks.
     """
@@ -90,7 +90,7 @@ class Journal:
             self._recorder.count(() if outcome.bad else learner.trained_parts)
             if last or is_due(self.run.config.norm_steps, step):
                 self._recorder.record(step, matrix_ranks=last)
-        self._advance(step, loss, batch.num_tokens / seconds, active)
+        self._advance(Step(step, loss, learning_rate, batch.num_tokens / seconds, active))
 
     def settle(self, progress: Progress) -> None:
         """Bring ``progress`` up to date, and wait until all lines are on the disk: a checkpoint relies on them."""
