@@ -15,6 +15,7 @@ from lisatune.cli.chat import chat
 from lisatune.cli.compare import compare
 from lisatune.cli.data import data
 from lisatune.cli.demo import demo
+from lisatune.cli.env import env
 from lisatune.cli.eval import evaluate
 from lisatune.cli.export import export
 from lisatune.cli.mt_bench import mt_bench
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score-layers": score_layers,
     "mt-bench": mt_bench,
     "settings": settings,
+    "env": env,
     "demo": demo,
 }
 TAKES_SETTINGS = ("train", "data", "plan", "compare")
