@@ -18,6 +18,7 @@ from lisatune.cli.demo import demo
 from lisatune.cli.env import env
 from lisatune.cli.eval import evaluate
 from lisatune.cli.export import export
+from lisatune.cli.init import init
 from lisatune.cli.mt_bench import mt_bench
 from lisatune.cli.norms import norms
 from lisatune.cli.plan import plan
@@ -30,6 +31,7 @@ from lisatune.errors import RenamedSetting, Stopped, UserError
 from lisatune.processes.launch import num_started, number_started
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
     "train": train,
     "data": data,
     "plan": plan,
