@@ -143,7 +143,12 @@ def time_steps(name: str, num_steps: int, full_determinism: bool) -> list[float]
 
 def child(mode: str, *words: str) -> str:
     """What this script prints in a process of its own, in one of MKL's modes."""
-    environment = os.environ | {"MKL_CBWR": mode, "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | {
+        "MKL_CBWR": mode,
+        "OMP_NUM_THREADS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
     return subprocess.run(
         [sys.executable, __file__, *words], env=environment, stdout=subprocess.PIPE, text=True, check=True
     ).stdout
@@ -158,6 +163,7 @@ def price(rounds: int, num_steps: int) -> str:
             for mode, (asked, deterministic) in MODES.items():
                 words = ["--one", name, "--steps", str(num_steps), *(["--deterministic"] if deterministic else [])]
                 taken[mode].append(json.loads(child(asked, *words)))
+                print(f"{name}, {mode}: {taken[mode][-1]}", file=sys.stderr)
         for mode, seconds in taken.items():
             middle = [statistics.median(s[i] for s in seconds) for i in (0, 1)]
             pairs = list(zip(seconds, taken["default"], strict=True))
