@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: demo check test test-slow clean
+.PHONY: demo check test test-slow docs clean
 
 demo: $(VENV)/.demo ## watch a small pretrained model learn, about 4 minutes on 2 cores
 	$(BIN)/lisatune demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -24,6 +24,13 @@ test: $(VENV)/.dev ## format, lint, types and all tests but the slow ones
 test-slow: $(VENV)/.dev $(VENV)/.demo ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
+docs: $(VENV)/.docs ## the docs as a site in build/site; a broken link is an error
+	rm -rf build/pages
+	mkdir -p build/pages/benchmarks
+	cp -r *.md LICENSE docs examples build/pages/
+	cp -r benchmarks/results build/pages/benchmarks/
+	$(BIN)/mkdocs build
+
 clean: ## remove the virtual environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -40,4 +47,8 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base pyproject.toml
+	$(PIP) install -c constraints.txt -e ".[docs]"
 	touch $@

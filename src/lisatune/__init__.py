@@ -1,4 +1,4 @@
-"""Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919)."""
+"""Fine-tune every weight matrix of a language model in the memory that LoRA needs (LISA, arXiv:2403.17919)."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ TAKES_SETTINGS = ("train", "data", "plan", "compare")
 
 
 app = typer.Typer(
-    help="Fine-tune every weight of a language model on the memory of an adapter (LISA, arXiv:2403.17919).",
+    help="Fine-tune every weight matrix of a language model in the memory that LoRA needs (LISA, arXiv:2403.17919).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
