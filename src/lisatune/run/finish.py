@@ -1,26 +1,30 @@
-"""What a run leaves behind after its last step: the trained model, the summary, the report."""
+"""What a run leaves behind after its last step: the trained model with its card, the summary, the report."""
 
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lisatune import __version__
 from lisatune.common.console import tell
 from lisatune.common.files import write_whole
 from lisatune.common.loss_names import named_losses
 from lisatune.errors import NEEDS_MATPLOTLIB
 from lisatune.memory.measure import state_bytes
+from lisatune.models.card import model_card
 from lisatune.processes.collectives import barrier, rank
 from lisatune.run.build import Run
 from lisatune.run.progress import Progress
+from lisatune.run.snapshot import environment
 from lisatune.run.trained_model import save_trained
 
 
 def finish(run: Run, progress: Progress, scores: dict[str, float] | None, console: Console) -> dict[str, Any]:
-    """Save the trained model, then the summary and the report; ``scores`` are those of the trained model.
+    """Save the trained model, then its card, the summary and the report; ``scores`` are those of the trained model.
 
     Returns: The summary, as ``summary.json`` holds it.
     """
@@ -32,6 +36,7 @@ def finish(run: Run, progress: Progress, scores: dict[str, float] | None, consol
         console.print(f"tokens drawn: {drawn}", markup=False, highlight=False, soft_wrap=True)
     save_trained(run, run.folder)
     if rank() == 0:
+        write_whole(run.folder / "model" / "README.md", card_of(run, summary))
         write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         report_if_possible(run.folder, console)
     barrier()
@@ -60,6 +65,28 @@ def data_shares(run: Run, progress: Progress) -> dict[str, float]:
     total = max(1, sum(progress.drawn.values()))
     named = [name if run.data.names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(run.data.names)]
     return {name: progress.drawn.get(str(i), 0) / total for i, name in enumerate(named)}
+
+
+def card_of(run: Run, summary: dict[str, Any]) -> str:
+    """The model card of the run."""
+    names, counts = run.data.names, run.data.counts
+    sizes = [f"{c.used:,} rows, {c.tokens:,} tokens, {c.labelled_tokens:,} of them learnt" for c in counts]
+    if len(counts) < len(names):  # a stream of several data sets is counted as one
+        names, sizes = [*names, "all of them"], [*("" for _ in names), *sizes]
+    versions = {"lisatune": __version__, "Python": platform.python_version(), **environment(run.device)}
+    return model_card(
+        run.config, summary, data=list(zip(names, sizes, strict=True)), versions=versions,
+        scores_before=scores_before(run.folder),
+    )  # fmt: skip
+
+
+def scores_before(folder: Path) -> dict[str, float]:
+    """Scores on tasks before the first step, which the first line of the metrics holds; empty if there are none."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as file:
+        try:
+            return dict(json.loads(file.readline()).get("scores", {}))
+        except ValueError:  # somebody has changed the file
+            return {}
 
 
 def report_if_possible(folder: Path, console: Console) -> None:
