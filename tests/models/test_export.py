@@ -45,6 +45,21 @@ def test_a_plain_folder_gives_the_same_logits(run, tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "plain")
 
 
+def test_the_model_card_goes_along_but_no_file_that_a_link_leads_to(run, tmp_path):
+    card = run / "model" / "README.md"
+    written = card.read_bytes()
+    export_model(str(run), tmp_path / "plain")
+    export_delta(str(run), tmp_path / "delta")
+    export_model(str(tmp_path / "delta"), tmp_path / "again")
+    for name in ("plain", "delta", "again"):
+        assert (tmp_path / name / "README.md").read_bytes() == written
+    card.unlink()
+    (tmp_path / "secret").write_text("secret")
+    card.symlink_to(tmp_path / "secret")
+    export_model(str(run), tmp_path / "without")
+    assert not (tmp_path / "without" / "README.md").exists()
+
+
 def test_dtype_is_that_asked_for_and_otherwise_that_of_the_run(model_folder, data_file, tmp_path):
     run = trained(model_folder, data_file, tmp_path, "run", dtype="bfloat16")
     for name, dtype, expected in (("as-is", None, torch.bfloat16), ("half", "float16", torch.float16)):

@@ -31,7 +31,8 @@ def export_model(
 ) -> dict[str, Any]:
     """The model of a run, of a delta, of a .gguf file or of a folder, as a Hugging Face folder: config, tokenizer, safetensors.
 
-    Such a folder is what transformers, vLLM and llama.cpp's converter read. LoRA's adapters are merged in it.
+    Such a folder is what transformers, vLLM and llama.cpp's converter read. LoRA's adapters are merged in it. A model card goes
+    with it.
 
     Args:
         source: A run's folder, or whatever ``load_model`` takes.
@@ -43,7 +44,12 @@ def export_model(
     """
     _refuse_existing(output)
     model, tokenizer = _load(source, dtype, trust_remote_code)
-    _write(output, lambda new: save_model(model, tokenizer, new))
+
+    def write(new: Path) -> None:
+        save_model(model, tokenizer, new)
+        _copy_card(source, new)
+
+    _write(output, write)
     weights = _weights(model)
     return {"output": str(output), "tensors": len(weights), "bytes": _num_bytes(weights)}
 
@@ -81,6 +87,7 @@ def export_delta(run: str, output: Path, *, trust_remote_code: bool = False) -> 
         )
         (new / DELTA).chmod(0o644)  # safetensors writes 0600
         write_whole(new / ABOUT, json.dumps(about, indent=1) + "\n")
+        _copy_card(run, new)
 
     _write(output, write)
     return {
@@ -171,6 +178,13 @@ def _apply_delta(folder: Path, dtype: str | None, trust_remote_code: bool) -> tu
         for name, weight in changed.items():
             weights[name].copy_(weight)
     return model.to(getattr(torch, dtype)) if dtype else model, tokenizer
+
+
+def _copy_card(source: str, new: Path) -> None:
+    """Copy the model card of ``source``, if it has one; not through a link, which could lead to any file."""
+    card = Path(model_of(source)).expanduser() / "README.md"
+    if card.is_file() and not card.is_symlink():
+        shutil.copyfile(card, new / "README.md")
 
 
 def _take_generation_settings(model: Any, folder: Path) -> None:
