@@ -153,7 +153,7 @@ def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
 
 def test_a_forecast_of_several_processes_on_the_command_line(model_folder, monkeypatch, capsys):
     """As many as nobody has here, on one process; and which lever is pulled first."""
-    words = ["plan", "--model", str(model_folder), "--device", "cpu", "--json", "max_length=64"]
+    words = ["plan", "--model", str(model_folder), "--device", "cpu", "--json", "max_length=64", "recipe=paper"]
     monkeypatch.setattr("sys.argv", ["lisatune", *words, "--nproc", "8", "dp_shard_size=8"])
     with pytest.raises(SystemExit, match="^0$"):
         main()

@@ -46,5 +46,5 @@ def test_every_tensor_has_its_turn(tmp_path, capsys):
 def test_mistakes_are_refused():
     with pytest.raises(UserError, match="no effect without sampled_unit='slices'"):
         LisaCallback(num_slices=4)
-    with pytest.raises(UserError, match="there are 4 slices"):
+    with pytest.raises(UserError, match="the model has 4 slices"):
         LisaCallback(num_active=5, num_slices=4, sampled_unit="slices").settings.engine(make_llama())
