@@ -246,7 +246,7 @@ def test_what_works_on_one_process_alone_is_refused(monkeypatch):
         with pytest.raises(UserError, match=f"{next(iter(some))}=.* works on one process only"):
             check_num_ranks(settings(**some), 2)
     with pytest.raises(UserError, match="dp_shard_size=3 does not divide the 4 processes"):
-        check_num_ranks(settings(dp_shard_size=3), 4)
+        check_num_ranks(settings(dp_shard_size=3, recipe="paper"), 4)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("sys.argv", ["lisatune", "plan"])
     with pytest.raises(SystemExit, match="2"):
