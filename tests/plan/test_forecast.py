@@ -195,6 +195,18 @@ def test_largest_is_the_largest(slope, base, budget):
     assert peak(found + 1) > budget
 
 
+def test_a_budget_reaches_as_many_slices_as_there_are_whatever_the_number_of_layers(tmp_path):
+    shape = hf.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=18, num_attention_heads=2
+    )
+    shape.save_pretrained(tmp_path)
+    settings = {"model": str(tmp_path), "max_length": 16, "per_device_train_batch_size": 1}
+    plan = forecast(settings, ["lisa"], "cpu").plans[0]
+    told = forecast(settings, ["lisa"], "cpu", 4 * plan.peak_bytes)
+    assert told.reach["active slices"] == 15  # of 18 layers
+    assert "active layers" not in told.reach
+
+
 def test_a_budget_tells_how_far_it_reaches(model_folder):
     settings = {"model": str(model_folder), "max_length": 64, "num_active": 1, "per_device_train_batch_size": 4}
     plan = forecast(settings, ["lisa"], "cpu").plans[0]

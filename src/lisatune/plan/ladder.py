@@ -258,11 +258,12 @@ def reach(rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda") -
         "rows of a micro-batch": largest(lambda n: peak(rows=n), budget, plan.rows),
     }
     if config.method in LAYERWISE:
-        found["active layers"] = largest(
+        sliced = config.sampled_unit == "slices"
+        found["active slices" if sliced else "active layers"] = largest(
             lambda n: peak(config.model_copy(update={"num_active": n})),
             budget,
             config.num_active,
-            limit=plan.num_layers,
+            limit=config.num_slices if sliced else plan.num_layers,
         )
     return found
 
