@@ -13,6 +13,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # equal sums get equal bits on every processor; MKL reads it before its first product, and processes of tests inherit it
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads add up in another order than one
 
 import pytest
 import torch

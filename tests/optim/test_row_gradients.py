@@ -83,7 +83,8 @@ def test_head_blocks_equal_the_dense_gradient(num_tokens, vocabulary, rows, most
     (3 * linear_cross_entropy(hidden, weight, labels, bias=bias, row_gradients=store)).backward()
     assert weight.grad is None
     (3 * linear_cross_entropy(hidden, weight, labels, bias=bias)).backward()
-    torch.testing.assert_close(whole(store, weight, rows), weight.grad, atol=1e-6, rtol=1e-5)
+    # the sums are of float32 numbers of a few units, in another order; where they cancel, a few of their 1e-7 remain
+    torch.testing.assert_close(whole(store, weight, rows), weight.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_head_blocks_in_bfloat16_are_nearer_the_truth_than_the_dense_gradient():
