@@ -53,7 +53,8 @@ def products() -> str:
             starts = ", ".join(map(str, found.starts))
             rows.append([str(dtype).removeprefix("torch."), found, starts, f"{found.difference:.1e}"])
     table = markdown(head, rows) if rows else "No product depends on the alignment."
-    return f"**{blas()}**\n\n{table}\n\nOther bits in other layouts (float32): {', '.join(by_layout()) or 'none'}.\n"
+    shapes = "\n".join(f"- {shape}" for shape in by_layout()) or "- none"
+    return f"**{blas()}**\n\n{table}\n\nProducts with other bits in other layouts (float32):\n\n{shapes}\n"
 
 
 def by_layout() -> list[str]:

@@ -41,7 +41,8 @@ def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
     """What the method ``getter`` of a transformers model gives, if it is there and gives a module."""
     try:
         module = getattr(model, getter)()
-    except (AttributeError, NotImplementedError):  # how transformers says that a model has no such module
+    # transformers itself raises NotImplementedError where a model has no such module, as for models of sound
+    except (AttributeError, NotImplementedError):
         return None
     return module if isinstance(module, nn.Module) else None
 

@@ -224,7 +224,8 @@ class Checkpoints:
         folder, manifest = self._last
         try:
             os.link(folder / name, beside / name, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # no hard links here, or too many
+        # os.link raises NotImplementedError on a platform that cannot link so; a file system may refuse, or have too many
+        except (OSError, NotImplementedError):
             shutil.copyfile(folder / name, beside / name, follow_symlinks=False)
             sync(beside / name)
         return manifest.files[name]

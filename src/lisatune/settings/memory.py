@@ -18,8 +18,8 @@ class Memory(BaseModel):
 
     dp_shard_size: int = row(
         1,
-        "Number of processes that share one copy of the weights: 1 gives each its own (data parallel), all of them split it "
-        "(FSDP), a number between makes copies of split ones (hybrid).",
+        "Number of processes that share one copy of the weights. 1 gives each its own copy (data parallel). All of them split one "
+        "copy (FSDP). A number between makes several split copies (hybrid).",
         ge=1, free=True, ladder=1, pulled=None,
         needs={
             "sampled_unit!=slices or dp_shard_size=1": "cannot be more than 1 with sampled_unit=slices, which needs whole "

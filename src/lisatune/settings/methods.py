@@ -28,8 +28,9 @@ class Sampling(BaseModel):
 
     method: Annotated[str, OneOf(METHODS)] = row(
         "lisa",
-        "lisa; fixed (the same layers always); badam (lisa with one layer at a time, by sweeps, and embedding and head frozen); "
-        "lora (adapters, by peft); full (every parameter in every step); mezo (zeroth-order, without a backward pass).",
+        "lisa samples what trains. fixed trains the same layers always. badam is lisa with one layer at a time, by sweeps, and "
+        "embedding and head frozen. lora trains adapters (peft). full trains every parameter in every step. mezo is "
+        "zeroth-order: it needs no backward pass.",
         choices=METHODS.__getitem__,
     )
     recipe: Annotated[str, OneOf(RECIPES)] = row(
