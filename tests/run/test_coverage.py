@@ -23,15 +23,35 @@ NEEDED = {"model": "m", "data": "d", "output": "o", "device": "cpu", "learning_r
         (
             {"num_active": 1, "interval_steps": 5},
             [
+                "sampled: 1 of 4 decoder layers, every 5 steps (uniform)"
+                "; set sampled_unit=slices for slices, which are the default where no setting of layers is given",
                 "effective learning rates: layers 0.00025 (0.001 in 25% of steps), embedding 0.001, head 0.001",
                 "of 4 decoder layers, 2 will never train and 1 in one interval only, in 15 steps: fewer interval_steps or "
-                "more num_active, or sampler=sweep would reach them",
+                "a larger num_active or sampler=sweep would reach them",
             ],
         ),
-        ({"sampler": "fixed"}, ["effective learning rates: layers 0.0005 (0.001 in 50% of steps), embedding 0.001, head 0.001"]),
+        (
+            {"recipe": "paper", "interval_steps": 1},
+            [
+                "sampled: 2 of 4 decoder layers, every step (uniform)",
+                "effective learning rates: layers 0.0005 (0.001 in 50% of steps), embedding 0.001, head 0.001",
+            ],
+        ),
+        (
+            {"num_slices": 20, "sampled_unit": "slices"},
+            [
+                "sampled: 1 of 20 slices of each matrix, every step (sweep)",
+                "effective learning rates: layers 5e-05 (0.001 in 5% of steps), embedding 5e-05 (0.001 in 5% of steps), "
+                "head 5e-05 (0.001 in 5% of steps)",
+                "of 20 slices, 5 will never train and 15 in one interval only, in 15 steps: a smaller num_slices would reach "
+                "them",
+            ],
+        ),
+        ({"method": "fixed"}, ["sampled: 2 of 4 decoder layers, every 20 steps (fixed)", "effective learning rates: layers 0.0005 (0.001 in 50% of steps), embedding 0.001, head 0.001"]),
         (
             {"sampled_unit": "slices", "num_slices": 10, "train_head": True, "head_lr_ratio": 0.1},
             [
+                "sampled: 1 of 10 slices of each matrix, every step (sweep)",
                 "effective learning rates: layers 0.0001 (0.001 in 10% of steps), embedding 0.0001 (0.001 in 10% of steps), "
                 "head 0.0001",
                 "of 10 slices, 0 will never train and 5 in one interval only, in 15 steps",

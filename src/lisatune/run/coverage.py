@@ -16,7 +16,7 @@ MOST_INTERVALS = 5000  # that are looked at; after so many a unit that had no tu
 
 
 def describe_coverage(config: TrainConfig, learner: Learner, num_steps: int) -> list[str]:
-    """One or two lines: the effective rate of each part, and how many units train never or once in ``num_steps``.
+    """Up to three lines: what is sampled, the effective rate of each part, and how many units never train in ``num_steps``.
 
     The effective rate is the learning rate times the share of steps in which a part trains: how far it moves, against full
     fine-tuning at that rate. Nothing is said where all parts train in every step at one rate.
@@ -25,7 +25,7 @@ def describe_coverage(config: TrainConfig, learner: Learner, num_steps: int) -> 
     if config.norm_lr_ratio == 1:
         shares.pop("norms", None)
     rates = {part: config.learning_rate * ratio for part, ratio in _ratios(config, learner).items() if part in shares}
-    lines = []
+    lines = [] if learner.engine is None else [_sampled(config, learner.engine)]
     if len(set(rates.values())) > 1 or min(shares.values(), default=1.0) < 1:
         described = [
             f"{part} {rates[part] * share:.2g}" + (f" ({rates[part]:.2g} in {100 * share:.2g}% of steps)" if share < 1 else "")
@@ -56,16 +56,33 @@ def turns(sampler: Sampler, num_intervals: int) -> list[int] | None:
     return counts
 
 
+def _units(config: TrainConfig) -> str:
+    return {"layers": "decoder layers"}.get(config.sampled_unit, config.sampled_unit)
+
+
+def _sampled(config: TrainConfig, engine: LisaEngine | SliceEngine) -> str:
+    """What trains first, how it is sampled and for how long; and why it is this unit, where the settings left that open."""
+    first = f"{len(engine.sampler(0))} of {engine.sampler.num_layers} {_units(config)}"
+    each = " of each matrix" if config.sampled_unit == "slices" else ""
+    steps = "every step" if engine.interval_steps == 1 else f"every {engine.interval_steps} steps"
+    text = f"sampled: {first}{each}, {steps} ({config.sampler})"
+    if config.method == "lisa" and config.recipe == "auto" and config.sampled_unit == "layers":
+        text += "; set sampled_unit=slices for slices, which are the default where no setting of layers is given"
+    return text
+
+
 def _untrained(config: TrainConfig, engine: LisaEngine | SliceEngine, num_steps: int) -> Iterator[str]:
     if isinstance(engine.sampler, FixedSampler):
         return  # what never trains was asked for
     counts = turns(engine.sampler, -(-num_steps // engine.interval_steps))
     if counts is None or min(counts) == 2:
         return
-    unit = {"layers": "decoder layers"}.get(config.sampled_unit, config.sampled_unit)
-    remedy = "fewer interval_steps or more num_active" + ("" if config.sampler == "sweep" else ", or sampler=sweep")
+    remedies = ["fewer interval_steps"] if engine.interval_steps > 1 else []
+    remedies.append("a smaller num_slices" if config.sampled_unit == "slices" else "a larger num_active")
+    remedies += [] if config.sampler == "sweep" else ["sampler=sweep"]
+    remedy = " or ".join(remedies)
     yield (
-        f"of {len(counts)} {unit}, {counts.count(0)} will never train and {counts.count(1)} in one interval only, in "
+        f"of {len(counts)} {_units(config)}, {counts.count(0)} will never train and {counts.count(1)} in one interval only, in "
         f"{num_steps:,} steps" + (f": {remedy} would reach them" if 0 in counts else "")
     )
 

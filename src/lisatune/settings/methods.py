@@ -38,7 +38,7 @@ class Sampling(BaseModel):
         "What lisa is where you leave it open. auto: slices, the best that is known at this memory; layers, if you set "
         "num_active, interval_steps or the sampler. paper: LISA as published.",
         methods=("lisa",), free=True,
-        never_with={"sampled_unit=slices": "which is not the paper's"},
+        needs={"sampled_unit=layers": "samples decoder layers, as published: leave sampled_unit out, or leave recipe out"},
     )  # fmt: skip
     num_active: int = row(
         2, "Number of decoder layers that train at a time (gamma). Embedding and head train with them.", ge=0,
