@@ -69,6 +69,19 @@ def test_trainer_and_own_loop_give_the_same_weights_to_the_bit(tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(("sampler", "watched"), [("uniform", False), ("gradient_norm", True)])
+def test_gradients_are_watched_for_a_sampler_that_learns_alone(tmp_path, monkeypatch, sampler, watched):
+    """A Python call for each gradient is a price that a uniform draw need not pay."""
+    hooked = []
+    plain = torch.Tensor.register_post_accumulate_grad_hook
+    monkeypatch.setattr(
+        torch.Tensor, "register_post_accumulate_grad_hook", lambda p, hook: hooked.append(p) or plain(p, hook)
+    )
+    lisa = LisaCallback(**SETTINGS, sampler=sampler)
+    Trainer(model=make_llama(), args=arguments(tmp_path), train_dataset=ROWS, callbacks=[lisa]).train()
+    assert bool(hooked) == watched
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_switch_never_falls_inside_an_accumulation_window(tmp_path, accumulation):
     watch, lisa = Watch(), LisaCallback(**SETTINGS)

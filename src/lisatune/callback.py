@@ -129,7 +129,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.engine = self.settings.engine(model)
         assert self.engine is not None
         unchecked = check_causal(self.engine.layers) if not self._sharded else ""
-        if self._copies or hasattr(self.engine.sampler, "observe"):
+        if self._copies or self.engine.sampler.learns:
             self._after_backward = AfterBackward(model, self._gradients_are_there)
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.settings.train_embedding is not True and checkpointed:
