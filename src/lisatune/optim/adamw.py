@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lisatune.errors import UserError
 from lisatune.memory.blocks import whole_of
+from lisatune.memory.bundles import bundles
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
 from lisatune.optim.rounding import random_bits, random_bits_of, round_stochastically
 from lisatune.optim.row_gradients import RowGradients
@@ -184,7 +185,7 @@ class AdamW(torch.optim.Optimizer):
 
     def _update_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """As ``_update_stateless`` for each, but of many small parameters at a time: few kernels of a GPU, to the bit."""
-        for some in _bundles(parameters, self._most(parameters)):
+        for some in bundles(parameters, self._most(parameters)):
             weights = [local(p.detach()).view(-1) for p in some]
             grads = [local(p.grad).reshape(-1) for p in some]  # type: ignore[arg-type]
             if some[0].dtype == torch.float32:
@@ -274,21 +275,6 @@ class AdamW(torch.optim.Optimizer):
                 )
             entry.copy_(local(saved[name]))
         self.state[p] = state
-
-
-def _bundles(parameters: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """``parameters`` in their order, together as far as they are of one type and device and have ``most`` elements."""
-    bundle: list[Tensor] = []
-    size = 0
-    for p in parameters:
-        kind = p.dtype, p.device
-        if bundle and (size + p.numel() > most or kind != (bundle[0].dtype, bundle[0].device)):
-            yield bundle
-            bundle, size = [], 0
-        bundle.append(p)
-        size += p.numel()
-    if bundle:
-        yield bundle
 
 
 def _width(p: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lisatune.data.loader import Batch
 from lisatune.layers import Layers
+from lisatune.memory.bundles import bundles
 from lisatune.placement.base import OnDevice, write_files
 from lisatune.processes.collectives import FAKE, barrier, num_ranks, rank, total
 
@@ -44,7 +45,7 @@ class Copies(OnDevice):
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make every process' gradients their sum, in float32; one that a process lacks counts as 0."""
-        for bucket in _buckets([p for p in parameters if p.requires_grad]):
+        for bucket in bundles((p for p in parameters if p.requires_grad), BUCKET_ELEMENTS):
             for p in bucket:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             flat = torch.cat([p.grad.reshape(-1).float() for p in bucket])  # type: ignore[union-attr]
@@ -65,16 +66,3 @@ class Copies(OnDevice):
     def write(self, folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
         """The first process writes."""
         return write_files(folder, files) if rank() == 0 else []
-
-
-def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for p in parameters:
-        if bucket and size + p.numel() > BUCKET_ELEMENTS:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(p)
-        size += p.numel()
-    if bucket:
-        yield bucket
