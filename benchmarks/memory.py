@@ -23,7 +23,7 @@ import torch
 from results import SHAPES, markdown, write_page
 
 from lisatune.assemble import make_learner
-from lisatune.memory.measure import PeakMeter, state_bytes, tensor_bytes
+from lisatune.memory.measure import PeakMeter, allocated_peak, state_bytes, tensor_bytes
 from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.samplers.fixed import FixedSampler
@@ -297,14 +297,7 @@ def _peak_of_allocator(learner: Any, batch: Any) -> int:
         + tensor_bytes(learner.model.buffers())
         + state_bytes(learner.optimizer)
     )
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        learner.step(1, [batch], batch.num_labelled)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return held + peak
+    return held + allocated_peak(lambda: learner.step(1, [batch], batch.num_labelled))
 
 
 def _gib(num_bytes: float) -> str:

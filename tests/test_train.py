@@ -1,13 +1,11 @@
 """Whole runs on tiny models, and what their folders hold."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 from lisatune import UserError
@@ -16,27 +14,16 @@ from lisatune.models.load import load_model
 from lisatune.optim.build import clip_gradients
 from lisatune.run.schedule import learning_rate_at
 from lisatune.settings import build_config
-from lisatune.train import train
+from runs import run as shared_run
 from tiny import make_llama, make_tokenizer
 
 
 def run(model_folder, data_file, output, **settings):
-    defaults = {
-        "model": str(model_folder),
-        "data": str(data_file),
-        "output": str(output),
-        "max_steps": 12,
-        "learning_rate": 1e-2,
-        "max_length": 64,
-        "per_device_train_batch_size": 4,
-        "eval_rows": 6,
-    }
+    """As the shared ``run``, shorter."""
+    shorter = {"max_steps": 12, "per_device_train_batch_size": 4}
     if settings.get("method", "lisa") == "lisa":
-        defaults |= {"num_active": 2, "interval_steps": 3}
-    config = build_config({k: v for k, v in (defaults | settings).items() if v is not None})
-    console = Console(file=io.StringIO(), width=500)
-    summary = train(config, console=console)
-    return summary, console.file.getvalue()
+        shorter["interval_steps"] = 3
+    return shared_run(model_folder, data_file, output, **(shorter | settings))
 
 
 def metrics(folder):

@@ -4,7 +4,7 @@ import torch
 
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
-from lisatune.memory.measure import state_bytes, tensor_bytes
+from lisatune.memory.measure import allocated_peak, state_bytes, tensor_bytes
 from lisatune.samplers.fixed import FixedSampler
 from tiny import VOCABULARY
 
@@ -22,11 +22,4 @@ def measured_peak(config, model, rows, tokens, drawn):
     micros = [micro] * config.gradient_accumulation_steps
     learner.step(0, micros, rows * tokens)
     held = tensor_bytes([*learner.model.parameters(), *learner.model.buffers()]) + state_bytes(learner.optimizer)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        learner.step(1, micros, rows * tokens)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return held + peak
+    return held + allocated_peak(lambda: learner.step(1, micros, rows * tokens))

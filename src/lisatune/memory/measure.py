@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +31,24 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of ``tensors``, each object counted once, slices of others not at all; of one in shards those of this process."""
     whole = {id(t): t for t in tensors if whole_of(t) is t}
     return sum(local(t).numel() * t.element_size() for t in whole.values())
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator gives out, less what it takes back, while ``work`` runs.
+
+    Cost: the profiler keeps every allocation, so this is for measurements and tests.
+    Example:
+        >>> allocated_peak(lambda: torch.zeros(256))
+        1024
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
 
 
 class PeakMeter:
