@@ -19,13 +19,13 @@ class Done:
     stderr: str
 
 
-def typed(*words, cwd=None):
-    """Run ``lisatune`` with ``words``, as its entry point does."""
+def typed(*words, cwd=None, columns=200):
+    """Run ``lisatune`` with ``words``, as its entry point does, in a terminal of so many columns."""
     out, err = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(cwd or os.getcwd()),
         mock.patch.object(sys, "argv", ["lisatune", *map(str, words)]),
-        mock.patch.dict(os.environ, {"COLUMNS": "200", "NO_COLOR": "1"}),
+        mock.patch.dict(os.environ, {"COLUMNS": str(columns), "NO_COLOR": "1"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

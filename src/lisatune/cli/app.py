@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from lisatune.cli import common
 from lisatune.cli.chat import chat
@@ -30,35 +31,41 @@ from lisatune.common.console import tell, warn
 from lisatune.errors import RenamedSetting, Stopped, UserError
 from lisatune.processes.launch import num_started, number_started
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init,
-    "train": train,
-    "data": data,
-    "plan": plan,
-    "compare": compare,
-    "chat": chat,
-    "eval": evaluate,
-    "export": export,
-    "report": report,
-    "norms": norms,
-    "score-layers": score_layers,
-    "mt-bench": mt_bench,
-    "settings": settings,
-    "env": env,
-    "demo": demo,
-}
+COMMANDS_OF: dict[str, dict[str, Callable[..., None]]] = {
+    "Start": {"demo": demo, "init": init, "settings": settings},
+    "Train": {"data": data, "plan": plan, "train": train},
+    "Use a model": {"chat": chat, "export": export},
+    "Measure": {"eval": evaluate, "mt-bench": mt_bench, "compare": compare, "report": report},
+    "Study layers": {"norms": norms, "score-layers": score_layers},
+    "Help": {"env": env},
+}  # by the headings of `lisatune --help`
+COMMANDS = {name: command for commands in COMMANDS_OF.values() for name, command in commands.items()}
 TAKES_SETTINGS = ("train", "data", "plan", "compare")
+HELP = """Fine-tune every weight matrix of a language model in the memory that LoRA needs.
+
+The method is LISA, Layerwise Importance Sampled AdamW (arXiv:2403.17919).
+
+Example:
+    lisatune train --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl \\
+        --output runs/a
+    lisatune chat runs/a
+"""
 
 
-app = typer.Typer(
-    help="Fine-tune every weight matrix of a language model in the memory that LoRA needs (LISA, arXiv:2403.17919).",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for name, run_command in COMMANDS.items():
-    epilog = "All settings with their defaults: lisatune settings" if name in TAKES_SETTINGS else None
-    app.command(name, epilog=epilog)(run_command)
+class Command(TyperCommand):
+    """A command whose ``--help`` has a heading too, below the others."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option: Any = super().get_help_option(ctx)
+        option.rich_help_panel = common.OTHER
+        return option
+
+
+app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+for heading, commands in COMMANDS_OF.items():
+    for name, run_command in commands.items():
+        epilog = "Every setting with its default: lisatune settings" if name in TAKES_SETTINGS else None
+        app.command(name, cls=Command, epilog=epilog, rich_help_panel=heading)(run_command)
 
 
 _show_python_warning = warnings.showwarning

@@ -7,22 +7,35 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import AnswerTokens, AnyDevice, TrustRemoteCode, quiet_libraries
+from lisatune.cli.common import ANSWERS, AnswerTokens, AnyDevice, TrustRemoteCode, quiet_libraries
+
+CHAT = "Chat"
 
 
 def chat(
     run: Annotated[str, typer.Argument(help="A run's folder, a model's folder, or a hub name.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this once, instead of talking.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this one message and end.", rich_help_panel=CHAT)] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.", rich_help_panel=CHAT)] = None,
     tools: Annotated[
-        Path | None, typer.Option(help="JSON file with a list of the functions that the model may call.")
+        Path | None,
+        typer.Option(help="JSON file with a list of functions that the model may call.", rich_help_panel=CHAT),
     ] = None,
     max_new_tokens: AnswerTokens = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token always.")] = 0.0,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, help="How random answers are. 0: always the likeliest token.", rich_help_panel=ANSWERS),
+    ] = 0.0,
     device: AnyDevice = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Speak with a trained model."""
+    """Chat with a trained model in the terminal.
+
+    It remembers the conversation. An empty line or Ctrl-D ends it.
+
+    Example:
+        lisatune chat runs/a
+        lisatune chat runs/a --prompt "What is LISA?" --max-new-tokens 64
+    """
     from lisatune.data.tools import read_tools
     from lisatune.models.names import check_model_name
 

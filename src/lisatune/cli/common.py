@@ -12,20 +12,32 @@ from lisatune.processes.launch import number_started
 
 console = Console(stderr=True, quiet=number_started() > 0)  # of several processes one speaks
 
+# headings of the help under which commands put their options; a command names a heading of its own too
+INPUT, ANSWERS, OUTPUT, MACHINE, OTHER = "Model and data", "Answers", "Output", "Machine", "Other"
+
 # options that mean the same in each command that has them
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which win over the file's.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings. They win over the file's. See: lisatune settings"),
 ]
-ConfigFile = Annotated[str | None, typer.Option(help="YAML file of settings.")]
-ModelName = Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")]
-DataName = Annotated[str | None, typer.Option(help="File, folder or hub name of the rows to learn.")]
-AnyDevice = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.")]
-AnswerTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+ConfigFile = Annotated[str | None, typer.Option(help="YAML file of settings.", rich_help_panel=INPUT)]
+ModelName = Annotated[
+    str | None, typer.Option(help="Folder, .gguf file or hub name of the model.", rich_help_panel=INPUT)
+]
+DataName = Annotated[
+    str | None, typer.Option(help="File, folder or hub name of the rows to learn.", rich_help_panel=INPUT)
+]
+AnyDevice = Annotated[str, typer.Option(help="cpu, cuda, ... or auto.", rich_help_panel=MACHINE)]
+AnswerTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=ANSWERS)]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run code that the model's folder brings along, as its run did anyway."),
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code in the model's folder. Runs that trained with it do so anyway.",
+        rich_help_panel=MACHINE,
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=OUTPUT)]
 
 
 def given(**options: Any) -> dict[str, Any]:

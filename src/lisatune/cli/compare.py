@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, DataName, ModelName, console, given
+from lisatune.cli.common import MACHINE, OUTPUT, AsJson, ConfigFile, DataName, ModelName, console, given
 from lisatune.common.console import tell
 from lisatune.errors import UserError
 
@@ -19,24 +19,44 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE,...]...",
-            help="Settings, each with a value or several: method=lisa,lora seed=0,1 learning_rate=1e-4,1e-3 "
-            "lora.learning_rate=1e-3,3e-3",
+            help="Settings, each with one value or several. lora.learning_rate=... is for one method alone.",
         ),
     ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file of settings; a list holds several values.")] = None,
+    config: ConfigFile = None,
     model: ModelName = None,
     data: DataName = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the comparison; one that is there goes on.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(metavar="MEMORY", help="Peak within which the best is looked for, for example 24GiB.")
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder of the comparison. If it exists, the comparison resumes.", rich_help_panel=OUTPUT),
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Run again what has failed.")] = False,
     drop_models: Annotated[
-        bool, typer.Option("--drop-models", help="Keep the numbers of finished runs, not their weights.")
+        bool,
+        typer.Option(
+            "--drop-models", help="Keep the numbers of finished runs, not their weights.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     as_json: AsJson = False,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Run again what has failed.", rich_help_panel="Stop and resume")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="Choose the best among runs within this peak memory, for example 24GiB.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
 ) -> None:
-    """Run methods and settings side by side, each at its own best learning rate, over seeds."""
+    """Compare methods and settings, each at its own best learning rate.
+
+    Every value of a setting is run with every seed. A comparison that was stopped resumes with the same command.
+
+    Example:
+        lisatune compare --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl \\
+            --output cmp methods=lisa,lora,full learning_rate=1e-4,3e-4,1e-3 \\
+            seed=0,1,2 max_steps=200 eval_rows=100
+    """
     from lisatune.common.amounts import parse_bytes
     from lisatune.compare.grid import read_grid
     from lisatune.compare.runner import compare as compare_all

@@ -10,25 +10,38 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, console, quiet_libraries
+from lisatune.cli.common import OUTPUT, AsJson, ConfigFile, ModelName, console, quiet_libraries
 from lisatune.cli.train import data_of
 
 ROWS_SHOWN, ROWS_IN_JSON, ROWS_IN_PAGE = 5, 100, 200
 
 
 def data(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder or hub name; or a list with shares.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="File, folder or hub name, or a list with shares.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the run, as for train.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, .gguf file or hub name of the model.")] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file of settings.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many rows to show; 5 by default.")] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids of each row.")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page to scroll through.")] = None,
+    model: ModelName = None,
+    config: ConfigFile = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="How many rows to show. Default: 5.", rich_help_panel=OUTPUT),
+    ] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the token ids of each row.", rich_help_panel=OUTPUT)] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page to scroll through.", rich_help_panel=OUTPUT)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run would see: files, rows and why some are not used, lengths, and what is learnt of a few rows."""
+    """Show what a run would learn from your data, before you start it.
+
+    You see the files that are read, the rows that are not used and why, and a few rows with the learned text marked.
+
+    Example:
+        lisatune data rows.jsonl --model HuggingFaceTB/SmolLM2-135M
+        lisatune data rows.jsonl --model HuggingFaceTB/SmolLM2-135M \\
+            --html rows.html
+    """
     from lisatune.settings import build_config, read_settings
 
     settings: dict[str, Any] = {"output": "none"} | read_settings(config, overrides or []) | {"data": data_of(data)}

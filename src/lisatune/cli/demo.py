@@ -7,15 +7,21 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import console, quiet_libraries
+from lisatune.cli.common import OUTPUT, console, quiet_libraries
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder of the run; a fresh one is chosen by default.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of the run. It must be new.", rich_help_panel=OUTPUT)] = Path(
         "runs/demo"
     ),
 ) -> None:
-    """Watch a real pretrained model learn about this tool, on a CPU, in a few minutes."""
+    """Watch a small pretrained model learn about this tool, on a CPU, in a few minutes.
+
+    The model learns from 200 questions and answers, and then answers 40 questions in other words.
+
+    Example:
+        lisatune demo --output runs/demo
+    """
     quiet_libraries()
     from lisatune.demo import run_demo
 

@@ -17,7 +17,13 @@ FOR_DEVELOPERS = "dev"
 
 
 def env(as_json: AsJson = False) -> None:
-    """Print what an issue report needs: versions, processor, GPU and installed extras."""
+    """Print versions, processor, GPU and installed extras, for an issue report.
+
+    It names no user, folder or host.
+
+    Example:
+        lisatune env
+    """
     quiet_libraries()
     found = described()
     print(json.dumps(found) if as_json else "\n".join(lines(found)))

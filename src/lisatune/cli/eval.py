@@ -9,32 +9,63 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AnyDevice, AsJson, TrustRemoteCode, console, quiet_libraries
+from lisatune.cli.common import MACHINE, OUTPUT, AnyDevice, AsJson, TrustRemoteCode, console, quiet_libraries
+
+TASKS = "Tasks"
 
 
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="RUN|MODEL...", help="Folders of runs, models, hub names.")],
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, for example gsm8k,mmlu.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="RUN|MODEL...", help="Folders of runs or models, or hub names.")
+    ],
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-evaluation-harness, for example gsm8k,mmlu.", rich_help_panel=TASKS)
+    ],
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder with gsm8k/, mmlu/, ...: their data is read from there, not from the hub."),
+        typer.Option(
+            help="Folder with the tasks' data (gsm8k/, mmlu/, ...), used instead of the hub.", rich_help_panel=TASKS
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Documents of each task at most.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Use at most N questions of each task.", rich_help_panel=TASKS),
+    ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Examples before each question; the task's own by default.")
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Examples before each question. Default: the task's own.", rich_help_panel=TASKS
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at a time.")] = 8,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Write prompts as chats, for a model that was taught chats.")
+        bool,
+        typer.Option(
+            "--apply-chat-template",
+            help="Write prompts as chats, for a model that was trained on chats.",
+            rich_help_panel=TASKS,
+        ),
     ] = False,
-    device: AnyDevice = "auto",
     output: Annotated[
-        Path | None, typer.Option(help="Folder of scores.json; a run's own folder by default, for a model none.")
+        Path | None,
+        typer.Option(
+            help="Folder of scores.json. Default: the run's folder; a model's scores are only printed.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts at a time.", rich_help_panel=MACHINE)
+    ] = 8,
+    device: AnyDevice = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Score models on tasks; a run's model before and after training."""
+    """Score models on tasks, and a run's model before and after training.
+
+    It needs the extra 'eval': pip install '.\\[eval]' in a clone.
+
+    Example:
+        lisatune eval runs/a --tasks gsm8k --limit 100
+    """
     quiet_libraries()
     from lisatune.evaluation.tasks.harness import find_tasks, task_names
 

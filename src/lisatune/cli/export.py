@@ -8,29 +8,52 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import AsJson, TrustRemoteCode, console, quiet_libraries
+from lisatune.cli.common import OUTPUT, AsJson, TrustRemoteCode, console, quiet_libraries
 from lisatune.common.console import tell
+
+FORM = "Form"
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run's folder, a delta's, a model's, or a .gguf file.")],
+    run: Annotated[str, typer.Argument(help="Folder of a run, a delta or a model, or a .gguf file.")],
     output: Annotated[Path, typer.Argument(help="The new folder, or the new file with --gguf.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is stored by default.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: as it is stored.", rich_help_panel=FORM),
+    ] = None,
     delta: Annotated[
         bool,
-        typer.Option("--delta", help="Only the weights that the run has changed; export makes a model of them again."),
+        typer.Option(
+            "--delta",
+            help="Only the weights that the run has changed. To get the model back, export this folder.",
+            rich_help_panel=FORM,
+        ),
     ] = False,
     gguf: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="For llama.cpp: f32, f16, bf16 or q8_0. Needs 'lisatune\\[export]'."),
+        typer.Option(
+            metavar="TYPE",
+            help="For llama.cpp: f32, f16, bf16 or q8_0. Needs 'lisatune\\[export]'.",
+            rich_help_panel=FORM,
+        ),
     ] = None,
     push_to: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository too.")
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the folder to this hub repository too.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Hand on what was trained: a plain folder, only what changed, or a GGUF file."""
+    """Write a trained model as a plain folder, as a GGUF file, or as the weights that changed.
+
+    Nothing is overwritten. LoRA's adapters are merged.
+
+    Example:
+        lisatune export runs/a my-model --dtype bfloat16
+        lisatune export runs/a my-model.gguf --gguf q8_0
+    """
     from lisatune.common.amounts import gib
     from lisatune.models.export_check import check_export
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import console
+from lisatune.cli.common import OUTPUT, console
 from lisatune.common.console import tell
 from lisatune.errors import UserError
 from lisatune.recipes import names, text_of
@@ -15,9 +15,18 @@ from lisatune.recipes import names, text_of
 
 def init(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"One of {', '.join(names())}.")],
-    output: Annotated[Path | None, typer.Option(help="File to write; RECIPE.yaml by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write. Default: RECIPE.yaml.", rich_help_panel=OUTPUT)
+    ] = None,
 ) -> None:
-    """Write a recipe to start from: a file of settings with comments."""
+    """Write a recipe to start from: a file of settings with comments.
+
+    Nothing is overwritten.
+
+    Example:
+        lisatune init instructions
+        lisatune train --config instructions.yaml
+    """
     path = output or Path(f"{recipe}.yaml")
     text = text_of(recipe, path)
     try:

@@ -10,33 +10,68 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AnswerTokens, AnyDevice, AsJson, TrustRemoteCode, console, quiet_libraries
+from lisatune.cli.common import (
+    ANSWERS,
+    OUTPUT,
+    AnswerTokens,
+    AnyDevice,
+    AsJson,
+    TrustRemoteCode,
+    console,
+    quiet_libraries,
+)
 from lisatune.common.console import tell
 from lisatune.errors import NEEDS_MATPLOTLIB, UserError
 
 DEFAULT_KEY_NAME = "OPENAI_API_KEY"
+QUESTIONS, JUDGE = "Questions", "Judge"
 
 Models = Annotated[
     list[str],
     typer.Argument(metavar="MODEL_OR_RUN [MODEL_OR_RUN]...", help="Folders of runs or models, or hub names."),
 ]
 Questions = Annotated[
-    str, typer.Option(help="File or hub name of the questions, in the form of FastChat's question.jsonl.")
+    str,
+    typer.Option(
+        help="File or hub name of the questions, in the form of FastChat's question.jsonl.", rich_help_panel=QUESTIONS
+    ),
 ]
-References = Annotated[str | None, typer.Option(help="File of reference answers, in FastChat's form.")]
-Output = Annotated[Path, typer.Option(help="Folder of answers, verdicts and results; the same one goes on.")]
+References = Annotated[
+    str | None, typer.Option(help="File of reference answers, in FastChat's form.", rich_help_panel=QUESTIONS)
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Ask at most this many questions, spread over the categories.", rich_help_panel=QUESTIONS),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.", rich_help_panel=ANSWERS)]
 JudgeUrl = Annotated[
-    str, typer.Option(envvar="OPENAI_BASE_URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
+    str,
+    typer.Option(
+        envvar="OPENAI_BASE_URL",
+        help="OpenAI-compatible endpoint, such as http://localhost:8000/v1.",
+        rich_help_panel=JUDGE,
+    ),
 ]
-JudgeModel = Annotated[str, typer.Option(envvar="LISATUNE_JUDGE_MODEL", help="The judge's name there.")]
-KeyName = Annotated[str, typer.Option(help="Environment variable that holds the API key.")]
+JudgeModel = Annotated[
+    str, typer.Option(envvar="LISATUNE_JUDGE_MODEL", help="The judge's name there.", rich_help_panel=JUDGE)
+]
+KeyName = Annotated[str, typer.Option(help="Environment variable that holds the API key.", rich_help_panel=JUDGE)]
 VerdictTokens = Annotated[
-    int, typer.Option(min=1, help="Tokens of a verdict at most; a judge that thinks first needs more.")
+    int,
+    typer.Option(
+        min=1, help="Longest verdict, in tokens. A judge that thinks first needs more.", rich_help_panel=JUDGE
+    ),
 ]
-Budget = Annotated[int | None, typer.Option(min=0, help="Requests to the judge at most, in this call.")]
-Pace = Annotated[int | None, typer.Option(min=1, help="To the judge, at most.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Questions answered together.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Questions at most, from the categories by turns.")]
+Budget = Annotated[
+    int | None, typer.Option(min=0, help="Most requests to the judge in this call.", rich_help_panel=JUDGE)
+]
+Pace = Annotated[int | None, typer.Option(min=1, help="Most requests to the judge in a minute.", rich_help_panel=JUDGE)]
+Output = Annotated[
+    Path,
+    typer.Option(
+        help="Folder of answers, verdicts and results. If it exists, the evaluation resumes.", rich_help_panel=OUTPUT
+    ),
+]
 
 
 def mt_bench(
@@ -57,7 +92,14 @@ def mt_bench(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer two-turn questions, have a model judge the answers, and put models side by side (MT-Bench)."""
+    """Have a judge model grade answers to two-turn questions (MT-Bench).
+
+    Your models answer here. The judge is reached at an OpenAI-compatible address.
+
+    Example:
+        lisatune mt-bench runs/a --questions question.jsonl \\
+            --judge-url http://localhost:8000/v1 --judge-model my-judge
+    """
     from lisatune.evaluation.mt_bench.endpoint import Endpoint
     from lisatune.evaluation.mt_bench.evaluation import draw, evaluate
     from lisatune.evaluation.mt_bench.scores import show

@@ -9,19 +9,26 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, console
+from lisatune.cli.common import OUTPUT, AsJson, console
 from lisatune.common.console import tell
 from lisatune.errors import NEEDS_MATPLOTLIB
 
 
 def norms(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]...", help="Folders of runs with norm_steps.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN]...", help="Folders of runs with norm_steps set.")],
     output: Annotated[
-        Path | None, typer.Option(help="Page to write; norms.html in the first run's folder by default.")
+        Path | None,
+        typer.Option(help="Page to write. Default: norms.html in the first run's folder.", rich_help_panel=OUTPUT),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How far each layer moved, of several runs side by side, and norms.html."""
+    """Show how far each layer moved in one run or several, and write norms.html.
+
+    Each run must have been trained with norm_steps.
+
+    Example:
+        lisatune norms runs/lora runs/full
+    """
     from lisatune.study.study import read_norms, show, study, write_page
 
     found = [read_norms(run) for run in runs]

@@ -8,25 +8,44 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AsJson, ConfigFile, Overrides, console, given, quiet_libraries
+from lisatune.cli.common import INPUT, MACHINE, AsJson, ConfigFile, Overrides, console, given, quiet_libraries
 from lisatune.errors import UserError
 
 
 def plan(
     overrides: Overrides = None,
     config: ConfigFile = None,
-    model: Annotated[str | None, typer.Option(help="Folder, config.json or hub name of the model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, config.json or hub name of the model.", rich_help_panel=INPUT)
+    ] = None,
     method: Annotated[
-        str, typer.Option(help="Methods to put side by side; with --gpu-memory levers are pulled for the first.")
+        str,
+        typer.Option(
+            help="Methods to compare. With --gpu-memory, the first one is made to fit.", rich_help_panel="Method"
+        ),
     ] = "lisa,lora,full",
-    gpu_memory: Annotated[str | None, typer.Option(help="Find what fits into it, for example 24GiB.")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Find settings that fit into this memory, for example 24GiB.", rich_help_panel=MACHINE),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.", rich_help_panel=MACHINE)] = "cuda",
     nproc: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Processes (GPUs) that train together, of all hosts.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Processes (GPUs) that train together, on all hosts.", rich_help_panel=MACHINE
+        ),
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the peak memory of a run, without weights and without a GPU, and find what fits."""
+    """Predict the peak memory of a run, and find settings that fit your card.
+
+    It needs no weights and no GPU.
+
+    Example:
+        lisatune plan --model HuggingFaceTB/SmolLM2-135M max_length=2048
+        lisatune plan --model HuggingFaceTB/SmolLM2-135M \\
+            --gpu-memory 24GiB --method lisa
+    """
     from lisatune.common.amounts import parse_bytes
     from lisatune.settings import read_settings
 

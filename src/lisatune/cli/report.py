@@ -12,7 +12,13 @@ from lisatune.errors import UserError
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run or of a comparison.")]) -> None:
-    """Write report.html of a finished run or of a comparison."""
+    """Write report.html for a finished run or a comparison.
+
+    It needs the extra 'report': pip install '.\\[report]' in a clone.
+
+    Example:
+        lisatune report runs/a
+    """
     compared = (run / "comparison.json").is_file()
     if not compared and not (run / "summary.json").is_file():
         raise UserError(f"{run}: holds no finished run (no summary.json)")

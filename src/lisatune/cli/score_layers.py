@@ -9,39 +9,63 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import AnyDevice, AsJson, console, quiet_libraries
+from lisatune.cli.common import OUTPUT, AnyDevice, AsJson, console, quiet_libraries
 from lisatune.common.console import tell
 from lisatune.errors import UserError
+
+SCORES = "Scores"
 
 
 def score_layers(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL | LORA_RUN FULL_RUN", help="A model; or two runs with norm_steps=1, for their ratio."
+            metavar="MODEL | LORA_RUN FULL_RUN", help="A model, or two runs with norm_steps=1 for their ratio."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="File of the scores, for sampler_options={weights: FILE}.")] = Path(
-        "weights.json"
-    ),
+    output: Annotated[
+        Path,
+        typer.Option(help="File of the scores, for sampler_options={weights: FILE}.", rich_help_panel=OUTPUT),
+    ] = Path("weights.json"),
+    as_json: AsJson = False,
     data: Annotated[
-        str | None, typer.Option(help="Rows to send through the model: a weight then counts times its input.")
+        str | None,
+        typer.Option(
+            help="Rows to send through the model. A weight then counts times its input.", rich_help_panel=SCORES
+        ),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of the data, the first ones.")] = 32,
-    max_length: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a row at most.")] = 1024,
+    rows: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Use the first N rows of the data.", rich_help_panel=SCORES)
+    ] = 32,
+    max_length: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Longest row, in tokens.", rich_help_panel=SCORES)
+    ] = 1024,
     multiple: Annotated[
-        float, typer.Option(min=0, metavar="X", help="A weight beyond X times the mean of its layer is an outlier.")
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="A weight above X times the mean of its layer is an outlier.",
+            rich_help_panel=SCORES,
+        ),
     ] = 5.0,
     decoder_name: Annotated[
-        str | None, typer.Option(help="Dotted path of the decoder layers, if they are not recognised.")
+        str | None,
+        typer.Option(help="Dotted path of the decoder layers, if they are not recognised.", rich_help_panel=SCORES),
     ] = None,
     device: AnyDevice = "auto",
-    as_json: AsJson = False,
 ) -> None:
-    """Score decoder layers, and write the file by which sampler=weighted samples them.
+    """Score decoder layers, and write the file that sampler=weighted samples by.
 
-    The score of a MODEL's layer is its share of outliers among weights (OWS, arXiv:2405.18380). With a run of LoRA and
-    one of full fine-tuning it is the ratio of their mean weight norms (LISA, arXiv:2403.17919).
+    A layer's score is the share of outliers among its weights (OWS, arXiv:2405.18380).
+
+    For a LoRA run and a full run, it is the ratio of their mean weight norms (LISA, arXiv:2403.17919).
+
+    Example:
+        lisatune score-layers HuggingFaceTB/SmolLM2-135M --output weights.json
+        lisatune train --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl \\
+            --output runs/a sampler=weighted \\
+            sampler_options='{weights: weights.json}'
     """
     quiet_libraries()
     if len(models) > 2:

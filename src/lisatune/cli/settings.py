@@ -10,15 +10,29 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lisatune.cli.common import AsJson
+from lisatune.cli.common import OUTPUT, AsJson
 from lisatune.errors import UserError
 
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print the reference page of the documentation.")]
-Schema = Annotated[bool, typer.Option("--schema", help="Print a JSON schema, by which an editor checks a config file.")]
+Markdown = Annotated[
+    bool, typer.Option("--markdown", help="Print the reference page of the documentation.", rich_help_panel=OUTPUT)
+]
+Schema = Annotated[
+    bool,
+    typer.Option(
+        "--schema", help="Print a JSON schema, for an editor that checks config files.", rich_help_panel=OUTPUT
+    ),
+]
 
 
 def settings(as_json: AsJson = False, markdown: Markdown = False, schema: Schema = False) -> None:
-    """List all settings of a run with their defaults, in groups."""
+    """List every setting of a run with its default, in groups.
+
+    Give settings to a command as key=value words, or in a YAML file with --config.
+
+    Example:
+        lisatune settings
+        lisatune settings --schema > settings.schema.json
+    """
     from lisatune.settings import listing
 
     if as_json + markdown + schema > 1:

@@ -12,10 +12,23 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lisatune.cli.common import AsJson, ConfigFile, DataName, ModelName, Overrides, console, given, quiet_libraries
+from lisatune.cli.common import (
+    MACHINE,
+    OUTPUT,
+    AsJson,
+    ConfigFile,
+    DataName,
+    ModelName,
+    Overrides,
+    console,
+    given,
+    quiet_libraries,
+)
 from lisatune.common.console import tell
 from lisatune.errors import UserError
 from lisatune.processes.launch import command, num_started, number_started, without_nproc
+
+RESUME = "Stop and resume"
 
 
 def train(
@@ -23,29 +36,59 @@ def train(
     config: ConfigFile = None,
     model: ModelName = None,
     data: DataName = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the run.", rich_help_panel=OUTPUT)] = None,
+    log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.", rich_help_panel=OUTPUT)] = None,
+    as_json: AsJson = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder, if there is one.")
+        bool,
+        typer.Option("--resume", help="Resume the run in the output folder, if there is one.", rich_help_panel=RESUME),
     ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="With --resume: although settings or data have changed.")
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="Resume although settings or data have changed. Needs --resume.",
+            rich_help_panel=RESUME,
+        ),
     ] = False,
     save_every: Annotated[
         str | None,
-        typer.Option(metavar="N steps|minutes", help="How often to write a checkpoint; 10 minutes by default."),
+        typer.Option(
+            metavar="N steps|minutes",
+            help="How often to write a checkpoint. Default: 10 minutes.",
+            rich_help_panel=RESUME,
+        ),
     ] = None,
-    keep: Annotated[int | None, typer.Option(metavar="N", help="How many checkpoints to keep.")] = None,
-    log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(metavar="N", help="How many checkpoints to keep.", rich_help_panel=RESUME)
+    ] = None,
     fit: Annotated[
-        str | None, typer.Option(metavar="MEMORY", help="Pull the levers that make the run fit, for example 24GiB.")
+        str | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="Make the run fit into this memory, for example 24GiB. See: lisatune plan",
+            rich_help_panel=MACHINE,
+        ),
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Processes (GPUs) of this host; for several hosts use torchrun."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="How many processes (GPUs) to start on this host. For several hosts use torchrun.",
+            rich_help_panel=MACHINE,
+        ),
     ] = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a model with LISA, LoRA or all parameters."""
+    """Fine-tune a model on your data: with LISA, LoRA, or all weights.
+
+    Ctrl-C writes a checkpoint and ends. To resume, add --resume to the same command.
+
+    Example:
+        lisatune train --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl \\
+            --output runs/a learning_rate=1e-3 max_steps=200 eval_rows=50
+        lisatune train --config runs/a/config.yaml --output runs/b
+    """
     from lisatune.common.amounts import parse_bytes
     from lisatune.common.equal_sums import ask_for_equal_sums
     from lisatune.run.preflight import preflight

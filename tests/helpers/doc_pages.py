@@ -1,0 +1,76 @@
+"""README and docs as a test reads them: their commands, and what they name that does not exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import typer
+
+from lisatune.cli.app import COMMANDS, TAKES_SETTINGS, app
+from lisatune.settings import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OF_COMPARE = ("methods", "search")  # words of a grid that are no settings of a run
+OTHERS = ("key", "use_cache")  # other words with an equals sign: an example of the form, an argument of transformers
+
+
+def code_lines(text):
+    """Lines of code blocks, joined where one goes on after a backslash, without comments."""
+    lines, fenced = [], False
+    for line in text.replace("\\\n", " ").splitlines():
+        fenced ^= line.startswith("```")
+        if fenced or line.startswith("    "):
+            lines.append(re.sub(r"\s#\s.*", "", line).strip())
+    return lines
+
+
+def commands(text):
+    """Words after `lisatune` of every command in code blocks."""
+    lines = [line.partition("-m lisatune ")[2] or line.removeprefix("lisatune ") for line in code_lines(text)
+             if line.startswith("lisatune ") or "-m lisatune " in line]  # fmt: skip
+    return [[word for word in shlex.split(line) if word != "..."] for line in lines]
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def options_of(command):
+    return {name for param in typer.main.get_command(app).commands[command].params for name in param.opts}
+
+
+def faults(path):
+    """What a page names and what does not exist."""
+    text = path.read_text(encoding="utf-8")
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        if re.match(r"https?:", target):
+            continue
+        if not there.exists():
+            found.append(f"no file {target}")
+        elif anchor and anchor not in anchors(there):
+            found.append(f"no heading {target}")
+    for command in re.findall(r"`lisatune ([a-z-]+)", text) + [words[0] for words in commands(text)]:
+        if command not in COMMANDS and not command.startswith("-"):
+            found.append(f"no command {command}")
+    for words in commands(text):
+        if words[0] in COMMANDS:
+            given = {word.partition("=")[0] for word in words[1:] if word.startswith("--")}
+            found += [f"no option {name} of {words[0]}" for name in sorted(given - options_of(words[0]))]
+    # settings: key=value in the commands that take them, and in code spans of the text
+    in_commands = [word for words in commands(text) if words[0] in TAKES_SETTINGS for word in words]
+    spans = [word for span in re.findall(r"`([^`\n]+)`", text) for word in span.split() if "(" not in span]
+    for word in in_commands + spans:
+        if (match := re.fullmatch(r"(?:\w+\.)?([a-z]\w*)=[^=].*", word)) and path.name not in (
+            "trainer.md",
+            "CONTRIBUTING.md",
+        ):
+            name = match[1]
+            if name not in TrainConfig.model_fields and name not in OF_COMPARE and name not in OTHERS:
+                found.append(f"no setting {name} in {word}")
+    return found
