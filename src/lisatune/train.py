@@ -18,11 +18,12 @@ from lisatune.plan.ladder import explain_out_of_memory
 from lisatune.processes.collectives import gathered, num_ranks, rank, together
 from lisatune.processes.group import joined, restarted
 from lisatune.run.bad_steps import skip_or_stop
+from lisatune.run.best import settle_on_best
 from lisatune.run.build import Run, build
 from lisatune.run.finish import finish
 from lisatune.run.journal import Journal
 from lisatune.run.preflight import preflight
-from lisatune.run.progress import Progress
+from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.resume import go_on, with_date_of_before
 from lisatune.run.saving import Saving
 from lisatune.run.schedule import seed_step, set_learning_rate
@@ -85,10 +86,11 @@ def train_built(run: Run, *, console: Console, resume: bool = False, allow_chang
             with explain_out_of_memory(config, model_config, device, run.data.longest):
                 with journal.opened(progress):
                     try:
-                        loop(run, progress, journal, saving, console)
+                        evaluation = loop(run, progress, journal, saving, console)
                     except BadRowError as error:
                         raise _saved_before(error, run, progress, journal, saving) from error
-                return finish(run, progress, journal.scores, console)
+                evaluation = settle_on_best(run, progress, saving.snapshots, evaluation, console)
+                return finish(run, progress, evaluation, console)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder} cannot be written ({error.strerror or error}), so the run was stopped; "
@@ -121,12 +123,14 @@ def hold(folder: Path, resume: bool) -> Iterator[None]:
         yield
 
 
-def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console: Console) -> None:
+def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console: Console) -> Evaluation:
     """Take the steps that are left.
 
+    Returns: What was evaluated after the last of them; nothing if none was left.
     Raises: Stopped after a checkpoint, if a signal came; UserError for a bad step, if that stops the run.
     """
     config, learner, num_steps = run.config, run.learner, run.data.num_steps
+    evaluation = Evaluation()
 
     # the model as it was
     if progress.step == 0:
@@ -151,16 +155,20 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
 
         # what the step led to
         evaluation = run.evaluate(step + 1)
+        is_best = progress.is_best(evaluation, by_scores=run.scorer is not None)
+        if last := run.is_over(progress):
+            evaluation = run.completed(evaluation)
         progress.note(evaluation)
-        journal.write(step + 1, batch, outcome, evaluation, learning_rate=rate, seconds=seconds)
+        journal.write(step + 1, batch, outcome, evaluation, learning_rate=rate, seconds=seconds, last=last)
 
         # a checkpoint between two steps, if one is due or a signal came; after the last step the model itself is saved
         signal, due = saving.asked(step + 1)
-        if (signal or due) and step + 1 < num_steps:
+        if (config.keep_best and (is_best or last)) or ((signal or due) and not last):
             journal.settle(progress)
             saving.save(progress)
-            if signal:
-                saving.wait()
-                raise Stopped(f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_resume(run.folder)}", signal)
+        if signal and not last:
+            saving.wait()
+            raise Stopped(f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_resume(run.folder)}", signal)
     journal.settle(progress)
     saving.wait()
+    return evaluation

@@ -187,7 +187,8 @@ def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happene
     run |= {"max_steps": 8, "save_steps": 3, "gradient_accumulation_steps": 2, "interval_steps": 3}
     straight, killed = ({"output": str(tmp_path / name)} for name in ("straight", "killed"))
     cases = tmp_path / "cases.json"
-    cases.write_text(json.dumps([run | straight, run | killed | {"deadly_step": 4}]))
+    best = run | {"keep_best": True, "eval_steps": 1, "learning_rate": 1.0, "output": str(tmp_path / "best")}
+    cases.write_text(json.dumps([run | straight, best, run | killed | {"deadly_step": 4}]))
     torchrun(2, HELPERS / "torchrun.py", cases, options=["--max-restarts=1"])
     assert Path(f"{cases}.killed").exists()
     before, after = weights(tmp_path / "straight"), weights(tmp_path / "killed")
@@ -199,12 +200,25 @@ def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happene
     assert told[0] == told[1]
     files = [path.name for path in (tmp_path / "straight" / "checkpoints" / "checkpoint-6").iterdir()]
     assert any(name.endswith(("-rank0.safetensors", "-rank1.safetensors")) for name in files)
+    check_best(tmp_path / "best")
     for left in ("model", "summary.json"):
         path = tmp_path / "killed" / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     alone = run | killed | {"gradient_accumulation_steps": 4, "dp_shard_size": 1, "save_steps": 7}
     train(build_config(alone), resume=True, allow_changes=True)
     compare(tmp_path / "straight", tmp_path / "killed", "on one process")
+
+
+def check_best(folder):
+    """The trained model is that of the best step: its checkpoint has the same weights."""
+    losses = {row["step"]: row["eval_loss"] for row in rows(folder)[1:]}
+    best = json.loads((folder / "summary.json").read_text())["best_step"]
+    assert best == min(losses, key=losses.__getitem__) < 8
+    trained, checkpoint = weights(folder), folder / "checkpoints" / f"checkpoint-{best}"
+    shards = [load_file(path) for path in sorted(checkpoint.glob("weights-norm-rank*.safetensors"))]
+    name = "model.norm.weight"
+    assert torch.equal(trained[name], torch.cat([shard[name] for shard in shards if name in shard]))
+    assert {path.name for path in checkpoint.parent.iterdir()} >= {f"checkpoint-{best}", "checkpoint-8"}
 
 
 def command(tmp_path, model_folder, data_file, *words):

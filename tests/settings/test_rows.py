@@ -168,6 +168,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "eval_data or eval_rows": {},
     "eval_data or eval_rows=0": {"eval_rows": 3, "max_steps": 5},
     "max_steps": {},
+    "eval_tasks=null and eval_steps or eval_tasks and eval_tasks_steps": {},
 }
 
 

@@ -168,10 +168,10 @@ def offer_to_go_on(folder: Path) -> bool:
 def print_summary(summary: dict[str, Any], output: str) -> None:
     """The end of a run, for people."""
     from lisatune.common.amounts import gib, peak_of
-    from lisatune.common.loss_names import loss_lines
+    from lisatune.common.loss_names import ending_lines, loss_lines
 
     table = Table(show_header=False)
-    for label, text in loss_lines(summary):
+    for label, text in [*loss_lines(summary), *ending_lines(summary)]:
         table.add_row(label, text)
     if summary.get("skipped_steps"):
         table.add_row("steps left out", f"{summary['skipped_steps']:,}, whose loss or gradient was bad")

@@ -30,6 +30,19 @@ def other_losses(numbers: Mapping[str, Any], ending: str = "") -> dict[str, floa
     return {match[1]: value for match, value in found if match}
 
 
+def ending_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Lines on a run that stopped early, and on a trained model that is not the last one.
+
+    Example:
+        >>> dict(ending_lines({"steps": 60, "planned_steps": 100, "best_step": 40}))
+        {'stopped early': 'after 60 of 100 steps', 'trained model': 'that of step 40, the best of all evaluated'}
+    """
+    if "planned_steps" in summary:
+        yield "stopped early", f"after {summary['steps']:,} of {summary['planned_steps']:,} steps"
+    if "best_step" in summary:
+        yield "trained model", f"that of step {summary['best_step']:,}, the best of all evaluated"
+
+
 def loss_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """A line for each held-out set: its name, and loss and perplexity before and after."""
     before, after = (other_losses(summary, ending) for ending in ("_before", "_after"))

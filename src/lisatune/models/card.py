@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lisatune.common.amounts import peak_of
-from lisatune.common.loss_names import loss_lines
+from lisatune.common.loss_names import ending_lines, loss_lines
 from lisatune.errors import one_line
 from lisatune.settings import TrainConfig, used_settings
 
@@ -42,6 +42,7 @@ def model_card(
     seconds = summary["train_seconds"]
     cost = {
         "steps": f"{summary['steps']:,}",
+        **dict(ending_lines(summary)),
         "tokens": f"{summary['tokens']:,}",
         "time": f"{seconds:,.0f} s",
         "peak memory": peak_of(summary),

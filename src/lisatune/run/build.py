@@ -64,8 +64,14 @@ class Run:
         steps wraps this function.
         """
         batches = self.data.loader.batches(progress.position)
-        for step, (batch, position) in zip(range(progress.step, self.data.num_steps), batches, strict=False):
-            yield step, batch, position
+        while not self.is_over(progress):
+            batch, position = next(batches)
+            yield progress.step, batch, position
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether no step is left: all are done, or ``early_stopping`` ends the run."""
+        patience = self.config.early_stopping
+        return progress.step >= self.data.num_steps or (patience is not None and progress.since_best >= patience)
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """This process's share of ``batch``, a micro-batch at a time, on the device."""
@@ -78,6 +84,13 @@ class Run:
         losses_due = all_due or is_due(config.eval_steps, step)
         scores_due = all_due or is_due(config.eval_tasks_steps, step)
         return Evaluation(self.held_out_losses() if losses_due else None, self.task_scores() if scores_due else None)
+
+    def completed(self, evaluation: Evaluation) -> Evaluation:
+        """``evaluation`` of the model as it is now, with what it lacks."""
+        losses, scores = evaluation
+        return Evaluation(
+            self.held_out_losses() if losses is None else losses, self.task_scores() if scores is None else scores
+        )
 
     def task_scores(self) -> dict[str, float] | None:
         """Scores on ``eval_tasks``, if there are any; the run goes on as if it had not been asked."""
@@ -169,7 +182,13 @@ def build(
 def _scorer(config: TrainConfig) -> Scorer | None:
     if not config.eval_tasks:
         return None
-    return Scorer(task_names(config.eval_tasks), data_dir=data_folder(config), limit=config.eval_limit)
+    scorer = Scorer(task_names(config.eval_tasks), data_dir=data_folder(config), limit=config.eval_limit)
+    if (config.keep_best or config.early_stopping) and (lower := scorer.lower_is_better()):
+        raise UserError(
+            f"eval_tasks names {lower[0]}, whose score is the better the lower, so no mean score says which model is best: "
+            "leave it out of eval_tasks"
+        )
+    return scorer
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:

@@ -92,29 +92,52 @@ class Checkpoints:
             raise UserError(f"{self.folder} is a link, which a run does not follow: put the folder itself there")
 
     def save(
-        self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any]
-    ) -> None:
-        """Write the checkpoint of ``step``, then remove all but the newest ``keep``.
+        self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any], *,
+        best: int | None = None,
+    ) -> None:  # fmt: skip
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and that of step ``best``.
 
         Args:
             step: Optimizer steps that are done.
             tensors: File names without ``.safetensors`` to tensors on the CPU.
             unchanged: Names of files that are as in the checkpoint saved or read last.
             state: Anything that JSON can hold; floats are read back bit-identical.
+            best: A step whose checkpoint stays.
         Raises: OSError if it cannot be written, from the next call if in the background; what was there before is
             untouched.
         """
         self.wait()
         if self._thread is None:
-            self._save(step, tensors, unchanged, state)
+            self._save(step, tensors, unchanged, state, best)
         else:
-            self._writing = self._thread.submit(self._save, step, tensors, unchanged, state)
+            self._writing = self._thread.submit(self._save, step, tensors, unchanged, state, best)
 
     def wait(self) -> None:
         """Wait for what is being written, and raise what it raised."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of ``step``; rank 0 looks, and tells the others.
+
+        Raises: Damaged if it is not whole.
+        Cost: all its bytes are read and hashed.
+        """
+        self.wait()
+        with together():
+            found = self._read(step) if rank() == 0 else None
+        return cast("Checkpoint", gathered(found)[0])
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of ``step``; None if it is whole. All processes get the same answer."""
+        found = None
+        if rank() == 0:
+            try:
+                self._read(step)
+            except Damaged as error:
+                found = str(error)
+        return cast("str | None", gathered(found)[0])
 
     def latest(self, tell: Callable[[str], None]) -> Checkpoint | None:
         """The newest whole checkpoint, or None if there is none at all; rank 0 looks, and tells the others.
@@ -133,16 +156,11 @@ class Checkpoints:
     def _latest(self, tell: Callable[[str], None]) -> Checkpoint | None:
         steps, damage = checkpoint_steps(self._run), None
         for step in steps:
-            folder = self.folder / f"checkpoint-{step}"
             try:
-                found = Checkpoint(folder, manifest := read_manifest(folder), read_state(folder))
-                if manifest.step != step:
-                    raise Damaged(f"{folder} is of step {manifest.step}")
+                return self._read(step)
             except Damaged as error:
                 damage = error
                 tell(f"{error}; passed over")
-                continue
-            return found
         if damage is not None:
             raise Damaged(
                 f"no checkpoint of {self._run} is whole (the oldest: {damage}): start anew with another output, or put a "
@@ -150,14 +168,22 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int) -> Checkpoint:
+        folder = self.folder / f"checkpoint-{step}"
+        found = Checkpoint(folder, manifest := read_manifest(folder), read_state(folder))
+        if manifest.step != step:
+            raise Damaged(f"{folder} is of step {manifest.step}")
+        return found
+
     def known(self) -> set[str]:
         """Names of the files that ``unchanged`` may name."""
         files = {} if self._last is None else self._last[1].files
         return {without_rank(name.removesuffix(".safetensors")) for name in files}
 
     def _save(
-        self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any]
-    ) -> None:
+        self, step: int, tensors: Mapping[str, dict[str, Tensor]], unchanged: set[str], state: dict[str, Any],
+        best: int | None,
+    ) -> None:  # fmt: skip
         new, target = self._make_folder(step), self.folder / f"checkpoint-{step}"
         try:
             # the tensors, by all processes
@@ -184,7 +210,7 @@ class Checkpoints:
                 raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(new)) from error
             raise
         self._last = target, manifest
-        self._keep_newest(step)
+        self._keep_newest(step, best)
 
     def _make_folder(self, step: int) -> Path:
         """The folder that the checkpoint of ``step`` is written in, until it is whole."""
@@ -200,12 +226,12 @@ class Checkpoints:
             )
         return new
 
-    def _keep_newest(self, step: int) -> None:
-        """Remove all checkpoints but the newest ``keep`` up to ``step``."""
+    def _keep_newest(self, step: int, best: int | None) -> None:
+        """Remove all checkpoints but the newest ``keep`` up to ``step``, and that of step ``best``."""
         steps = checkpoint_steps(self._run)
         kept = [s for s in steps if s <= step][: self.keep]
         for other in steps:
-            if other not in kept:  # older ones, and later ones that were passed over as damaged
+            if other not in kept and other != best:  # older ones, and later ones that were passed over as damaged
                 self._discard(self.folder / f"checkpoint-{other}")
 
     def _write(

@@ -18,17 +18,17 @@ from lisatune.memory.measure import state_bytes
 from lisatune.models.card import model_card
 from lisatune.processes.collectives import barrier, rank
 from lisatune.run.build import Run
-from lisatune.run.progress import Progress
+from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.snapshot import environment
 from lisatune.run.trained_model import save_trained
 
 
-def finish(run: Run, progress: Progress, scores: dict[str, float] | None, console: Console) -> dict[str, Any]:
-    """Save the trained model, then its card, the summary and the report; ``scores`` are those of the trained model.
+def finish(run: Run, progress: Progress, evaluation: Evaluation, console: Console) -> dict[str, Any]:
+    """Save the trained model, then its card, the summary and the report; ``evaluation`` is that of the trained model.
 
     Returns: The summary, as ``summary.json`` holds it.
     """
-    summary = summarize(run, progress, scores)
+    summary = summarize(run, progress, evaluation)
     if run.data.streamed:
         console.print(f"train: {run.data.counts[0].describe()}", markup=False, highlight=False, soft_wrap=True)
     if shares := data_shares(run, progress):
@@ -43,10 +43,10 @@ def finish(run: Run, progress: Progress, scores: dict[str, float] | None, consol
     return summary
 
 
-def summarize(run: Run, progress: Progress, scores: dict[str, float] | None) -> dict[str, Any]:
+def summarize(run: Run, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
     """The numbers of the whole run."""
     summary: dict[str, Any] = {
-        "method": run.config.method, "steps": run.data.num_steps, "tokens": progress.tokens,
+        "method": run.config.method, "steps": progress.step, "tokens": progress.tokens,
         **{f"{name}_before": loss for name, loss in named_losses(progress.eval_before).items()},
         **{f"{name}_after": loss for name, loss in named_losses(progress.eval_after).items()},
         "train_seconds": progress.train_seconds, "planned_peak_bytes": run.plan.peak_bytes,
@@ -55,7 +55,11 @@ def summarize(run: Run, progress: Progress, scores: dict[str, float] | None) -> 
     }  # fmt: skip
     if shares := data_shares(run, progress):
         summary["data_shares"] = shares
-    return summary | ({"scores": scores} if scores else {})
+    if progress.step < run.data.num_steps:
+        summary["planned_steps"] = run.data.num_steps
+    if run.config.keep_best and progress.best:
+        summary["best_step"] = progress.best.step
+    return summary | ({"scores": evaluation.scores} if evaluation.scores else {})
 
 
 def data_shares(run: Run, progress: Progress) -> dict[str, float]:

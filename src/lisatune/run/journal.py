@@ -30,13 +30,10 @@ class Journal:
     Args:
         run: The run, before its first step.
         console: Where the progress is shown.
-    Attributes:
-        scores: Task scores after the last step; None before it, or if there are no tasks.
     """
 
     def __init__(self, run: Run, console: Console) -> None:
         self.run = run
-        self.scores: dict[str, float] | None = None
         self._console = console
         self._recorder: NormRecorder | None = None
         if run.config.norm_steps:
@@ -62,8 +59,9 @@ class Journal:
         )  # fmt: skip
 
     def write(
-        self, step: int, batch: Batch, outcome: Outcome, evaluation: Evaluation, *, learning_rate: float, seconds: float
-    ) -> None:
+        self, step: int, batch: Batch, outcome: Outcome, evaluation: Evaluation, *, learning_rate: float,
+        seconds: float, last: bool,
+    ) -> None:  # fmt: skip
         """Write down a step.
 
         Args:
@@ -73,10 +71,10 @@ class Journal:
             evaluation: What was evaluated after it.
             learning_rate: The rate at which it was taken.
             seconds: How long it took.
+            last: Whether no other step follows.
         """
-        learner, last = self.run.learner, step == self.run.data.num_steps
+        learner = self.run.learner
         loss, active = outcome.loss.item(), learner.engine.active if learner.engine else None
-        self.scores = evaluation.scores if last else None
         evaluated = evaluation.losses is not None or evaluation.scores
         if evaluated or outcome.bad or is_due(self.run.config.logging_steps, step):
             self._metrics.write(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -28,6 +30,28 @@ class Evaluation(NamedTuple):
     losses: dict[str, float] | None = None
     scores: dict[str, float] | None = None
 
+    def goodness(self, *, by_scores: bool) -> float | None:
+        """The mean score, or minus the loss of the first held-out set; None if that was not evaluated.
+
+        Example:
+            >>> Evaluation({"math": 2.0, "general": 1.0}).goodness(by_scores=False)
+            -2.0
+        """
+        if by_scores:
+            return statistics.fmean(self.scores.values()) if self.scores else None
+        return -next(iter(self.losses.values())) if self.losses else None
+
+
+class Best(BaseModel):
+    """The best evaluation so far, and after how many steps it was made."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: Count
+    goodness: float
+    losses: dict[str, float] | None
+    scores: dict[str, float] | None
+
 
 class Progress(BaseModel):
     """How far a run has come, apart from its weights and its optimizer state; checkpoints hold it as ``standing``.
@@ -44,6 +68,8 @@ class Progress(BaseModel):
         peak_bytes: Largest memory until the last checkpoint.
         trained_steps: Updates of each part, for a run with ``norm_steps``.
         drawn: Tokens drawn from each data set, by its number.
+        best: The best evaluation after the first step.
+        since_best: Evaluations since then, none of which was better.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,6 +85,8 @@ class Progress(BaseModel):
     peak_bytes: Count = 0
     trained_steps: dict[str, Count] = {}
     drawn: dict[str, Count] = {}
+    best: Best | None = None
+    since_best: Count = 0
 
     def advance(self, batch: Batch, position: Position, *, bad: bool) -> None:
         """Count a step with ``batch``, after which the data goes on at ``position``."""
@@ -77,3 +105,21 @@ class Progress(BaseModel):
         self.eval_after = evaluation.losses
         if self.step == 0:
             self.eval_before = evaluation.losses
+
+    def is_best(self, evaluation: Evaluation, *, by_scores: bool) -> bool:
+        """Whether this evaluation is better than all before it. It is counted, or kept if it is the best.
+
+        The model before the first step is not among them. NaN is never the best.
+        """
+        goodness = evaluation.goodness(by_scores=by_scores)
+        if goodness is None or self.step == 0:
+            return False
+        better = not math.isnan(goodness) and (self.best is None or goodness > self.best.goodness)
+        self.since_best = 0 if better else self.since_best + 1
+        if better:
+            self.best = Best(step=self.step, goodness=goodness, **evaluation._asdict())
+        return better
+
+    def forget_best(self) -> None:
+        """Look for the best from here on."""
+        self.best, self.since_best = None, 0

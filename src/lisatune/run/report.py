@@ -11,7 +11,7 @@ import yaml
 
 from lisatune.common.amounts import gib, peak_of
 from lisatune.common.files import write_whole
-from lisatune.common.loss_names import loss_lines
+from lisatune.common.loss_names import ending_lines, loss_lines
 from lisatune.errors import UserError
 from lisatune.evaluation.tasks.record import Record
 from lisatune.evaluation.tasks.score import Score, difference
@@ -93,7 +93,7 @@ def _headline(summary: dict[str, Any]) -> list[list[str]]:
         ["optimizer steps", f"{summary['steps']:,}"],
         ["tokens", f"{summary['tokens']:,}"],
     ]
-    rows += [[label, text] for label, text in loss_lines(summary)]
+    rows += [[label, text] for label, text in [*ending_lines(summary), *loss_lines(summary)]]
     rows.append(["time", f"{summary['train_seconds']:.0f} s with evaluation"])
     rows.append(["peak memory", peak_of(summary)])
     rows.append(["optimizer state", gib(summary["state_bytes"])])

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lisatune.common.console import warn
 from lisatune.errors import UserError
+from lisatune.run.best import check_best
 from lisatune.run.build import Run
 from lisatune.run.progress import Progress
 from lisatune.run.snapshot import Snapshots, State, environment, read_state_of
@@ -50,6 +51,7 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
         warn(console, f"{change}: weights equal to the bit need the same")
     (folder / "summary.json").unlink(missing_ok=True)
     progress = snapshots.restore(checkpoint)
+    check_best(run, progress, state, snapshots, console, allow_changes=allow_changes)
     console.print(f"going on after step {progress.step:,} of {run.data.num_steps:,}", highlight=False)
     return progress
 

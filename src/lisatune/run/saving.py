@@ -28,7 +28,9 @@ class Saving:
         checkpoints = Checkpoints(
             run.folder, keep=config.save_total_limit, background=placement.can_write_behind, write=placement.write
         )
-        self.snapshots = Snapshots(run.learner, checkpoints, used_settings(config), run.data.identity)
+        self.snapshots = Snapshots(
+            run.learner, checkpoints, used_settings(config), run.data.identity, keep_best=config.keep_best
+        )
         self._times = SaveTimes(config)
         self._stop = stop
 

@@ -23,7 +23,7 @@ from lisatune.processes.tensors import as_shard, whole
 from lisatune.run.checkpoint import Checkpoint, Checkpoints, Damaged
 from lisatune.run.determinism import blas
 from lisatune.run.progress import Count, Progress
-from lisatune.run.stores import open_store, saved_files
+from lisatune.run.stores import ShardFiles, WholeFiles, open_store, saved_files
 from lisatune.slices.engine import SliceEngine
 
 COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
@@ -58,15 +58,18 @@ class Snapshots:
         checkpoints: Where checkpoints are kept.
         config: All settings, for the comparison at resume.
         identity: Names to what the run must find again, in words that a person can compare (the data's fingerprint).
+        keep_best: The best checkpoint stays, and each one holds all that ever trains, so that ``put_back`` needs no base.
     """
 
     def __init__(
-        self, learner: Learner, checkpoints: Checkpoints, config: dict[str, Any], identity: dict[str, str]
-    ) -> None:
+        self, learner: Learner, checkpoints: Checkpoints, config: dict[str, Any], identity: dict[str, str], *,
+        keep_best: bool = False,
+    ) -> None:  # fmt: skip
         self.learner = learner
         self.checkpoints = checkpoints
         self.config = config
         self.identity = identity
+        self.keep_best = keep_best
         self._ever: set[str] = set()
         self._seen: dict[str, int] = {}  # what the learner's ``trained_at`` was at the last checkpoint
         self._base: dict[str, str] | None = None
@@ -85,7 +88,7 @@ class Snapshots:
 
         # what has changed since the last checkpoint; the rest is already on the disk
         changed = {part for part, step in learner.trained_at.items() if self._seen.get(part) != step}
-        self._ever |= changed
+        self._ever |= self._trainable().keys() if self.keep_best else changed
         tensors: dict[str, dict[str, Tensor]] = {}
         unchanged: set[str] = set()
         scalars: dict[str, Any] = {}
@@ -116,7 +119,8 @@ class Snapshots:
             identity=self.identity,
             environment=environment(learner.device),
         )
-        self.checkpoints.save(progress.step, tensors, unchanged, content.model_dump(by_alias=True))
+        best = progress.best.step if self.keep_best and progress.best else None
+        self.checkpoints.save(progress.step, tensors, unchanged, content.model_dump(by_alias=True), best=best)
         self._seen = dict(learner.trained_at)
 
     def _state_tensors(self, states: Mapping[str, tuple[Tensor, Mapping[str, Any]]]) -> dict[str, Tensor]:
@@ -153,9 +157,7 @@ class Snapshots:
 
         # weights first, since state goes where the weights that train now are
         store = open_store(checkpoint, in_shards=learner.placement.in_shards)
-        for part, name in weights.items():
-            _check_fit(checkpoint, name, trainable[part], store.shapes(name, trainable[part]))
-        store.read_weights({name: trainable[part] for part, name in weights.items()})
+        _read_weights(checkpoint, store, {name: trainable[part] for part, name in weights.items()})
 
         # what was sampled, so that the same parameters ask for gradients as then; then the optimizer's state
         if learner.engine is not None:
@@ -170,6 +172,16 @@ class Snapshots:
         self._ever = set(weights)
         self._seen = dict(learner.trained_at)
         return state.progress
+
+    def put_back(self, step: int) -> None:
+        """Give the learner the weights of the checkpoint of ``step``; training is over.
+
+        Raises: Damaged if that checkpoint is not whole.
+        """
+        checkpoint = self.checkpoints.read(step)
+        store = open_store(checkpoint, in_shards=self.learner.placement.in_shards)
+        weights = {f"weights-{part}": parameters for part, parameters in self._trainable().items()}
+        _read_weights(checkpoint, store, weights)
 
     def _place_states(
         self, checkpoint: Checkpoint, file: str, parameters: Mapping[str, nn.Parameter],
@@ -268,6 +280,15 @@ def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine | Slice
         or engine.sampler.learns != (state.sampler is not None)
     ):
         raise Damaged(f"{checkpoint.folder / 'state.json'}: its draw of layers is not one of this run's sampler")
+
+
+def _read_weights(
+    checkpoint: Checkpoint, store: WholeFiles | ShardFiles, weights: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Copy saved weights into parameters, which are given by file and name, once all of them fit."""
+    for name, parameters in weights.items():
+        _check_fit(checkpoint, name, parameters, store.shapes(name, parameters))
+    store.read_weights(weights)
 
 
 def _check_fit(

@@ -10,6 +10,11 @@ from pydantic import BaseModel, field_validator
 from lisatune.errors import UserError, shown
 from lisatune.settings.row import row
 
+# what is best, is known where it is evaluated between start and end
+BETWEEN = {
+    "eval_tasks=null and eval_steps or eval_tasks and eval_tasks_steps": "has no effect without evaluations while training: "
+    "give eval_steps=<number>, or with eval_tasks eval_tasks_steps=<number>",
+}
 WITH_TASKS = {"eval_tasks": "has no effect without eval_tasks: give eval_tasks=<tasks>, or leave it out"}
 
 
@@ -51,6 +56,16 @@ class Evaluation(BaseModel):
     eval_data_dir: str | None = row(
         None, "Folder with the data of eval_tasks (gsm8k/, mmlu/, ...), instead of the hub.", min_length=1,
         one_value=True, only_with=WITH_TASKS,
+    )  # fmt: skip
+
+    early_stopping: int | None = row(
+        None, "Stop after this number of evaluations in a row without a new best. keep_best says what is best.",
+        ge=1, needs=BETWEEN,
+    )  # fmt: skip
+    keep_best: bool = row(
+        False, "The trained model is the best one that was evaluated, and the last one is in a checkpoint. The best has the highest "
+        "mean score on eval_tasks, or without them the lowest held-out loss.",
+        needs=BETWEEN,
     )  # fmt: skip
 
     @field_validator("eval_data")

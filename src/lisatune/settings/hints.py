@@ -21,6 +21,10 @@ OUR_NAME: dict[str, str] = {
     **dict.fromkeys(
         ("cutoff_len", "max_seq_length", "max_seq_len", "sequence_len", "block_size", "model_max_length"), "max_length"
     ),
+    **dict.fromkeys(
+        ("early_stopping_patience", "early_stopping_steps", "patience", "early_stop_patience"), "early_stopping"
+    ),
+    **dict.fromkeys(("load_best_model_at_end", "save_best", "load_best"), "keep_best"),
     **dict.fromkeys(("lr", "max_lr", "peak_lr"), "learning_rate"),
     **dict.fromkeys(("bf16", "fp16", "torch_dtype", "tf32", "precision", "pure_bf16", "mixed_precision"), "dtype"),
     **dict.fromkeys(
@@ -75,6 +79,11 @@ ADVICE: dict[str, str] = {
     "use_lisa": "LISA is the default: method=lisa",
     "resume_from_checkpoint": "add --resume instead",
     "auto_resume_from_checkpoints": "add --resume instead",
+    **dict.fromkeys(
+        ("metric_for_best_model", "greater_is_better"),
+        "the best has the highest mean score on eval_tasks, or without them the lowest loss of the first held-out set",
+    ),
+    "early_stopping_threshold": "each evaluation that is better counts: leave it out",
     "overwrite_output_dir": "nothing is overwritten: choose another output",
     "overwrite_cache": "a cache is used only for the very same data and settings",
     **dict.fromkeys(

@@ -56,6 +56,19 @@ def test_scoring_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_fil
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["scores"] == summary["scores"]
 
 
+def test_the_best_is_by_the_mean_score_where_there_are_tasks(model_folder, data_file, tmp_path, tasks, monkeypatch):
+    some = tasks | {"eval_tasks_steps": 1, "eval_limit": 5, "learning_rate": 0.1, "keep_best": True, "max_steps": 6}
+    summary, _ = run(model_folder, data_file, tmp_path / "run", **some)
+    scores = {row["step"]: row["scores"] for row in metrics(tmp_path / "run")[1:]}
+    means = {step: sum(of.values()) for step, of in scores.items()}
+    assert summary["best_step"] == max(means, key=means.__getitem__)
+    assert summary["scores"] == scores[summary["best_step"]]
+
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.higher_is_better", lambda self: {"word_perplexity": False})
+    with pytest.raises(UserError, match="eval_tasks names winogrande, whose score is the better the lower"):
+        run(model_folder, data_file, tmp_path / "other", **some)
+
+
 def test_trackers_have_a_number_for_each_task(model_folder, data_file, tmp_path, tasks, monkeypatch):
     import lisatune.run.metrics as module
 

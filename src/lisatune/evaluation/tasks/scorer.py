@@ -101,6 +101,10 @@ class Scorer:
             self.num_cut = lm.num_cut
             return {name: score for child in self._group for name, score in _scores_of(child, found)}
 
+    def lower_is_better(self) -> list[str]:
+        """The tasks with a metric that is the better the lower, as a perplexity."""
+        return [name for name, task in self._tasks.items() if False in task.higher_is_better().values()]
+
     def _check_context(self, lm: Any) -> None:
         for name, task in self._tasks.items():
             if task.OUTPUT_TYPE != "generate_until":
