@@ -12,7 +12,8 @@ from lisatune import UserError
 from lisatune.common.loss_names import loss_lines
 from lisatune.models.load import load_model
 from lisatune.optim.build import clip_gradients
-from lisatune.run.schedule import learning_rate_at
+from lisatune.optim.schedules import ONE_OF, SCHEDULES
+from lisatune.run.schedule import make_schedule
 from lisatune.settings import build_config
 from runs import run as shared_run
 from tiny import make_llama, make_tokenizer
@@ -207,28 +208,67 @@ def test_packing_is_refused_where_documents_would_mix(data_file, tmp_path):
         run(tmp_path / "falcon", data_file, tmp_path / "run", packing=True, num_active=1)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup_steps", [0, 4])
-def test_learning_rates_are_those_of_transformers(kind, warmup_steps):
+ARGUMENTS = {
+    "cosine": {"num_cycles": 1.5}, "cosine_with_restarts": {"num_cycles": 3}, "polynomial": {"power": 2, "lr_end": "1e-4"},
+    "inverse_sqrt": {"timescale": 7}, "cosine_with_min_lr": {"min_lr": 1e-3},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "warmup_stable_decay": {"num_decay_steps": 5, "decay_type": "linear"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("warmup", [{}, {"warmup_steps": 4}, {"warmup_ratio": 0.17}])
+def test_learning_rates_are_those_of_transformers(kind, warmup):
+    """Equal to the bit, with arguments and without, in any order of the steps."""
     from transformers import get_scheduler
 
-    config = build_config(
-        {
-            "model": "m",
-            "data": "d",
-            "output": "o",
-            "lr_scheduler_type": kind,
-            "warmup_steps": warmup_steps,
-            "learning_rate": 0.1,
-        }
-    )
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    name = "constant_with_warmup" if kind == "constant" else kind
-    scheduler = get_scheduler(name, optimizer, warmup_steps, 20)
-    for step in range(20):
-        assert learning_rate_at(config, step, 20) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-        optimizer.step()
-        scheduler.step()
+    for arguments in [{}, ARGUMENTS.get(kind, {})][kind in ONE_OF :]:
+        given = {"lr_scheduler_type": kind, "learning_rate": 0.1, "lr_scheduler_kwargs": arguments, **warmup}
+        rate_at = make_schedule(build_config({"model": "m", "data": "d", "output": "o"} | given), 20)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        name = "constant_with_warmup" if kind == "constant" else kind
+        numbers = {name: float(v) if name == "lr_end" else v for name, v in arguments.items()}
+        scheduler, rates = get_scheduler(name, optimizer, 4 if warmup else 0, 20, numbers), []
+        for _ in range(20):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert [rate_at(step) for step in reversed(range(20))] == rates[::-1]
+
+
+def test_schedules_and_their_arguments_are_those_of_transformers():
+    from inspect import signature
+
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    of_all = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    theirs = {kind.value: set(signature(make).parameters) - of_all for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    del theirs["reduce_lr_on_plateau"], theirs["greedy"]  # no functions of the step
+    assert theirs == {name: set(arguments) for name, arguments in SCHEDULES.items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 2}}, "leave 'num_cycle' out; did you mean"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr needs min_lr or min_lr_rate"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs num_decay_steps: give lr_scheduler_kwargs="),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type='reduce_lr_on_plateau': input should be 'linear'"),
+        ({"warmup_steps": 0.03}, "warmup_steps=0.03: give whole steps, or warmup_ratio=0.03 for a share"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "warmup_ratio has no effect with warmup_steps: give one of them"),
+    ],
+)  # fmt: skip
+def test_schedules_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        build_config({"model": "m", "data": "d", "output": "o"} | settings)
+
+
+def test_an_argument_of_a_wrong_kind_is_refused_before_the_model_is_loaded(data_file, tmp_path):
+    some = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "much"}}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"lr_scheduler_kwargs=.* does not fit lr_scheduler_type=polynomial"):
+        run(tmp_path / "model", data_file, tmp_path / "run", **some)
 
 
 def test_clipping_is_by_the_global_norm():

@@ -26,7 +26,7 @@ from lisatune.run.preflight import preflight
 from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.resume import go_on, with_date_of_before
 from lisatune.run.saving import Saving
-from lisatune.run.schedule import seed_step, set_learning_rate
+from lisatune.run.schedule import make_schedule, seed_step, set_learning_rate
 from lisatune.settings import TrainConfig, check_num_ranks, write_config
 
 
@@ -130,7 +130,7 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
     Raises: Stopped after a checkpoint, if a signal came; UserError for a bad step, if that stops the run.
     """
     config, learner, num_steps = run.config, run.learner, run.data.num_steps
-    evaluation = Evaluation()
+    rate_at, evaluation = make_schedule(config, num_steps), Evaluation()
 
     # the model as it was
     if progress.step == 0:
@@ -143,7 +143,7 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
         # one optimizer step: what is drawn at random in it depends on the seed and its number alone
         begun = time.perf_counter()
         seed_step(config.seed, step)
-        rate = set_learning_rate(learner.optimizer, config, step, num_steps)
+        set_learning_rate(learner.optimizer, rate := rate_at(step))
         outcome = learner.step(step, run.micro_batches(batch), batch.num_labelled)
         outcome.loss.item()  # waits for the device
         seconds = time.perf_counter() - begun

@@ -87,7 +87,7 @@ def test_another_optimizer_is_refused(name):
 
 @pytest.mark.parametrize(("name", "condition"), columns("only_with"))
 def test_what_plays_no_part_is_refused(name, condition):
-    given = NEEDED | ({"max_steps": 5} if holds(condition, build()) else {})
+    given = NEEDED | ({"max_steps": 5, "warmup_steps": 2} if holds(condition, build()) else {})
     slices = condition.startswith("sampled_unit!=slices")
     given |= {"sampled_unit": "slices"} if slices else {"recipe": "paper"}
     with pytest.raises(UserError, match=f"^{name} has no effect "):

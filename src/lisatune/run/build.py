@@ -36,6 +36,7 @@ from lisatune.run.determinism import be_deterministic
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.metrics import check_tracker
 from lisatune.run.progress import Evaluation, Progress
+from lisatune.run.schedule import make_schedule
 from lisatune.settings import ROWS, TrainConfig, build_config, used_settings
 
 
@@ -131,6 +132,7 @@ def build(
         config, device = settle(config)
         if config.full_determinism:
             be_deterministic(device)
+        make_schedule(config, config.max_steps or 1000)  # refuses an argument before the model is loaded
         scorer = _scorer(config)
         model, tokenizer = loaded or load_model(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code

@@ -5,35 +5,49 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 
 import torch
 
+from lisatune.errors import UserError
 from lisatune.processes.collectives import rank
 from lisatune.settings import TrainConfig
 
 
-def learning_rate_at(config: TrainConfig, step: int, num_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (from 0): transformers' schedules, as a pure function.
+def make_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
+    """The learning rate of each optimizer step (from 0): transformers' schedule, as a pure function of the step.
 
+    ``constant`` warms up too, if a warm-up is asked for; transformers would leave it out.
+
+    Raises: UserError if transformers refuses an argument.
     Example:
         >>> from lisatune.settings import build_config
         >>> config = build_config({"model": "m", "data": "d", "output": "o", "learning_rate": 1.0, "warmup_steps": 2})
-        >>> [learning_rate_at(config, step, num_steps=6) for step in range(6)]
+        >>> rate_at = make_schedule(config, num_steps=6)
+        >>> [rate_at(step) for step in range(6)]
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
     """
-    if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return config.learning_rate * max(0.0, factor[config.lr_scheduler_type])
+    from transformers import get_scheduler
+
+    name, arguments = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
+    holder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)  # a schedule asks it for its rate alone
+    try:
+        scheduler = get_scheduler(
+            "constant_with_warmup" if name == "constant" else name, holder, warmup, num_steps, dict(arguments)
+        )
+        factor = scheduler.lr_lambdas[0]
+        for step in (0, warmup, num_steps // 2, num_steps - 1):  # an argument of a wrong kind fails here
+            float(factor(step))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"lr_scheduler_kwargs={arguments} does not fit lr_scheduler_type={name}: {error}") from error
+    return lambda step: float(config.learning_rate * factor(step))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, num_steps: int) -> float:
-    """Set and return the learning rate of ``step``; a switch of layers does not touch it."""
-    rate = learning_rate_at(config, step, num_steps)
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of a step; a switch of layers does not touch it."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
-    return rate
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator, model_validator
 
+from lisatune.errors import UserError
 from lisatune.optim import OPTIMS
+from lisatune.optim.schedules import SCHEDULES, check_schedule
 from lisatune.settings.methods import FIRST_ORDER, NOT_FORGOTTEN
 from lisatune.settings.row import OneOf, row
 
@@ -38,9 +40,16 @@ class Optim(BaseModel):
         False, "Scale the steps of norms and biases by their norms too.", methods=FIRST_ORDER, optims=("lars", "lamb")
     )
     learning_rate: float = row(5e-5, "Peak learning rate.", gt=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = row(
-        "linear", "Shape of the learning rate after the warm-up."
+    lr_scheduler_type: Annotated[str, OneOf(SCHEDULES)] = row(
+        "linear", "Shape of the learning rate after the warm-up, as transformers names it."
     )
+    lr_scheduler_kwargs: dict[str, Any] = row(
+        {}, "Arguments of the schedule, as transformers names them: {min_lr: 1e-6}, {num_cycles: 3}, {power: 2}."
+    )
+    warmup_ratio: float = row(
+        0.0, "Share of all steps that are warm-up.", ge=0, lt=1,
+        only_with={"warmup_steps=0": "has no effect with warmup_steps: give one of them"},
+    )  # fmt: skip
     warmup_steps: int = row(
         0, "Steps of linear warm-up.", ge=0,
         needs={
@@ -55,3 +64,28 @@ class Optim(BaseModel):
     max_grad_norm: float = row(
         1.0, "Global norm to which gradients are clipped. 0 does not clip.", ge=0, methods=FIRST_ORDER
     )
+
+    @field_validator("warmup_steps", mode="before")
+    @classmethod
+    def _share_by_its_name(cls, given: Any) -> Any:
+        if isinstance(given, float) and 0 < given < 1:  # transformers takes a share there
+            raise UserError(f"warmup_steps={given}: give whole steps, or warmup_ratio={given} for a share of all steps")
+        return given
+
+    @field_validator("lr_scheduler_kwargs")
+    @classmethod
+    def _numbers(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {name: _number(value) for name, value in given.items()}
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
+        return self
+
+
+def _number(value: Any) -> Any:
+    """``value``, or the number that it spells: YAML reads 1e-6 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
