@@ -164,6 +164,10 @@ WAYS = [
         "small steps of frozen layers", {"num_active": 1, "frozen_learning_rate": 0.1, "dtype": "bfloat16"},
         processes=None, **BFLOAT16),
     # data
+    Way(
+        "NEFTune on packed rows in order",
+        {"neftune_noise_alpha": 5.0, "shuffle": False, "packing": True, "per_device_train_batch_size": 2},
+    ),
     Way("accumulation", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}),
     Way("packing", {"packing": True, "per_device_train_batch_size": 2}, **SAME),
     Way("stream", {"streaming": True, "eval_rows": None}, **SAME),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lisatune.data.loader import Loader, collate
+from lisatune.data.packing import pack_in_order
 from lisatune.data.tokenize import IGNORED, Encoded
 from lisatune.layers import find_layers
 from lisatune.loss import batch_loss
@@ -37,6 +38,24 @@ def test_an_epoch_holds_every_document_once_in_an_order_of_its_own(packing):
     assert sorted(ids(0)) == sorted(ids(1)) == expected
     assert ids(0) == ids(0) != ids(1)
     assert loader(packing=packing).num_steps() == len(list(loader(packing=packing).epoch(0)))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_shuffling_every_epoch_has_the_order_of_the_data(packing, stream):
+    """From any position on, packed rows too."""
+    documents = InWindows() if stream else DOCUMENTS
+    some = loader(documents, packing=packing, shuffle=False, pack=pack_in_order)
+    whole = list(islice(some.batches(), 25))
+    tokens = [
+        t for b, _ in whole for row, real in zip(b.input_ids, b.is_token, strict=True) for t in row[real].tolist()
+    ]
+    order = [t for d in DOCUMENTS for t in d.ids]
+    assert len(tokens) > 2 * len(order)
+    assert tokens == (order * 9)[: len(tokens)]
+    for stop in range(1, 12):
+        rest = islice(some.batches(whole[stop - 1][1]), 5)
+        assert [b.input_ids.tolist() for b, _ in rest] == [b.input_ids.tolist() for b, _ in whole[stop : stop + 5]]
 
 
 def test_endless_and_seeded():

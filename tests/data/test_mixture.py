@@ -34,6 +34,19 @@ def test_all_documents_of_the_larger_set_take_their_turn():
     assert sorted(seen) == [(0, i) for i in range(30)]
 
 
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.05, 1)), min_size=1, max_size=4), st.integers(0, 3))
+def test_in_order_the_sets_take_turns_and_each_keeps_its_order(parts, epoch):
+    sets, shares = [documents(i, number) for i, (number, _) in enumerate(parts)], [share for _, share in parts]
+    mixture = Mixture(sets, shares, shuffle=False)
+    chosen, counts = mixture.of_epoch(epoch), mixture.counts()
+    for number, count in enumerate(counts):
+        begin = epoch * count
+        own = [document for part, document in chosen if part == number]
+        assert own == [place % len(sets[number]) for place in range(begin, begin + count)]
+        half = [part for part, _ in chosen[: len(chosen) // 2]].count(number)
+        assert abs(half - count * (len(chosen) // 2) / len(chosen)) <= len(sets), "each is spread over the epoch"
+
+
 def test_a_mixture_goes_on_at_the_very_document():
     def batches(start, number):
         mixture = Mixture([documents(0, 20), documents(1, 10)], [2, 1])

@@ -11,6 +11,7 @@ from lisatune.optim import OPTIMS
 from lisatune.samplers import SAMPLERS
 from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, differences, used_settings
 from lisatune.settings.config import GROUPS, heading
+from lisatune.settings.evaluation import BETWEEN
 from lisatune.settings.methods import NOT_FORGOTTEN
 from lisatune.settings.row import Row
 from lisatune.settings.rules import WORD, holds, is_on
@@ -165,10 +166,10 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "gradient_checkpointing=true": {},
     "max_grad_norm=0": {},
     "gradient_accumulation_steps=1": {"gradient_accumulation_steps": 2},
-    "eval_data or eval_rows": {},
+    "eval_data or eval_rows or samples": {},
     "eval_data or eval_rows=0": {"eval_rows": 3, "max_steps": 5},
     "max_steps": {},
-    "eval_tasks=null and eval_steps or eval_tasks and eval_tasks_steps": {},
+    next(iter(BETWEEN)): {},
 }
 
 

@@ -37,10 +37,9 @@ def chat(
         lisatune chat runs/a --prompt "What is LISA?" --max-new-tokens 64
     """
     from lisatune.data.tools import read_tools
-    from lisatune.models.names import check_model_name
+    from lisatune.models.names import check_model_name, model_of
 
-    inside = Path(run).expanduser() / "model"
-    check_model_name(str(inside) if inside.is_dir() else run)
+    check_model_name(model_of(run))
     quiet_libraries()
     from lisatune.models.chat import chat
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,3 +27,17 @@ def drop_later_lines(path: Path, num_steps: int, *, step_of: Callable[[str], int
             kept.append(line)
     write_whole(path, "".join(line + "\n" for line in kept))
     return kept
+
+
+def step_of(text: str) -> int | None:
+    """The ``step`` of a line of JSON; None if it has none.
+
+    Example:
+        >>> step_of('{"step": 3}'), step_of('{"st')
+        (3, None)
+    """
+    try:
+        step = json.loads(text)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None

@@ -18,6 +18,7 @@ from lisatune.data.packing import pack
 from lisatune.data.tokenize import IGNORED, Encoded
 from lisatune.errors import UserError
 
+Packer = Callable[[Sequence[int], int], list[list[int]]]
 WINDOW = 1000  # documents packed, or shuffled in a stream, at a time
 
 
@@ -144,6 +145,7 @@ class Loader:
         packing: Fill rows with several documents.
         seed: Seed of the order.
         shuffle: False keeps the order given.
+        pack: Packs documents into rows.
     Raises: UserError if there is no document.
     """
 
@@ -157,6 +159,7 @@ class Loader:
         packing: bool = False,
         seed: int = 0,
         shuffle: bool = True,
+        pack: Packer = pack,
     ) -> None:
         self.documents = documents
         self.rows_per_step = rows_per_step
@@ -165,6 +168,7 @@ class Loader:
         self.packing = packing
         self.seed = seed
         self.shuffle = shuffle
+        self.pack = pack
 
     def batches(self, start: Position = Position()) -> Iterator[tuple[Batch, Position]]:  # noqa: B008 - a constant
         """Batches from ``start`` on, each with the position after it, which is where to go on.
@@ -213,7 +217,7 @@ class Loader:
                 order.shuffle(window)
             rows = [[document] for document in window]
             if self.packing:
-                rows = [[window[i] for i in row] for row in pack([len(d) for d in window], self.max_length)]
+                rows = [[window[i] for i in row] for row in self.pack([len(d) for d in window], self.max_length)]
                 if self.shuffle:
                     order.shuffle(rows)  # longest first would order the steps by length
             done = start.rows if first == start.first else 0

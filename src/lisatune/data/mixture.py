@@ -23,6 +23,7 @@ class Mixture:
         parts: The documents of each data set.
         shares: The share of each; what they add up to does not matter.
         seed: Seed of the order in which documents take turns.
+        shuffle: False keeps the order of each data set; they take turns by their shares.
     Example:
         >>> Mixture([[1] * 30, [2] * 30], [2, 1]).counts()
         [30, 15]
@@ -31,6 +32,7 @@ class Mixture:
     parts: Sequence[Sequence[Encoded]]
     shares: Sequence[float]
     seed: int = 0
+    shuffle: bool = True
 
     def counts(self) -> list[int]:
         """Documents of each data set in an epoch; at least one of each."""
@@ -40,13 +42,17 @@ class Mixture:
         ]
 
     def of_epoch(self, epoch: int) -> list[tuple[int, int]]:
-        """The (data set, document) pairs of an epoch, one data set after the other."""
-        chosen = []
-        for number, (part, count) in enumerate(zip(self.parts, self.counts(), strict=True)):
-            order = random.Random(f"{self.seed}/{number}").sample(range(len(part)), len(part))
+        """The (data set, document) pairs of an epoch: one data set after the other, or in turns if nothing is shuffled."""
+        chosen, counts = [], self.counts()
+        for number, (part, count) in enumerate(zip(self.parts, counts, strict=True)):
+            order: Sequence[int] = range(len(part))
+            if self.shuffle:
+                order = random.Random(f"{self.seed}/{number}").sample(order, len(order))
             begin = epoch * count
-            chosen += [(number, order[position % len(part)]) for position in range(begin, begin + count)]
-        return chosen
+            chosen.append([(number, order[position % len(part)]) for position in range(begin, begin + count)])
+        if self.shuffle:
+            return [place for places in chosen for place in places]
+        return [place for _, place in interleaved(chosen, counts)]
 
     def __getitem__(self, place: tuple[int, int]) -> Encoded:
         part, document = place

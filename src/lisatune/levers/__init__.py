@@ -12,10 +12,12 @@ from lisatune.levers.base import Lever
 from lisatune.levers.frozen_learning_rate import FrozenLearningRate
 from lisatune.levers.gradient_checkpointing import GradientCheckpointing
 from lisatune.levers.inverse_chance import InverseChance
+from lisatune.levers.neftune import Neftune
 from lisatune.levers.optimizer_in_backward import OptimizerInBackward
 from lisatune.levers.vocabulary_blocks import VocabularyBlocks
 
 LEVERS: dict[str, type[Lever]] = {
+    "neftune_noise_alpha": Neftune,  # before whatever else looks at the embedding's output
     "gradient_checkpointing": GradientCheckpointing,
     "activation_offloading": ActivationOffloading,
     "vocabulary_blocks": VocabularyBlocks,

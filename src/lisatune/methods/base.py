@@ -76,7 +76,10 @@ class Method:
         """Step ``number`` is made, or left out if it was ``bad``."""
 
     def finish(self, learner: Learner, folder: Path) -> Any:
-        """Training is over: save what is the method's own in the run's ``folder``. Returns the model to save."""
+        """Training is over: save what is the method's own in the run's ``folder``.
+
+        Returns: The model to save; None if what was saved is all.
+        """
         return learner.model
 
     def trained_parts(self) -> set[str]:

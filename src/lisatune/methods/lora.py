@@ -28,6 +28,8 @@ class Lora(Method):
     lora_target_modules: str | list[str]
     lora_use_rslora: bool
     lora_use_dora: bool
+    save_merged: bool
+    model: str
 
     def prepare(self, model: Any) -> tuple[Any, Layers]:
         """Add the adapters. A head that gets one is another module afterwards."""
@@ -39,13 +41,16 @@ class Lora(Method):
         return wrapped, find_layers(layers.model, self.decoder_name)
 
     def finish(self, learner: Learner, folder: Path) -> Any:
-        """Save the adapters in ``adapter`` and merge them into the model."""
+        """Save the adapters in ``adapter``. Returns the model with them merged in, or None without ``save_merged``."""
         model, new = learner.model, folder / ".adapter.new"
+        model.peft_config["default"].base_model_name_or_path = self.model
         adapter = learner.placement.adapter(model)
         if rank() == 0:
             shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
             model.save_pretrained(new, state_dict=adapter)
             replace_folder(new, folder / "adapter")
+        if not self.save_merged:
+            return None
         learner.placement.gather(model)
         return model.merge_and_unload()
 

@@ -41,17 +41,19 @@ class Chat:
         self.temperature = temperature
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
 
+    def encode(self, prompt: str, *, role: str = "user") -> Any:
+        """Add ``prompt`` to the conversation. Returns the tokens of all of it; without a template those of ``prompt``."""
+        self.messages.append({"role": role, "content": prompt})
+        if self.tokenizer.chat_template is None:
+            return _without_end(self.tokenizer(prompt, return_tensors="pt"), self.tokenizer.eos_token_id)
+        return self.tokenizer.apply_chat_template(
+            self.messages, tools=self.tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+
     @torch.no_grad()
     def ask(self, prompt: str, streamer: Any = None, *, role: str = "user") -> str:
         """The answer to ``prompt``; ``streamer`` gets it as it is made. ``role`` is ``tool`` for a tool's reply."""
-        self.messages.append({"role": role, "content": prompt})
-        if self.tokenizer.chat_template is None:
-            inputs = _without_end(self.tokenizer(prompt, return_tensors="pt"), self.tokenizer.eos_token_id)
-        else:
-            inputs = self.tokenizer.apply_chat_template(
-                self.messages, tools=self.tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        inputs = inputs.to(self.model.device)
+        inputs = self.encode(prompt, role=role).to(self.model.device)
         check_ids(self.model, self.tokenizer, inputs["input_ids"])
         options: dict[str, Any] = {"do_sample": self.temperature > 0}
         if self.temperature > 0:

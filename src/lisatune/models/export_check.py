@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from lisatune.errors import UserError
-from lisatune.models.names import check_model_name
+from lisatune.models.names import check_model_name, model_of
 
 
 def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, push_to: str | None) -> None:
     """Refuse what cannot be exported, or not like that."""
     folder = Path(run).expanduser()
     if not (folder / "delta.json").is_file():
-        inside = folder / "model"
-        check_model_name(str(inside) if inside.is_dir() else run)
+        check_model_name(model_of(run))
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: choose float32, bfloat16 or float16")
     if delta and gguf is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,15 @@ from typing import Any
 import torch
 
 from lisatune.errors import UserError, missing_package
-from lisatune.models.names import check_model_name, check_not_quantised, read_config, trusts_code
+from lisatune.models.names import (
+    ADAPTER,
+    base_of_adapters,
+    check_model_name,
+    check_not_quantised,
+    model_of,
+    read_config,
+    trusts_code,
+)  # fmt: skip
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, int | None]:
@@ -42,7 +52,8 @@ def load_model(
     """A causal language model, trainable as its authors built it, in evaluation mode, and its tokenizer, on the CPU.
 
     Args:
-        name: A Hugging Face folder, a ``.gguf`` file (its weights are de-quantised), or a hub name.
+        name: A Hugging Face folder, a ``.gguf`` file (its weights are de-quantised), or a hub name. Of a folder with peft's
+            adapters: their base model, with the adapters merged in.
         dtype: Type of every weight.
         trust_remote_code: Whether code in the folder may run.
     Raises: UserError if there is no model of that name, or it cannot be loaded.
@@ -51,6 +62,8 @@ def load_model(
 
     check_model_name(name)
     path = Path(name).expanduser()
+    if (path / ADAPTER).is_file():
+        return _load_adapted(path, dtype, trust_remote_code)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name.endswith(".gguf"):
         if importlib.util.find_spec("gguf") is None:
@@ -95,10 +108,29 @@ def load_trained(run: str, dtype: torch.dtype = torch.float32, *, trust_remote_c
     return load_model(model_of(run), dtype, trust_remote_code=trust_remote_code or trusts_code(run))
 
 
-def model_of(run: str) -> str:
-    """The model's folder in a run's folder, or ``run`` itself if it is a model or a hub name."""
-    inside = Path(run).expanduser() / "model"
-    return str(inside) if (inside / "config.json").is_file() else run
+def _load_adapted(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[torch.nn.Module, Any]:
+    """The base model of the adapters in ``folder``, with these merged in, and the tokenizer that was saved with them."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise missing_package("peft", f"{folder}, which holds adapters,", "lora") from error
+    from transformers import AutoTokenizer, GenerationConfig
+
+    base = base_of_adapters(folder)
+    model, tokenizer = load_model(base, dtype, trust_remote_code=trust_remote_code)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name of its past
+            model = (
+                PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).to(dtype).merge_and_unload()
+            )
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # peft and transformers raise many kinds, none of them ours
+        raise UserError(f"{folder}: its adapters do not fit {base}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), tokenizer
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -125,15 +157,20 @@ def check_positions(model: Any, longest: int) -> None:
 
     Raises: UserError naming both.
     """
-    config = model.config.get_text_config()
+    if longest > (limit := learned_positions(model)):
+        raise UserError(
+            f"the longest row has {longest:,} tokens, but the model has learned {limit:,} positions alone: set "
+            f"max_length={limit}"
+        )
+
+
+def learned_positions(model: Any) -> float:
+    """The size of a model's table of positions; infinite if it has none."""
+    config, limits = model.config.get_text_config(), [math.inf]
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and (name.endswith("wpe") or "position" in name.rpartition(".")[2]):
-            limit = getattr(config, "max_position_embeddings", None) or module.num_embeddings
-            if longest > min(limit, module.num_embeddings):
-                raise UserError(
-                    f"the longest row has {longest:,} tokens, but the model has learned {limit:,} positions alone ({name}): set "
-                    f"max_length={limit}"
-                )
+            limits += [getattr(config, "max_position_embeddings", None) or module.num_embeddings, module.num_embeddings]
+    return min(limits)
 
 
 def _check_template_names(model: str, templates: Any) -> None:

@@ -9,6 +9,27 @@ from typing import Any
 from lisatune.errors import UserError, did_you_mean
 from lisatune.settings import read_settings
 
+ADAPTER = "adapter_config.json"  # of a folder that peft writes
+
+
+def model_of(run: str) -> str:
+    """The model's folder in a run's folder, that of its adapters if it saved nothing else; or ``run`` itself."""
+    path = Path(run).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return str(path / "model")
+    return str(path / "adapter") if (path / "adapter" / ADAPTER).is_file() else run
+
+
+def base_of_adapters(folder: Path) -> str:
+    """The model that the adapters in ``folder`` belong to.
+
+    Raises: UserError if that is not said.
+    """
+    try:
+        return str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder / ADAPTER} does not say what model the adapters belong to ({error})") from error
+
 
 def check_model_name(name: str) -> None:
     """Refuse a path at which no model lies, or one of pickled weights; costs a look at the folder. Hub names pass."""
@@ -24,6 +45,13 @@ def _check_model_name(name: str) -> None:
     if path.is_file() and path.suffix == ".gguf":
         return
     if path.is_dir():
+        if (path / ADAPTER).is_file():
+            if not (path / "adapter_model.safetensors").is_file():
+                raise UserError(
+                    f"{name}: the folder holds no adapter_model.safetensors: save the adapters as safetensors"
+                )
+            _check_model_name(base_of_adapters(path))
+            return
         if not (path / "config.json").is_file():
             inner = path / "model" / "config.json"
             hint = f"; did you mean {path / 'model'}?" if inner.is_file() else ": give one saved by save_pretrained"
@@ -110,7 +138,7 @@ def check_max_length(name: str, max_length: int) -> None:
 def trusts_code(name: str) -> bool:
     """Whether ``name`` is a run's folder, or the model in it, that was trained with trust_remote_code=true."""
     path = Path(name).expanduser()
-    folder = path.parent if path.name == "model" else path
+    folder = path.parent if path.name in ("model", "adapter") else path
     if not (folder / "config.yaml").is_file():
         return False
     return read_settings(str(folder / "config.yaml"), []).get("trust_remote_code") is True

@@ -16,6 +16,7 @@ from lisatune.data import fingerprint
 from lisatune.data.examples import HeldOut, Rows, number_held_out, spread
 from lisatune.data.loader import Batch, Loader, Stream
 from lisatune.data.mixture import Mixture, interleaved
+from lisatune.data.packing import pack_in_order
 from lisatune.data.store import Store, encode_rows, stores_folder
 from lisatune.data.stream import EncodedStream
 from lisatune.data.tokenize import Counts, Encoded, Encoder
@@ -154,7 +155,9 @@ def prepare_data(
     else:
         parts, counts = _encode(encoding, train, held)
         longest = config.max_length if config.packing else max(_longest(some) for some in parts)
-        documents = parts[0] if len(parts) == 1 else Mixture(parts, [rows.share for rows in train], config.seed)
+        documents = (
+            parts[0] if len(parts) == 1 else Mixture(parts, [rows.share for rows in train], config.seed, config.shuffle)
+        )
         if isinstance(documents, Mixture):
             _tell_mixture(documents, names, console)
 
@@ -168,7 +171,8 @@ def prepare_data(
             seed=config.seed, **options,
         )  # fmt: skip
 
-    loader = load(documents, rows_per_pass * config.gradient_accumulation_steps)
+    order = {} if config.shuffle else {"shuffle": False, "pack": pack_in_order}
+    loader = load(documents, rows_per_pass * config.gradient_accumulation_steps, **order)
     num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
 
     # the sets that are held out by name

@@ -16,6 +16,7 @@ from lisatune.common.loss_names import named_losses
 from lisatune.errors import NEEDS_MATPLOTLIB
 from lisatune.memory.measure import state_bytes
 from lisatune.models.card import model_card
+from lisatune.models.names import model_of
 from lisatune.processes.collectives import barrier, rank
 from lisatune.run.build import Run
 from lisatune.run.progress import Evaluation, Progress
@@ -36,7 +37,7 @@ def finish(run: Run, progress: Progress, evaluation: Evaluation, console: Consol
         console.print(f"tokens drawn: {drawn}", markup=False, highlight=False, soft_wrap=True)
     save_trained(run, run.folder)
     if rank() == 0:
-        write_whole(run.folder / "model" / "README.md", card_of(run, summary))
+        write_whole(Path(model_of(str(run.folder))) / "README.md", card_of(run, summary))
         write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         report_if_possible(run.folder, console)
     barrier()

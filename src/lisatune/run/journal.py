@@ -17,6 +17,7 @@ from lisatune.memory.measure import state_bytes
 from lisatune.run.build import Run, is_due
 from lisatune.run.metrics import Metrics
 from lisatune.run.progress import Evaluation, Progress
+from lisatune.run.samples import Samples
 from lisatune.run.snapshot import environment
 from lisatune.slices.engine import SliceEngine
 from lisatune.study.recorder import NormRecorder
@@ -36,6 +37,7 @@ class Journal:
         self.run = run
         self._console = console
         self._recorder: NormRecorder | None = None
+        self._samples: Samples | None = None
         if run.config.norm_steps:
             self._recorder = NormRecorder(run.learner.layers, self.run.folder, source=run.config.model)
             console.print(self._recorder.describe(), highlight=False)
@@ -43,10 +45,12 @@ class Journal:
     @contextmanager
     def opened(self, progress: Progress) -> Iterator[None]:
         """Open all files where ``progress`` says; lines of later steps are dropped."""
-        self._started = time.perf_counter() - progress.train_seconds
+        self._started, config = time.perf_counter() - progress.train_seconds, self.run.config
         with ExitStack() as stack:
-            self._metrics = stack.enter_context(Metrics(self.run.config, self.run.folder, progress.step))
+            self._metrics = stack.enter_context(Metrics(config, self.run.folder, progress.step))
             self._advance = stack.enter_context(training_bar(self.run.data.num_steps, self._console))
+            if config.samples:
+                self._samples = stack.enter_context(Samples(self.run, self._console, progress.step))
             if self._recorder:
                 stack.enter_context(self._recorder).begin(progress.step, progress.trained_steps or None)
             yield
@@ -57,6 +61,8 @@ class Journal:
             step=0, **named_losses(evaluation.losses or {}), layers=self.run.learner.layers.describe(),
             plan=self.run.plan.as_dict(), environment=environment(self.run.device), scores=evaluation.scores,
         )  # fmt: skip
+        if self._samples:
+            self._samples.write(0)
 
     def write(
         self, step: int, batch: Batch, outcome: Outcome, evaluation: Evaluation, *, learning_rate: float,
@@ -75,7 +81,7 @@ class Journal:
         """
         learner = self.run.learner
         loss, active = outcome.loss.item(), learner.engine.active if learner.engine else None
-        evaluated = evaluation.losses is not None or evaluation.scores
+        evaluated = evaluation.losses is not None or bool(evaluation.scores)
         if evaluated or outcome.bad or is_due(self.run.config.logging_steps, step):
             self._metrics.write(
                 step=step, loss=loss, **named_losses(evaluation.losses or {}), learning_rate=learning_rate,
@@ -84,6 +90,8 @@ class Journal:
                 labelled_tokens=batch.num_labelled, step_seconds=seconds, peak_bytes=self.run.meter.bytes(),
                 state_bytes=state_bytes(learner.optimizer), scores=evaluation.scores,
             )  # fmt: skip
+        if self._samples and evaluated:
+            self._samples.write(step)
         if self._recorder:
             self._recorder.count(() if outcome.bad else learner.trained_parts)
             if last or is_due(self.run.config.norm_steps, step):
@@ -95,6 +103,8 @@ class Journal:
         progress.train_seconds = time.perf_counter() - self._started
         progress.peak_bytes = max(progress.peak_bytes, self.run.meter.bytes())
         self._metrics.sync()
+        if self._samples:
+            self._samples.sync()
         if self._recorder:
             self._recorder.sync()
             progress.trained_steps = dict(self._recorder.updates)

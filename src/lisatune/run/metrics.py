@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lisatune.common.files import write_whole
-from lisatune.common.lines import drop_later_lines
+from lisatune.common.lines import drop_later_lines, step_of
 from lisatune.errors import missing_package
 from lisatune.processes.collectives import rank
 from lisatune.settings import TrainConfig
@@ -30,7 +30,7 @@ class Metrics:
 
     def __init__(self, config: TrainConfig, folder: Path, num_steps: int = 0) -> None:
         path = folder / "metrics.jsonl" if rank() == 0 else Path(os.devnull)
-        drop_later_lines(path, num_steps, step_of=_step_of)
+        drop_later_lines(path, num_steps, step_of=step_of)
         self._file = path.open("a", encoding="utf-8")
         self._tracker = _make_tracker(config, folder, num_steps) if rank() == 0 else None
 
@@ -65,14 +65,6 @@ def check_tracker(config: TrainConfig) -> None:
     """Raise a UserError if the tracker asked for is not installed."""
     if config.log_to != "none" and importlib.util.find_spec(config.log_to) is None:
         raise missing_package(config.log_to, f"log_to={config.log_to}", config.log_to)
-
-
-def _step_of(text: str) -> int | None:
-    try:
-        step = json.loads(text)["step"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    return step if isinstance(step, int) else None
 
 
 def _make_tracker(config: TrainConfig, folder: Path, num_steps: int) -> Any:

@@ -51,6 +51,9 @@ def _draw(folder: Path) -> str:
         body += ["<h2>Task scores while training</h2>", score_curve(rows)]
     if scores := _scores(folder, str(config["model"])):
         body += ["<h2>Task scores before and after</h2>", html_table(SCORE_COLUMNS, scores), SCORE_NOTE]
+    if (folder / "samples.jsonl").is_file():
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        body += ["<h2>Answers while training</h2>", *_samples([json.loads(line) for line in lines])]
     if (folder / "answers.json").exists():
         answers = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
         body += ["<h2>Answers to questions worded as in no training row</h2>"]
@@ -62,6 +65,17 @@ def _draw(folder: Path) -> str:
         f"<h2>Settings</h2><p>Repeat with <code>lisatune train --config config.yaml</code> and another output.</p><pre>{escape(settings)}</pre>"
     ]
     return html_page(f"{config['method']}: {Path(str(config['model'])).name}", body)
+
+
+def _samples(lines: list[dict[str, Any]]) -> list[str]:
+    """The first and the newest answer to each prompt, and all of them, folded away."""
+    of_prompts: dict[str, list[list[str]]] = {}
+    for line in lines:
+        of_prompts.setdefault(str(line["prompt"]), []).append([f"{line['step']:,}", str(line["answer"])])
+    head = ["prompt", "before training", f"after step {max((line['step'] for line in lines), default=0):,}"]
+    pairs = [[prompt, answers[0][1], answers[-1][1]] for prompt, answers in of_prompts.items()]
+    every = [html_table(["step", prompt], answers) for prompt, answers in of_prompts.items()]
+    return [html_table(head, pairs), f"<details><summary>All answers</summary>{''.join(every)}</details>"]
 
 
 def _scores(folder: Path, base: str) -> list[list[str]]:

@@ -41,7 +41,7 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
 
     # nothing was saved yet
     if checkpoint is None or state is None:
-        if (folder / "model").exists():
+        if (folder / "model").exists() or (folder / "adapter").exists():
             raise UserError(f"{folder} holds a trained model, but no checkpoint to go on from: choose another output")
         console.print("no checkpoint was written yet: the run begins anew")
         return Progress()

@@ -38,6 +38,9 @@ class Data(BaseModel):
     max_length: int = row(
         1024, "Tokens of a row. Longer chats lose their end, longer texts are split.", ge=2, one_value=True
     )
+    shuffle: bool = row(
+        True, "False keeps the order of the data, in every epoch. Several data sets take turns by their shares."
+    )
     packing: bool = row(False, "Fill rows with several documents. Attention and positions keep the documents apart.")
     completion_only_loss: bool = row(
         True, "Learn answers only. False learns prompts too. Plain text is always learnt whole.", one_value=True

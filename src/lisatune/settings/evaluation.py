@@ -12,8 +12,9 @@ from lisatune.settings.row import row
 
 # what is best, is known where it is evaluated between start and end
 BETWEEN = {
-    "eval_tasks=null and eval_steps or eval_tasks and eval_tasks_steps": "has no effect without evaluations while training: "
-    "give eval_steps=<number>, or with eval_tasks eval_tasks_steps=<number>",
+    "eval_tasks=null and eval_steps and eval_data or eval_tasks=null and eval_steps and eval_rows or eval_tasks and "
+    "eval_tasks_steps": "has no effect without evaluations while training: give eval_steps=<number> and held-out rows, or "
+    "with eval_tasks eval_tasks_steps=<number>",
 }
 WITH_TASKS = {"eval_tasks": "has no effect without eval_tasks: give eval_tasks=<tasks>, or leave it out"}
 
@@ -35,7 +36,8 @@ class Evaluation(BaseModel):
     eval_steps: int | None = row(
         None, "Held-out loss every so many steps, besides start and end.", ge=1, one_value=True,
         needs={
-            "eval_data or eval_rows": "has no effect without held-out rows: give eval_data=<file> or eval_rows=<number>"
+            "eval_data or eval_rows or samples": "has no effect without held-out rows or samples: give eval_data=<file>, "
+            "eval_rows=<number> or samples"
         },
     )  # fmt: skip
     eval_tasks: str | list[str] | None = row(
@@ -58,6 +60,12 @@ class Evaluation(BaseModel):
         one_value=True, only_with=WITH_TASKS,
     )  # fmt: skip
 
+    samples: str | list[str] | None = row(
+        None, "A prompt, or a list of prompts, that the model answers before training and at each evaluation, greedily. The answers "
+        "are in samples.jsonl.",
+        min_length=1, free=True, one_process=True,
+        never_with={"offload_frozen": "whose layers are not on the device when an answer is made"},
+    )  # fmt: skip
     early_stopping: int | None = row(
         None, "Stop after this number of evaluations in a row without a new best. keep_best says what is best.",
         ge=1, needs=BETWEEN,

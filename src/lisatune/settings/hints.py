@@ -55,6 +55,16 @@ OUR_NAME: dict[str, str] = {
         ("train_on_inputs", "train_on_input", "train_on_prompt", "train_on_source"), "completion_only_loss"
     ),
     **dict.fromkeys(("mask_history", "assistant_only_loss", "roles_to_train", "train_on_eos", "loss_scale"), "loss_on"),
+    **dict.fromkeys(
+        (
+            "shuffle_dataset",
+            "shuffle_merged_datasets",
+            "disable_shuffling",
+            "dataset_shuffle",
+            "train_dataloader_shuffle",
+        ),
+        "shuffle",
+    ),
     **dict.fromkeys(("sample_packing", "neat_packing", "group_texts", "pack"), "packing"),
     **dict.fromkeys(
         ("template", "conversation_template", "chat_template_path", "chat_template_jinja"), "chat_template"

@@ -150,6 +150,10 @@ class Lora(BaseModel):
         "all-linear", "Modules that get adapters, as peft names them.", methods=("lora",)
     )
     lora_use_rslora: bool = row(False, "Scale by 1/sqrt(lora_r) instead of 1/lora_r (rsLoRA).", methods=("lora",))
+    save_merged: bool = row(
+        True, "False saves the adapters alone, without a copy of the model in which they are merged.", methods=("lora",),
+        free=True,
+    )  # fmt: skip
     lora_use_dora: bool = row(
         False, "Learn magnitude and direction separately (DoRA).", methods=("lora",), one_process=True
     )

@@ -58,6 +58,10 @@ class Optim(BaseModel):
         },
     )  # fmt: skip
     weight_decay: float = row(0.0, "Decoupled weight decay. It acts on matrices only.", ge=0)
+    neftune_noise_alpha: float | None = row(
+        None, "Noise on the embedded tokens while training (NEFTune): at most this, divided by the root of a row's numbers.",
+        gt=0, methods=FIRST_ORDER,
+    )  # fmt: skip
     adam_beta1: float = row(0.9, "Decay of the first moment.", ge=0, lt=1, methods=FIRST_ORDER)
     adam_beta2: float = row(0.999, "Decay of the second moment.", ge=0, lt=1, methods=FIRST_ORDER)
     adam_epsilon: float = row(1e-8, "Added to the root of the second moment.", gt=0, methods=FIRST_ORDER)

@@ -18,8 +18,8 @@ from lisatune.data.tokenize import plain_template
 from lisatune.errors import UserError
 from lisatune.evaluation.mt_bench.questions import NUM_TURNS, Question
 from lisatune.evaluation.mt_bench.records import Records, key_of
-from lisatune.models.load import end_tokens, load_model, model_of, pick_device
-from lisatune.models.names import trusts_code
+from lisatune.models.load import end_tokens, load_model, pick_device
+from lisatune.models.names import model_of, trusts_code
 from lisatune.plan.forecast import model_config
 
 SUFFIXES = (

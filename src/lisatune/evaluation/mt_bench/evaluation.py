@@ -23,7 +23,7 @@ from lisatune.evaluation.mt_bench.questions import NUM_TURNS, Question, read_que
 from lisatune.evaluation.mt_bench.records import Records
 from lisatune.evaluation.mt_bench.scores import categories_of, notes_of, score
 from lisatune.evaluation.mt_bench.verdicts import judge_prompt
-from lisatune.models.names import check_model_name
+from lisatune.models.names import check_model_name, model_of
 
 if TYPE_CHECKING:
     from lisatune.evaluation.mt_bench.answers import Answers
@@ -64,8 +64,7 @@ def evaluate(
     # what can be found wrong before the first answer
     names = names_of(models)
     for model in models:
-        inside = Path(model).expanduser() / "model"
-        check_model_name(str(inside) if inside.is_dir() else model)
+        check_model_name(model_of(model))
     asked = read_questions(questions, references, limit=limit)
     try:
         output.mkdir(parents=True, exist_ok=True)

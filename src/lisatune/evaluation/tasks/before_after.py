@@ -20,7 +20,7 @@ from lisatune.evaluation.tasks.record import Conditions, Record
 from lisatune.evaluation.tasks.score import Score, difference, numbers
 from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.models.load import load_model, pick_device
-from lisatune.models.names import check_model_name, trusts_code
+from lisatune.models.names import check_model_name, model_of, trusts_code
 from lisatune.settings import read_settings
 
 
@@ -71,16 +71,17 @@ def find_target(name: str, output: Path | None = None) -> Target:
     if not (path / "config.yaml").is_file():
         check_model_name(name)
         return Target(name, name, None, output)
-    if not (path / "model" / "config.json").is_file():
+    trained = model_of(name)
+    if trained == name:
         raise UserError(
             f"{name}: holds no trained model; the run is not finished, or its model was dropped: run it again"
         )
-    check_model_name(str(path / "model"))
+    check_model_name(trained)
     base = read_settings(str(path / "config.yaml"), []).get("model")
     if not isinstance(base, str):
-        raise UserError(f"{path / 'config.yaml'}: says no model that the run began with; give {path / 'model'} instead")
+        raise UserError(f"{path / 'config.yaml'}: says no model that the run began with; give {trained} instead")
     check_model_name(base)
-    return Target(name, str(path / "model"), base, output or path)
+    return Target(name, trained, base, output or path)
 
 
 def score_targets(
