@@ -20,6 +20,7 @@ from chat_templates import (
 )
 from lisatune import UserError
 from lisatune.data.formats import Row, RowParser, parse_row
+from lisatune.data.render import CHATML_TEMPLATE, find_template
 from lisatune.data.tokenize import Encoder
 
 WEATHER = {"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {}}}
@@ -103,7 +104,9 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "argumen
         {"function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}},
     ],
 )
-@pytest.mark.parametrize("tools", [[{"type": "function", "function": WEATHER}], [WEATHER], json.dumps([WEATHER])])
+@pytest.mark.parametrize(
+    "tools", [[{"type": "function", "function": WEATHER}], [WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)]]
+)
 def test_tools_are_shown_and_calls_learnt_but_not_their_replies(content, call, tools):
     turns = [
         {"role": "user", "content": "Oslo?"},
@@ -112,6 +115,7 @@ def test_tools_are_shown_and_calls_learnt_but_not_their_replies(content, call, t
         {"role": "assistant", "content": "4 degrees."},
     ]
     (text,), counts = encoded({"tools": tools, "messages": turns}, TOOLS)
+    assert encoded({"functions": tools, "messages": turns}, TOOLS)[0] == [text]  # as OpenAI had it before
     shown = json.dumps({"type": "function", "function": WEATHER})
     assert text == (
         f"<system\n{shown}>\n<user\nOslo?>\n<assistant\n⟦{content or ''}<call>weather "
@@ -165,6 +169,18 @@ def test_reasoning_is_learnt_where_the_template_shows_it(key, template, answer):
     assert not counts.left_out
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_may_stand_in_a_column_beside_question_and_answer(key):
+    columns = {"problem": "2+2?", key: "two and two", "solution": "4"}
+    assert encoded(columns, SHOWS_REASONING)[0] == ["<user\n2+2?>\n<assistant\n⟦[two and two]4>⟧"]
+
+
+def test_thoughts_that_a_template_drops_are_named_where_the_whole_chat_is_learnt():
+    _, counts = encoded({"messages": THOUGHTS}, FORGETS_THOUGHTS, completion_only_loss=False)
+    assert counts.left_out == {"thoughts of an answer (not shown by the chat template)": 1}
+    assert not encoded({"messages": THOUGHTS}, FORGETS_THOUGHTS)[1].left_out
+
+
 def test_reasoning_that_the_template_does_not_show_is_named():
     turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", "reasoning_content": "add"}]
     (text,), counts = encoded({"messages": turns}, CHATML)
@@ -183,6 +199,16 @@ def test_a_turn_that_is_not_to_be_learnt_stays_in_the_context(mark):
     ]
     _, counts = encoded({"messages": [turns[0], TWO_TURNS[1] | mark]})
     assert counts.reasons == {"no turn is to be learnt": 1}
+
+
+def test_answers_in_a_prompt_are_shown_and_not_learnt_unless_prompts_are():
+    columns = {"system": "S", "prompt": TWO_TURNS[:3], "completion": [TWO_TURNS[3]]}
+    context = "<system\nS>\n<user\nOne?>\n<assistant\nUno.>\n<user\nTwo?>\n<assistant\n"
+    assert encoded(columns)[0] == [f"{context}⟦Dos.>⟧"]
+    assert encoded(columns | {"completion": "Dos."})[0] == [f"{context}⟦Dos.>⟧"]
+    assert encoded(columns, loss_on="all")[0] == [f"⟦{context}Dos.>⟧"]
+    marked_turn = columns | {"prompt": [TWO_TURNS[0], TWO_TURNS[1] | {"train": True}, TWO_TURNS[2]]}
+    assert encoded(marked_turn)[1].left_out == {"train of an answer in the prompt": 1}
 
 
 def test_a_weight_scales_its_turn():
@@ -298,6 +324,16 @@ def test_text_alone_leaves_the_tokenizer_without_a_template():
     assert tokenizer.chat_template is not None
 
 
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_template_of_ours_begins_as_text_does(adds_bos):
+    tokenizer = make_tokenizer(None, adds_bos=adds_bos)
+    for name in ("chatml", "plain"):
+        tokenizer.chat_template = find_template(name, tokenizer)
+        (text,), _ = encoded({"messages": TWO_TURNS[:2]}, tokenizer=tokenizer)
+        assert text.startswith("<s>") == adds_bos
+    assert find_template("chatml", tokenizer).endswith(CHATML_TEMPLATE)
+
+
 def test_a_chat_in_the_plain_template_begins_as_text_does():
     columns = {"messages": TWO_TURNS[:2]}
     assert encoded(columns, tokenizer=make_tokenizer(None))[0][0].startswith("### User:")
@@ -366,6 +402,11 @@ def test_other_names_are_given_by_the_settings():
         RowParser({"prompt": "q", "completion": "a"})(Row("here", {"q": "One?", "a": "Uno."})).messages[0]["content"]
         == "One?"
     )
+    both = RowParser({"messages": "dialog"})(Row("here", {"messages": TWO_TURNS, "dialog": TWO_TURNS[:2]}))
+    assert both.messages == tuple(TWO_TURNS[:2])
+    assert both.left_out == ("messages (dialog stands for it)",)
+    missing = RowParser({"messages": "dialog"})(Row("here", {"messages": TWO_TURNS}))
+    assert missing.left_out == ("dialog (which columns asks for) is not there",)
     with pytest.raises(UserError, match="columns: 'mesages' is none of .*did you mean 'messages'"):
         RowParser({"mesages": "dialog"})
     with pytest.raises(UserError, match="roles: bot cannot be 'asistant'; choose one of"):

@@ -41,12 +41,19 @@ def test_held_out_data_have_a_split_and_a_number_of_rows(folder):
         read(folder, eval_data={"path": str(folder), "spilt": "test"})
 
 
+def test_more_held_out_rows_than_there_are_means_all_of_them(folder):
+    _, held_out = read(folder, eval_data={"path": str(folder), "split": "test", "rows": 1000})
+    assert len(held_out[""]) == 10
+
+
 def test_several_data_sets_have_shares(folder):
     parts = [{"path": str(folder), "share": 0.7}, {"path": str(folder), "split": "test", "share": 0.3}]
     train, _ = read(folder, data=parts)
     assert [(len(rows), rows.share, rows.examples[0].source) for rows in train] == [(40, 0.7, 0), (10, 0.3, 1)]
     with pytest.raises(UserError, match="give each of several data sets a share above 0"):
         read(folder, data=[{"path": str(folder)}, {"path": str(folder)}])
+    with pytest.raises(UserError, match="^data: give each of several data sets a share, as in "):
+        read(folder, data=["a.jsonl", "b.jsonl"])
     with pytest.raises(UserError, match="dataset_split has no effect where data lists several"):
         read(folder, data=parts, dataset_split="test")
     with pytest.raises(UserError, match="eval_rows cannot hold rows out of several data sets"):
@@ -56,7 +63,7 @@ def test_several_data_sets_have_shares(folder):
 def test_bad_rows_are_skipped_and_kept_on_request(folder):
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"text": 3}\n{"text": \n')
-    with pytest.raises(UserError, match=r"line 41: 'text' is a int"):
+    with pytest.raises(UserError, match=r"line 41: 'text' is a int.*; on_bad_row=skip leaves such rows out"):
         read(folder)
     (train,), _ = read(folder, on_bad_row="skip")
     assert len(train) == 40

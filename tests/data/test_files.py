@@ -170,6 +170,8 @@ def test_a_cell_is_the_text_that_it_is(tmp_path, text, cell):
         ("a,b\n1\n", "row 1: has 1 cells, the first line 2"),
         ("a,a\n1,2\n", "the column 'a' stands twice"),
         ('a,b\n1,"2\n', "line 2: not valid CSV"),
+        ("prompt;completion\na;b\n", "cells must be separated by commas, not by ';'"),
+        ("prompt\tcompletion\na\tb\n", r"cells must be separated by commas, not by '\\t'"),
     ],
 )
 def test_a_malformed_table_names_the_place(tmp_path, text, message):

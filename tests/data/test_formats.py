@@ -24,6 +24,8 @@ CHAT = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
         {"instruction": "Hi", "output": "Hello"},
         {"instruction": "Hi", "context": "", "response": "Hello", "category": "chat"},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"messages": None, "text": None, "prompt": "Hi", "completion": "Hello"},  # as Arrow has rows of several formats
+        {"prompt": "Hi", "completion": None, "query": "Hi", "response": "Hello"},
     ],
 )
 def test_every_row_format_becomes_the_same_chat(columns):
@@ -54,6 +56,11 @@ def test_instruction_with_input_and_text():
         ({"text": None}, "'text' is missing or null"),
         ({"messages": []}, "at least one"),
         ({"messages": "Hi"}, "a chat must be a list of turns"),
+        (
+            {"messages": "[{'role': 'user', 'content': 'Hi'}]"},
+            "looks like a list, but is not JSON; write the list itself",
+        ),
+        ({"prompt": "Hi", "completion": None}, "'completion' is missing or null"),
         ({"messages": [{"role": "user"}]}, "turn 1 has no 'content'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "turn 1 has role 'robot'; expected one of"),
         ({"messages": [CHAT[0]]}, "no assistant turn"),
@@ -141,6 +148,37 @@ def test_bad_files_name_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}},
+        {"0": {"prompt": "a", "completion": "c"}, "1": {"prompt": "b", "completion": "d"}},
+        {"prompt": ["a", "b"], "completion": ["c", "d"]},
+        {"columns": ["prompt", "completion"], "index": [0, 1], "data": [["a", "c"], ["b", "d"]]},
+    ],
+)
+def test_a_table_that_pandas_wrote_by_columns_is_told_apart_from_rows(tmp_path, table):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    with pytest.raises(UserError, match="holds columns, not rows, as pandas writes them: .*orient='records'"):
+        list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://example.com/rows.jsonl", "it is an address: download it"),
+        ("{folder}/*.jsonl", "patterns are not followed: give the folder"),
+        ("{folder}/a.jsonl,{folder}/b.jsonl", "give several as a list with shares"),
+    ],
+)
+def test_names_that_other_tools_take_are_answered(tmp_path, name, message):
+    for one in "ab":
+        (tmp_path / f"{one}.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match=f"no such file or folder; {message}"):
+        list(read_rows(name.format(folder=tmp_path)))
 
 
 def test_missing_file_names_the_nearest(tmp_path):

@@ -8,6 +8,10 @@ from html import unescape
 
 import pytest
 
+from lisatune.data.files import DataFile
+from lisatune.data.inspection import Inspection, ShownRow
+from lisatune.data.tokenize import Counts
+from lisatune.data.view import write_page
 from lisatune.run.report import write_report
 from patience import HANG_SECONDS
 
@@ -44,7 +48,7 @@ function contrast(element) {
   const [a, b] = [parts(svg ? style.fill : style.color), svg ? shapeBehind(element) : behind(element)].map(brightness)
   return (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
 }
-const texts = [...document.querySelectorAll('h1, h2, p, td, th, pre, svg text')]
+const texts = [...document.querySelectorAll('h1, h2, p, li, td, th, pre, span, svg text')]
 const faint = texts.filter(e => e.textContent.trim() && contrast(e) < 4.5)
 const found = {
   dark: matchMedia('(prefers-color-scheme: dark)').matches,
@@ -117,9 +121,25 @@ def comparison(tmp_path_factory):
     return folder / "report.html"
 
 
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """The page of `lisatune data`, with a long word and rows beyond max_length."""
+    folder = tmp_path_factory.mktemp("rows")
+    counts = Counts(read=90, used=40, refused=50, tokens=9000, labelled_tokens=4000, truncated=9, cut_tokens=99)
+    counts.left_out["a_column_that_nobody_knows"] = 40
+    counts.reasons["the answer is empty"] = 50
+    text = [("<|im_start|>user\nWhat?<|im_end|>\n", False), ("x" * 300 + "<|im_end|>", True)]
+    found = Inspection(
+        ["rows.jsonl"], ["rows.jsonl: 1 file"], [DataFile(folder / "rows.jsonl", num_rows=90)], [], counts, list(range(10, 90)), 60, 8,
+        (0.3, 0.1), [ShownRow("rows.jsonl, line 1", text, list(range(99)), [-100] * 40 + list(range(59)))],
+        ["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    return write_page(found, folder / "rows.html", ids=True)
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("of", ["report", "comparison"])
+@pytest.mark.parametrize("of", ["report", "comparison", "rows"])
 def test_it_can_be_read(request, of, width, dark):
     seen = look(request.getfixturevalue(of), width, dark)
     assert seen["dark"] is dark

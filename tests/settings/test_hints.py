@@ -27,6 +27,8 @@ def test_every_hint_names_a_setting_that_there_is_and_none_hides_one():
         ("model_name_or_path", "model"),
         ("output_dir", "output"),
         ("val_set_size", "eval_rows"),
+        ("dataset_text_field", "columns"),
+        ("device_map", "device"),
     ],
 )
 def test_a_setting_of_another_tool_gets_our_name(foreign, ours):

@@ -50,7 +50,7 @@ def data(
     from lisatune.models.names import check_model_name
 
     check_model_name(checked.model)
-    train, _ = read_examples(checked.model_copy(update={"eval_data": None, "eval_rows": 0, "streaming": False}))
+    train, held_out = read_examples(checked.model_copy(update={"streaming": False}))
     quiet_libraries()
     from lisatune.data.inspection import inspect
     from lisatune.data.view import show, write_page
@@ -67,14 +67,16 @@ def data(
             lengths = array("l")
             documents, counts = encoding.documents(some, "train", lengths=lengths, may_be_empty=True)
             encoded.append((documents, counts, lengths or [len(document) for document in documents]))
+        held = {name: encoding.documents(some, "eval", may_be_empty=True)[1] for name, some in held_out.items()}
     wanted = rows or (ROWS_IN_JSON if as_json else ROWS_IN_PAGE if html else ROWS_SHOWN)
     found = inspect(
         train, encoded, tokenizer, max_length=checked.max_length, batch_size=checked.per_device_train_batch_size,
-        num_rows=wanted, seed=checked.seed,
+        num_rows=wanted, seed=checked.seed, held_out={name: (held_out[name], counts) for name, counts in held.items()},
     )  # fmt: skip
     if html is not None:
         console.print(str(write_page(found, html, ids=ids)), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found.as_dict(ids=ids), ensure_ascii=False))
     elif html is None:
-        Console().print(show(found, ids=ids))
+        terminal = Console()
+        terminal.print(show(found, ids=ids, marks=terminal.color_system is None))

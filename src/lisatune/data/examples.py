@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lisatune.data.files import HELD_OUT_SPLITS, Source, find_source, shown
 from lisatune.data.formats import Example, RowParser, parse_rows
-from lisatune.data.read import OnBadRow, rows_of
+from lisatune.data.read import OnBadRow, rows_of, stop_and_tell
 from lisatune.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Rows:
     @property
     def on_bad(self) -> OnBadRow:
         """What is done with the error of a bad row."""
-        return self.bad.append if self.on_bad_row == "skip" else _stop
+        return self.bad.append if self.on_bad_row == "skip" else stop_and_tell
 
     def is_large(self) -> bool:
         """Whether its rows should not be held in memory."""
@@ -73,10 +73,6 @@ class Rows:
 
 
 HeldOut = dict[str, Rows]
-
-
-def _stop(error: UserError) -> None:
-    raise error
 
 
 def read_examples(config: TrainConfig) -> tuple[list[Rows], HeldOut]:
@@ -180,8 +176,14 @@ def _all_bad(rows: Rows) -> str:
 
 
 def spread(num_examples: int, count: int) -> set[int]:
-    """``count`` of ``num_examples`` numbers, at even distances."""
-    return {i * num_examples // count for i in range(min(count, num_examples))}
+    """``count`` of ``num_examples`` numbers, at even distances; all of them if there are no more.
+
+    Example:
+        >>> sorted(spread(9, 3)), sorted(spread(3, 9))
+        ([0, 3, 6], [0, 1, 2])
+    """
+    count = min(count, num_examples)
+    return {i * num_examples // count for i in range(count)}
 
 
 def _spread(examples: list[Example], count: int) -> tuple[list[Example], list[Example]]:

@@ -143,9 +143,22 @@ def _local(data: str) -> Path | None:
     if path.is_dir() or path.is_file():
         return path
     if path.exists() or _looks_like_path(data):
+        if hint := _not_a_path(data):
+            raise UserError(f"{data}: no such file or folder; {hint}")
         nearby = [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{data}: no such file or folder{did_you_mean(path.name, nearby)}")
     return None
+
+
+def _not_a_path(data: str) -> str:
+    """What to do about a name that other tools take and that is no file here."""
+    if "://" in data:
+        return "it is an address: download it, and give the file"
+    if "*" in data or "?" in data:
+        return "patterns are not followed: give the folder"
+    if all(Path(part.strip()).exists() for part in data.split(",")):
+        return "give several as a list with shares: [{path: a.jsonl, share: 0.7}, {path: b.jsonl, share: 0.3}]"
+    return ""
 
 
 def _looks_like_path(data: str) -> bool:

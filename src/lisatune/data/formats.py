@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -19,7 +19,9 @@ PAIRS = (("prompt", "completion"), ("question", "answer"), ("problem", "solution
 OTHER_PAIRS = (("query", "response"), ("question", "response"), ("prompt", "response"), ("input", "output"))
 INSTRUCTIONS = (("input", "output"), ("context", "response"))  # Alpaca's names, and Dolly's
 SYSTEM_COLUMNS = ("system", "system_prompt")
-SIDE_COLUMNS = (*SYSTEM_COLUMNS, "history", "tools", "chat_template_kwargs", "reasoning_content")
+TOOL_COLUMNS = ("tools", "functions")  # OpenAI's names, now and before
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+SIDE_COLUMNS = (*SYSTEM_COLUMNS, "history", *TOOL_COLUMNS, "chat_template_kwargs", *REASONING_KEYS)
 COLUMNS = tuple(dict.fromkeys(
     ["messages", "conversations", *(name for pair in (*PAIRS, *OTHER_PAIRS) for name in pair), "instruction", "context",
      "text", *SIDE_COLUMNS]
@@ -33,7 +35,6 @@ ROLES = {
     "developer": "developer",
 }
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 TRAIN_KEYS = ("train", "training", "loss")  # axolotl's names, and ms-swift's
 CALL_KEYS = ("tool_calls", "function_call")  # OpenAI's, now and before
 PASSED_KEYS = ("name", "tool_call_id")  # handed to the template as they are
@@ -65,6 +66,7 @@ class Example:
         text: The text; None for a chat.
         tools: The tools that the chat may call, as JSON schemas.
         weights: What each turn's loss counts; 0 is not learnt. Empty: 1 for the assistant's turns, 0 for others.
+        num_prompt: How many first turns are a prompt, whose answers are not learnt: those of a ``prompt`` column.
         template_kwargs: Further arguments of the chat template.
         call_texts: Turn to the text that stood for its tool calls, for a template that shows no calls.
         left_out: Columns of the row and keys of its turns that play no part.
@@ -76,6 +78,7 @@ class Example:
     text: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[float, ...] = ()
+    num_prompt: int = 0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     call_texts: Mapping[int, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
@@ -83,12 +86,12 @@ class Example:
 
     def __repr__(self) -> str:
         """What is learnt: comparisons recognise their data by it, and must not see a column that plays no part."""
-        parts = {name: getattr(self, name) for name in ("tools", "weights", "template_kwargs", "source")}
+        parts = {name: getattr(self, name) for name in ("tools", "weights", "num_prompt", "template_kwargs", "source")}
         told = "".join(f", {name}={value!r}" for name, value in parts.items() if value)
         return f"Example(where={self.where!r}, messages={self.messages!r}, text={self.text!r}{told})"
 
     def weight(self, turn: int) -> float:
-        """What the loss of ``turn`` counts."""
+        """What the loss of ``turn`` counts, if it is learnt."""
         if self.weights:
             return self.weights[turn]
         return float(self.messages[turn]["role"] == "assistant")
@@ -111,7 +114,7 @@ def parse_row(row: Row) -> Example:
     ================================  =================================================================
 
     Beside a chat, ``system`` or ``system_prompt`` is its first turn, ``history`` what was said before, ``tools`` what
-    may be called. Every other column is named in ``left_out``.
+    may be called. Every other column is named in ``left_out``. A column that is null is not there.
 
     Raises: UserError that names the place and the remedy.
     Example:
@@ -172,29 +175,34 @@ class _RowReader:
     def __init__(self, row: Row, parser: RowParser) -> None:
         self.row = row
         self.parser = parser
-        self.columns = self._renamed()
         self.used: set[str] = set()
         self.left_out: dict[str, None] = {}
+        self.columns = self._renamed()
         self.call_texts: dict[int, str] = {}
+        self.num_prompt = 0
 
     def _renamed(self) -> Mapping[str, Any]:
         names = self.parser.columns
         if not names:
             return self.row.columns
         columns = {name: value for name, value in self.row.columns.items() if name not in names.values()}
-        return columns | {
-            ours: self.row.columns[theirs] for ours, theirs in names.items() if theirs in self.row.columns
-        }
+        for ours, theirs in names.items():
+            if theirs in self.row.columns:
+                if _holds(columns.get(ours)):
+                    self._leave_out([f"{ours} ({theirs} stands for it)"])
+                columns[ours] = self.row.columns[theirs]
+            elif ours in COLUMNS:
+                self._leave_out([f"{theirs} (which columns asks for) is not there"])
+        return columns
 
     def example(self) -> Example:
         """The example; see ``parse_row``."""
-        found = self._turns()
-        if found is None and "text" in self.columns:
-            text = self._string("text")
-            return Example(self.row.where, text=text, left_out=self._unused(), source=self.parser.source)
-        found = found or self._other_pair()
+        there = {name for name, value in self.columns.items() if value is not None}
+        found = self._chat_or_text(there) or self._chat_or_text(self.columns.keys())  # the latter tells what is null
         if found is None:
             raise self._unrecognised()
+        if isinstance(found, str):
+            return Example(self.row.where, text=found, left_out=self._unused(), source=self.parser.source)
         messages, weights = self._before(*found)
         self._check_chat(messages)
         tools = tuple(self._tools())
@@ -203,45 +211,55 @@ class _RowReader:
             weight == float(message["role"] == "assistant") for message, weight in zip(messages, weights, strict=True)
         )
         return Example(
-            self.row.where, tuple(messages), None, tools, () if plain else tuple(weights), kwargs, self.call_texts,
-            self._unused(), self.parser.source,
+            self.row.where, tuple(messages), tools=tools, weights=() if plain else tuple(weights), num_prompt=self.num_prompt,
+            template_kwargs=kwargs, call_texts=self.call_texts, left_out=self._unused(), source=self.parser.source,
         )  # fmt: skip
 
     # -- the chat ----------------------------------------------------------------------------------------------------
 
-    def _turns(self) -> tuple[list[Message], list[float]] | None:
-        columns = self.columns
+    def _chat_or_text(self, there: Set[str]) -> tuple[list[Message], list[float]] | str | None:
+        """What the columns ``there`` hold, in the order in which formats are looked for."""
         for name in ("messages", "conversations"):
-            if name in columns:
+            if name in there:
                 return self._chat(self._take(name), name)
         for question, answer in PAIRS:
-            if question in columns and answer in columns:
-                if isinstance(columns[question], list) or isinstance(columns[answer], list):
-                    return self._chat([*self._as_turns(question, "user"), *self._as_turns(answer, "assistant")])
-                return self._pair(self._string(question), self._string(answer))
-        for extra_name, answer in INSTRUCTIONS:
-            if "instruction" in columns and answer in columns:
-                other = next(name for name, _ in INSTRUCTIONS if name != extra_name)
-                extra_name = other if extra_name not in columns and other in columns else extra_name
-                extra, instruction = self._string(extra_name, default=""), self._string("instruction")
-                return self._pair(f"{instruction}\n\n{extra}" if extra.strip() else instruction, self._string(answer))
-        return None
+            if question in there and answer in there:
+                if isinstance(self.columns[question], list) or isinstance(self.columns[answer], list):
+                    return self._two_lists(question, answer)
+                return self._pair(question, answer)
+        for extra, answer in INSTRUCTIONS:
+            if "instruction" in there and answer in there:
+                other = next(name for name, _ in INSTRUCTIONS if name != extra)
+                return self._pair("instruction", answer, other if extra not in there and other in there else extra)
+        if "text" in there:
+            return self._string("text")
+        return next((self._pair(*names) for names in OTHER_PAIRS if there >= set(names)), None)
 
-    def _other_pair(self) -> tuple[list[Message], list[float]] | None:
-        for question, answer in OTHER_PAIRS:
-            if question in self.columns and answer in self.columns:
-                return self._pair(self._string(question), self._string(answer))
-        return None
+    def _two_lists(self, question: str, answer: str) -> tuple[list[Message], list[float]]:
+        """A prompt of several turns; answers in it are not learnt."""
+        prompt = self._as_turns(question, "user")
+        messages, weights = self._chat([*prompt, *self._as_turns(answer, "assistant")])
+        for number, turn in enumerate(prompt):
+            if messages[number]["role"] == "assistant":
+                self._leave_out(
+                    f"{key} of an answer in the {question}" for key in (*TRAIN_KEYS, "weight") if turn.get(key)
+                )
+                weights[number] = 1.0
+        self.num_prompt = len(prompt)
+        return messages, weights
 
     def _as_turns(self, column: str, role: str) -> list[Any]:
         value = self._take(column)
         return value if isinstance(value, list) else [{"role": role, "content": value}]
 
-    def _pair(self, question: str, answer: str) -> tuple[list[Message], list[float]]:
-        reply = Message(role="assistant", content=answer)
-        if self.columns.get("reasoning_content"):
-            reply["reasoning_content"] = self._string("reasoning_content")
-        return [Message(role="user", content=question), reply], [0.0, 1.0]
+    def _pair(self, question: str, answer: str, extra: str | None = None) -> tuple[list[Message], list[float]]:
+        asked = self._string(question)
+        if extra is not None and (more := self._string(extra, default="")).strip():
+            asked = f"{asked}\n\n{more}"
+        reply = Message(role="assistant", content=self._string(answer))
+        if reasoning := next((name for name in REASONING_KEYS if self.columns.get(name)), None):
+            reply["reasoning_content"] = self._string(reasoning)
+        return [Message(role="user", content=asked), reply], [0.0, 1.0]
 
     def _before(self, messages: list[Message], weights: list[float]) -> tuple[list[Message], list[float]]:
         """The chat with what columns beside it say came before: the system prompt, and earlier turns."""
@@ -251,6 +269,7 @@ class _RowReader:
             messages = [*messages[:at], *history, *messages[at:]]
             weights = [*weights[:at], *(float(turn["role"] == "assistant") for turn in history), *weights[at:]]
             self.call_texts = {turn + len(history): text for turn, text in self.call_texts.items()}
+            self.num_prompt += len(history) * bool(self.num_prompt)
         for name in SYSTEM_COLUMNS:
             if not self.columns.get(name):
                 self.used.add(name)
@@ -263,6 +282,7 @@ class _RowReader:
             if system.strip():
                 messages, weights = [Message(role="system", content=system), *messages], [0.0, *weights]
                 self.call_texts = {turn + 1: text for turn, text in self.call_texts.items()}
+                self.num_prompt += bool(self.num_prompt)
         return messages, weights
 
     def _history(self) -> list[Message]:
@@ -289,6 +309,10 @@ class _RowReader:
 
     def _chat(self, turns: Any, column: str = "prompt") -> tuple[list[Message], list[float]]:
         turns = _from_json(turns)
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            raise self._error(
+                f"'{column}' is a text that looks like a list, but is not JSON; write the list itself, or json.dumps of it"
+            )
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
             raise self._error(f"'{column}': a chat must be a list of turns with 'role' and 'content', at least one")
         messages, weights = [], []
@@ -387,14 +411,18 @@ class _RowReader:
         return [self._call(0, call) for call in calls]
 
     def _tools(self) -> Iterator[Mapping[str, Any]]:
-        tools = self._parsed("tools")
-        if not tools:
-            return
-        for tool in tools if isinstance(tools, list) else [tools]:
-            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-                raise self._error("'tools' must be a list of functions with 'name', 'description' and 'parameters'")
-            yield {"type": "function", "function": function} if function is tool else tool
+        given = [(column, self._parsed(column)) for column in TOOL_COLUMNS]
+        for column, tools in given:
+            yield from (
+                self._tool(column, tool) for tool in (tools if isinstance(tools, list) else [tools] if tools else [])
+            )
+
+    def _tool(self, column: str, tool: Any) -> Mapping[str, Any]:
+        tool = _from_json(tool)
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise self._error(f"'{column}' must be a list of functions with 'name', 'description' and 'parameters'")
+        return {"type": "function", "function": function} if function is tool else tool
 
     def _check_chat(self, messages: Sequence[Message]) -> None:
         if not any(message["role"] == "assistant" for message in messages):
@@ -448,7 +476,11 @@ class _RowReader:
         self.left_out |= dict.fromkeys(names)
 
     def _unused(self) -> tuple[str, ...]:
-        unused = [shown(name) for name, value in self.columns.items() if name not in self.used and _holds(value)]
+        unused = [
+            shown(name) or "(no name)"
+            for name, value in self.columns.items()
+            if name not in self.used and _holds(value)
+        ]
         return tuple(dict.fromkeys([*unused, *map(shown, self.left_out)]))
 
     def _error(self, message: str) -> UserError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,6 +49,8 @@ class Inspection:
         batch_size: Rows of a micro-batch.
         padding: The share of a run's tokens that is padding, without packing and with it.
         rows: A few rows, spread evenly.
+        special: The tokenizer's special tokens, which a view may set apart.
+        held_out: Of each set to evaluate on: its name, the rows, and what became of them.
     """
 
     names: list[str]
@@ -61,20 +63,20 @@ class Inspection:
     batch_size: int
     padding: tuple[float, float]
     rows: list[ShownRow] = field(default_factory=list)
+    special: list[str] = field(default_factory=list)
+    held_out: list[tuple[str, Rows, Counts]] = field(default_factory=list)
 
     def as_dict(self, *, ids: bool = False) -> dict[str, Any]:
         """Plain values; ``ids`` adds tokens and labels to each row."""
-        counts = asdict(self.counts)
-        told: dict[str, Any] = {name: value for name, value in counts.items() if isinstance(value, int)}
-        told |= {"reasons": dict(self.counts.reasons), "not_used": dict(self.counts.left_out), "bad": self.counts.bad}
         return {
             "data": self.names,
             "files": {
                 "read": [_file(file, file.num_rows) for file in self.read],
                 "left_out": [_file(file, rows) for file, rows in self.left_out],
             },
-            "counts": told,
-            "lengths": {"histogram": histogram(self.lengths), "longest": max(self.lengths, default=0), "max_length": self.max_length},
+            "counts": _counts(self.counts),
+            "held_out": [{"name": name, "data": rows.source.describe(), "counts": _counts(counts)} for name, rows, counts in self.held_out],
+            "lengths": {"histogram": histogram(self.lengths, self.max_length), "longest": max(self.lengths, default=0), "max_length": self.max_length},
             "padding": {"batch_size": self.batch_size, "share": self.padding[0], "share_with_packing": self.padding[1]},
             "rows": [
                 {"where": row.where, "pieces": [list(piece) for piece in row.pieces]}
@@ -84,6 +86,11 @@ class Inspection:
         }  # fmt: skip
 
 
+def _counts(counts: Counts) -> dict[str, Any]:
+    numbers = {name: value for name, value in asdict(counts).items() if isinstance(value, int)}
+    return numbers | {"reasons": dict(counts.reasons), "not_used": dict(counts.left_out), "bad": counts.bad}
+
+
 def _file(file: DataFile, num_rows: int | None) -> dict[str, Any]:
     told = {"file": str(file.path), "rows": num_rows, "split": file.split, "config": file.config or None}
     return told | ({"reason": file.left_out} if file.left_out else {}) | ({"note": file.note} if file.note else {})
@@ -91,7 +98,7 @@ def _file(file: DataFile, num_rows: int | None) -> dict[str, Any]:
 
 def inspect(
     train: Sequence[Rows], encoded: Sequence[tuple[Sequence[Encoded], Counts, Sequence[int]]], tokenizer: Any, *,
-    max_length: int, batch_size: int, num_rows: int, seed: int = 0,
+    max_length: int, batch_size: int, num_rows: int, seed: int = 0, held_out: Mapping[str, tuple[Rows, Counts]] | None = None,
 ) -> Inspection:  # fmt: skip
     """What the data sets of a run hold.
 
@@ -103,6 +110,7 @@ def inspect(
         batch_size: Rows of a micro-batch.
         num_rows: How many documents are shown.
         seed: Seed of the order in which they would be trained.
+        held_out: Of each set to evaluate on, by its name: the rows, and what became of them.
     """
     counts = Counts()
     for _, own, _ in encoded:
@@ -117,6 +125,8 @@ def inspect(
         [(file, count_rows(file)) for rows in train for file in rows.source.files if file.left_out],
         counts, lengths, max_length, batch_size, (padding(cut, batch_size, seed), padding(packed(cut, max_length), batch_size, seed)),
         [shown_row(document, tokenizer) for document in documents],
+        special_texts(tokenizer),
+        [(name, rows, counts) for name, (rows, counts) in (held_out or {}).items()],
     )  # fmt: skip
 
 
@@ -140,6 +150,12 @@ def shown_row(document: Encoded, tokenizer: Any) -> ShownRow:
     return ShownRow(document.where, pieces, ids, labels)
 
 
+def special_texts(tokenizer: Any) -> list[str]:
+    """The special tokens of a tokenizer as text, longer ones first."""
+    added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
+
+
 def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> float:
     """The share of padding in micro-batches of ``batch_size`` rows, each as wide as its longest row.
 
@@ -160,18 +176,24 @@ def packed(lengths: Sequence[int], max_length: int) -> list[int]:
     return [sum(window[i] for i in row) for window in windows for row in pack(window, max_length)]
 
 
-def histogram(lengths: Sequence[int], bins: int = 16) -> list[tuple[int, int, int]]:
+def histogram(lengths: Sequence[int], limit: int | None = None, bins: int = 16) -> list[tuple[int, int, int]]:
     """Rows by their tokens, as (from, to, rows) with equal steps, from the shortest row to the longest.
+
+    One step ends at ``limit`` where some rows are longer.
 
     Example:
         >>> histogram([1, 2, 2, 9], bins=3)
         [(1, 3, 3), (4, 6, 0), (7, 9, 1)]
+        >>> histogram([1, 2, 2, 9], limit=4, bins=3)
+        [(0, 1, 1), (2, 4, 2), (5, 7, 0), (8, 10, 1)]
     """
     if not lengths:
         return []
-    shortest, longest = min(lengths), max(lengths)
-    step = -(-(longest - shortest + 1) // bins)
-    counts = array("q", [0]) * (-(-(longest - shortest + 1) // step))
+    begin, longest = min(lengths), max(lengths)
+    step = -(-(longest - begin + 1) // bins)
+    if limit is not None and begin <= limit < longest:
+        begin = limit + 1 - step * -(-(limit + 1 - begin) // step)
+    counts = array("q", [0]) * (-(-(longest - begin + 1) // step))
     for length in lengths:
-        counts[(length - shortest) // step] += 1
-    return [(shortest + i * step, shortest + (i + 1) * step - 1, count) for i, count in enumerate(counts)]
+        counts[(length - begin) // step] += 1
+    return [(max(0, begin + i * step), begin + (i + 1) * step - 1, count) for i, count in enumerate(counts)]

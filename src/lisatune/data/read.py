@@ -47,6 +47,11 @@ def stop(error: UserError) -> None:
     raise error
 
 
+def stop_and_tell(error: UserError) -> None:
+    """``stop`` in a run, where a setting leaves such rows out."""
+    raise UserError(f"{error}; on_bad_row=skip leaves such rows out") from error
+
+
 def read_rows(
     data: str,
     *,
@@ -190,6 +195,11 @@ def _rows_in_object(file: DataFile, text: str, split: str) -> list[Any] | None:
     if not isinstance(found, dict):
         return None
     lists = {} if found.keys() & ROW_MARKS else {name: value for name, value in found.items() if _is_rows(value)}
+    if _is_table(found):
+        raise UserError(
+            f"{file.path}: holds columns, not rows, as pandas writes them: write rows, with "
+            "to_json(path, orient='records', lines=True)"
+        )
     name = next((name for name in (*ROW_KEYS, split) if name in lists), None)
     if name is not None:
         others = [shown(other) for other in found if other not in (name, "type")]
@@ -209,6 +219,18 @@ def _is_json(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def _is_table(found: dict[str, Any]) -> bool:
+    """Whether an object holds a table as pandas writes one: columns by name, rows by number, or ``columns`` and ``data``."""
+    if isinstance(found.get("columns"), list) and isinstance(found.get("data"), list):
+        return True
+    values = list(found.values())
+    if values and all(isinstance(value, dict) for value in values):
+        return all(map(str.isdigit, found)) or all(name.isdigit() for value in values for name in value)
+    return bool(values) and all(
+        isinstance(value, list) and value and all(isinstance(item, str) for item in value) for value in values
+    )
 
 
 def _is_rows(value: Any) -> bool:
@@ -245,7 +267,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _row(where: str, columns: Any) -> Row:
     if not isinstance(columns, dict):
         kind = "missing or null" if columns is None else f"a {type(columns).__name__}"
-        raise UserError(f"{where}: a row must be a JSON object, not {kind}")
+        hint = '; write a chat as {"messages": [...]}' * (isinstance(columns, list) and _is_rows(columns))
+        raise UserError(f"{where}: a row must be a JSON object, not {kind}{hint}")
     return Row(where, columns)
 
 
@@ -263,6 +286,10 @@ def _csv(path: Path, on_bad: OnBadRow) -> Iterator[Row]:
             twice = next((name for name, count in Counter(names).items() if count > 1), None)
             if twice is not None:
                 raise UserError(f"{path}: the column '{shown(twice)}' stands twice in the first line; rename one")
+            if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+                raise UserError(
+                    f"{path}: cells must be separated by commas, not by {mark!r}; save it so, or as JSON lines"
+                )
             for number, row in enumerate((row for row in cells if row), start=1):
                 where = f"{path}, row {number}"
                 if len(row) != len(names):

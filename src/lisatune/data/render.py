@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -51,7 +51,7 @@ def find_template(name: str, tokenizer: Any) -> str:
     if name in own:
         return str(own[name])
     if name == "chatml":
-        return CHATML_TEMPLATE
+        return _begun(tokenizer, CHATML_TEMPLATE)
     if name == "plain":
         return plain_template(tokenizer)
     path = Path(name).expanduser()
@@ -66,10 +66,15 @@ def find_template(name: str, tokenizer: Any) -> str:
 
 
 def plain_template(tokenizer: Any) -> str:
-    """``PLAIN_TEMPLATE``, after the beginning-of-text token where the tokenizer puts one before text too."""
+    """``PLAIN_TEMPLATE``, for a tokenizer that has no template of its own."""
+    return _begun(tokenizer, PLAIN_TEMPLATE)
+
+
+def _begun(tokenizer: Any, template: str) -> str:
+    """``template`` after the beginning-of-text token, where the tokenizer puts one before text too."""
     bos = tokenizer.bos_token_id
     begins = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-    return "{{ bos_token }}" * begins + PLAIN_TEMPLATE
+    return "{{ bos_token }}" * begins + template
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ class Renderer:
         self.loss_on = loss_on
         template = tokenizer.chat_template
         self.source = template if isinstance(template, str) else " ".join(map(str, (template or {}).values()))
+        self.reasoning_keys = [key for key in REASONING_KEYS if re.search(rf"""\.{key}\b|(['"]){key}\1""", self.source)]
         self.options: dict[str, Any] = {}
         if today is not None and isinstance(template, str) and writes_date(template):
             self.options["chat_template"] = with_date(template, today)
@@ -129,13 +135,13 @@ class Renderer:
             return Rendered([], why="the answer is empty")
         if self.loss_on == "all":
             rows = [self._all_of(example, chat, answers)]
-            return Rendered(rows, self._missing(example, chat, rows[0]))
+            return Rendered(rows, self._missing(example, chat, answers, rows))
         learnt = [i for i in answers[-1:] if self.loss_on == "last"] or answers
-        learnt = [i for i in learnt if example.weight(i)]
+        learnt = [i for i in learnt if example.weight(i) and i >= example.num_prompt]
         if not learnt:
             return Rendered([], why="no turn is to be learnt")
         rows = list(self._rows(example, chat, learnt))
-        return Rendered(rows[::-1], self._missing(example, chat, rows[0]))
+        return Rendered(rows[::-1], self._missing(example, chat, learnt, rows))
 
     def _rows(self, example: Example, chat: list[Message], learnt: list[int]) -> Iterator[list[Piece]]:
         """Rows from the last answer back; each takes the earlier answers that it shows as generation would."""
@@ -167,35 +173,48 @@ class Renderer:
         return prompt, self._closed(shown[len(prompt) :], chat[i]) if shown.startswith(prompt) else ""
 
     def _located(self, example: Example, chat: list[Message], i: int) -> tuple[str, str]:
-        """``_spans``, and of a template whose prompt opens a thought that its rendering of an answer has not."""
+        """``_spans``, and the answer where the prompt that generation sees is not how the rendering begins.
+
+        Raises: UserError if the answer cannot be told from its prompt.
+        """
         prompt, answer = self._spans(example, chat, i)
         if answer:
             return prompt, answer
         shown = self.render(example, chat[: i + 1])
-        common = next(
-            (k for k, (a, b) in enumerate(zip(prompt, shown, strict=False)) if a != b), min(len(prompt), len(shown))
-        )
+        rest = _after_opened(prompt, shown, chat[i]) or self._after_header(example, chat[:i], prompt, shown)
         thought, content = _thought_of(chat[i])
-        rest = self._closed(shown[common:], {**chat[i], "content": content})
-        opened = re.search(r"([<\[])(\w+)([>\]])\s*$", prompt[common:])
-        if (
-            not rest.strip()
-            or not rest.lstrip().startswith(content.strip())
-            or (prompt[common:].strip() and not opened)
-        ):
-            raise UserError(
-                f"{example.where}: the chat template changes earlier turns as the chat goes on, so answers cannot be told "
-                "from prompts; set completion_only_loss=false, which learns the whole chat, or give another chat_template"
-            )
-        if opened:
-            rest = f"{thought}\n{opened[1]}/{opened[2]}{opened[3]}\n\n{rest.lstrip()}"
-        return prompt, rest
+        if rest is not None and content.strip() in rest:
+            return prompt, self._closed(rest, {**chat[i], "content": content})
+        if thought:  # a prompt that closes the thought leaves no room for one; it is named as not shown
+            bare: Any = {key: value for key, value in chat[i].items() if key not in REASONING_KEYS} | {
+                "content": content
+            }
+            return self._located(example, [*chat[:i], bare], i)
+        raise UserError(
+            f"{example.where}: the chat template changes earlier turns as the chat goes on, so answers cannot be told "
+            "from prompts; set completion_only_loss=false, which learns the whole chat, or give another chat_template"
+        )
+
+    def _after_header(self, example: Example, before: list[Message], prompt: str, shown: str) -> str | None:
+        """What follows the last beginning of an answer that the template writes at the end of ``prompt``."""
+        begun = self.render(example, before)
+        header = prompt[len(begun) :] if prompt.startswith(begun) else ""
+        other = self.render(example, [*before, Message(role="assistant", content="\0")])
+        at = shown.rfind(header, 0, _num_common(shown, other)) if header.strip() else -1
+        return shown[at + len(header) :] if at >= 0 else None
 
     def _closed(self, shown: str, turn: Mapping[str, Any]) -> str:
-        """An answer up to its end; newlines that the template puts between turns are not of it, its own are."""
+        """An answer up to its end; newlines that the template puts between turns are not of it, its own are.
+
+        Some templates write the end-of-text token after the last turn, on a line of its own: it is not of the turn either.
+        """
         stripped = shown.rstrip()
         if stripped.endswith(self.end_texts):
-            return stripped
+            end = self.tokenizer.eos_token
+            before = stripped.removesuffix(end) if end else stripped
+            return (
+                before.rstrip() if before != before.rstrip() and before.rstrip().endswith(self.end_texts) else stripped
+            )
         content = turn["content"]
         own = shown.startswith(content) and not shown[len(content) :].strip() and not turn.get("tool_calls")
         return content if own else stripped
@@ -224,12 +243,7 @@ class Renderer:
         try:
             text: str = self.tokenizer.apply_chat_template(list(chat), **options)
         except Exception as error:  # templates raise what they like, by jinja
-            if not any(turn.get("tool_calls") for turn in chat):
-                raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
-            try:  # some write a call's arguments as they are, and need text
-                text = self.tokenizer.apply_chat_template(_with_text_arguments(chat), **options)
-            except Exception:
-                raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
+            raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
         return text
 
     # -- what a template can show ------------------------------------------------------------------------------------
@@ -238,7 +252,28 @@ class Renderer:
         """The chat in the names that the template knows."""
         if taken := [name for name in example.template_kwargs if name in OUR_ARGUMENTS]:
             raise UserError(f"{example.where}: chat_template_kwargs cannot set {taken[0]}; leave it out")
-        return [self._turn(example, i, turn) for i, turn in enumerate(example.messages)]
+        chat = [self._turn(example, i, turn) for i, turn in enumerate(example.messages)]
+        return self._with_calls_shown(example, chat) if any("tool_calls" in turn for turn in chat) else chat
+
+    def _with_calls_shown(self, example: Example, chat: list[Message]) -> list[Message]:
+        """``chat`` in the form in which the template shows its calls: some need text as arguments.
+
+        Raises: UserError if it shows them in none.
+        """
+        refusal = UserError(
+            f"{example.where}: the chat template does not show all tool calls of this chat; give one that does by "
+            "chat_template=<file>, or remove the row"
+        )
+        for number, form in enumerate((chat, _with_text_arguments(chat))):
+            marked, marks = _marked_calls(form)
+            try:
+                text = self.render(example, marked)
+            except UserError as error:
+                refusal = error if number == 0 else refusal
+                continue
+            if all(mark in text for mark in marks):
+                return form
+        raise refusal
 
     def _turn(self, example: Example, i: int, given: Message) -> Message:
         turn: Message = {**given}
@@ -252,15 +287,23 @@ class Renderer:
                 )
             turn["content"] = example.call_texts[i]
             del turn["tool_calls"]
-        reads_content = "</think>" in self.source and not any(key in self.source for key in REASONING_KEYS)
-        if turn.get("reasoning_content") and reads_content:
-            turn["content"] = f"<think>\n{turn['reasoning_content'].strip()}\n</think>\n\n{turn['content']}"
+        reasoning = turn.get("reasoning_content")
+        if reasoning and self.reasoning_keys:
+            turn |= dict.fromkeys(self.reasoning_keys, reasoning)  # type: ignore[typeddict-item]
+        elif reasoning and "</think>" in self.source:
+            turn["content"] = f"<think>\n{reasoning.strip()}\n</think>\n\n{turn['content']}"
         return turn
 
-    def _missing(self, example: Example, chat: Sequence[Message], pieces: Sequence[Piece]) -> tuple[str, ...]:
-        """What the rendering does not hold of the chat up to its last answer."""
-        text = "".join(piece.text for piece in pieces)
+    def _missing(
+        self, example: Example, chat: Sequence[Message], learnt: Sequence[int], rows: Sequence[Sequence[Piece]]
+    ) -> tuple[str, ...]:
+        """What the rows do not hold of the chat up to its last answer, and of the reasoning of learnt answers."""
+        text = "".join(piece.text for row in rows for piece in row)
+        answers = "".join(piece.text for row in rows for piece in row if piece.weight)
         missing = dict.fromkeys(_not_in(text, chat))
+        for i, turn in enumerate(chat):
+            if turn["role"] == "assistant" and _thought_of(turn)[0] not in (answers if i in learnt else text):
+                missing["reasoning_content" if turn.get("reasoning_content") else "thoughts of an answer"] = None
         if any(tool["function"]["name"] not in text for tool in example.tools):
             missing["tools"] = None
         return tuple(f"{name} (not shown by the chat template)" for name in missing)
@@ -274,15 +317,28 @@ def _not_in(text: str, chat: Sequence[Message]) -> Iterator[str]:
         for key in ("name", "tool_call_id"):
             if key in turn and str(turn[key]) not in text:  # type: ignore[literal-required]
                 yield key
-        for call in turn.get("tool_calls", ()):
-            if call["function"]["name"] not in text:
-                yield "tool_calls"
-    answer = chat[last]
-    thought, _ = _thought_of(answer)
-    if thought and thought not in text:
-        yield "reasoning_content" if answer.get("reasoning_content") else "thoughts of an answer"
     if last + 1 < len(chat):
         yield "turns after the last answer"
+
+
+def _num_common(one: str, other: str) -> int:
+    """How many letters two texts begin with in common."""
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _after_opened(prompt: str, shown: str, turn: Mapping[str, Any]) -> str | None:
+    """The answer in ``shown`` where ``prompt`` differs from its beginning by a thought that it opens, or by white space."""
+    common = _num_common(prompt, shown)
+    thought, content = _thought_of(turn)
+    opened = re.search(r"([<\[])(\w+)([>\]])\s*$", prompt)
+    if opened and common < opened.end(3) and not prompt[common : opened.start()].strip():
+        rest = shown[min(common, opened.start()) :]
+        begins = rest.lstrip().startswith(content.strip()) and rest.strip()
+        return f"{thought}\n{opened[1]}/{opened[2]}{opened[3]}\n\n{rest.lstrip()}" if begins else None
+    left, rest = prompt[common:], shown[common:]
+    closed = re.match(rf"\s*(?:{re.escape(thought)}\s*)?(?:[<\[]/\w+[>\]]\s*)?", rest)
+    goes_on = not left.strip() and closed and rest.strip() and rest[closed.end() :].startswith(content.strip())
+    return rest if goes_on else None
 
 
 def _is_blank(turn: Message) -> bool:
@@ -298,21 +354,29 @@ def _thought_of(turn: Mapping[str, Any]) -> tuple[str, str]:
     return str(turn.get("reasoning_content") or "").strip(), content
 
 
-def _with_text_arguments(chat: Sequence[Message]) -> list[dict[str, Any]]:
-    turns: list[dict[str, Any]] = []
-    for turn in chat:
-        calls = [
-            {
-                **call,
-                "function": {
-                    **call["function"],
-                    "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                },
-            }
-            for call in turn.get("tool_calls", ())
-        ]
-        turns.append({**turn, "tool_calls": calls} if calls else {**turn})
-    return turns
+def _with_text_arguments(chat: Sequence[Message]) -> list[Message]:
+    return [
+        _changed_calls(turn, lambda call: {"arguments": json.dumps(call["arguments"], ensure_ascii=False)})
+        for turn in chat
+    ]
+
+
+def _marked_calls(chat: Sequence[Message]) -> tuple[list[Message], list[str]]:
+    """``chat`` with functions renamed, each call by a name that is nowhere else, and those names."""
+    marks: list[str] = []
+
+    def mark(call: Mapping[str, Any]) -> dict[str, str]:
+        marks.append(f"marked_call_{len(marks)}_")
+        return {"name": marks[-1]}
+
+    return [_changed_calls(turn, mark) for turn in chat], marks
+
+
+def _changed_calls(turn: Message, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Message:
+    calls = [
+        {**call, "function": {**call["function"], **change(call["function"])}} for call in turn.get("tool_calls", ())
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
 
 
 def _added(tokenizer: Any) -> list[Any]:

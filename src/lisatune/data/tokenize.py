@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 from typing import Any, Literal
 
 from lisatune.data.formats import Example
-from lisatune.data.read import OnBadRow, stop
+from lisatune.data.read import OnBadRow, stop_and_tell
 from lisatune.data.render import PLAIN_TEMPLATE, LossOn, Piece, Renderer, plain_template
 from lisatune.errors import UserError
 
@@ -168,7 +168,7 @@ class Encoder:
     @property
     def on_bad(self) -> OnBadRow:
         """What is done with the error of a bad row."""
-        return self.counts.skip if self.on_bad_row == "skip" else stop
+        return self.counts.skip if self.on_bad_row == "skip" else stop_and_tell
 
     @property
     def renderer(self) -> Renderer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,24 +20,44 @@ from lisatune.pages.html import html_page, html_table
 
 BAR = 40  # letters of the longest bar
 LEARNT, CONTEXT = "bold green", "dim"
+SPECIAL = (" magenta", " underline")  # a special token in the context, and a learnt one
+MARKS = "⟦⟧"  # around what is learnt, where there are no colours
 MOST_LETTERS = 1500  # of a row in the terminal
 
 STYLE = """<style>
-.row { border: 1px solid #8884; border-radius: 8px; margin: 1em 0; padding: .6em 1em; }
-.row pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4em 0 0; line-height: 1.45; }
-.row .where { opacity: .65; font-size: .85em; }
-.learnt { background: #2da44e33; border-bottom: 2px solid #2da44e; border-radius: 2px; }
-.ids { opacity: .6; font-size: .8em; overflow-wrap: anywhere; }
-.bar { display: inline-block; height: .8em; background: #2da44e; } .bar.over { background: #cf222e; }
+:root { --learnt: #1a7f37; --over: #cf222e; --special: #8250df }
+@media (prefers-color-scheme: dark) { :root { --learnt: #4ac26b; --over: #ff7b72; --special: #d2a8ff } }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; padding: 0; list-style: none }
+.tiles li { border: 1px solid #8884; border-radius: .5rem; padding: .5rem .8rem; font-size: .85rem; line-height: 1.3 }
+.tiles b { display: block; font-size: 1.45rem; line-height: 1.4; font-variant-numeric: tabular-nums }
+.lengths { display: grid; grid-template-columns: max-content 1fr; gap: 3px .8rem; align-items: center; font-size: .9rem;
+  font-variant-numeric: tabular-nums }
+.lengths .range { text-align: right }
+.lengths .bar { display: inline-block; height: .85em; margin-right: .5em; vertical-align: -.05em; border-radius: 2px;
+  background: var(--learnt) }
+.lengths .over { background: var(--over) }
+.lengths .limit { grid-column: 1 / -1; border-top: 2px dashed var(--over); color: var(--over); font-size: .85rem }
+.row { margin: 1.4rem 0 } .row pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0; line-height: 1.5 }
+.where { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem }
+.learnt { background: #2da44e33; box-shadow: 0 2px var(--learnt); border-radius: 2px }
+.special { color: var(--special) }
+.ids { font-size: .8rem; overflow-wrap: anywhere }
 </style>"""
 
 
-def show(found: Inspection, *, ids: bool = False) -> RenderableType:
-    """The inspection for a terminal: files, rows, lengths, and a few rows with what is learnt in green."""
+def show(found: Inspection, *, ids: bool = False, marks: bool = False) -> RenderableType:
+    """The inspection for a terminal: files, rows, lengths, and a few rows with what is learnt in green.
+
+    Args:
+        found: What to show.
+        ids: Show the tokens of each row.
+        marks: Put what is learnt between brackets too, for a terminal without colours.
+    """
     parts: list[RenderableType] = [Rule(", ".join(found.names), style="cyan")]
     parts += [_files(found), _rows(found), _lengths(found)]
-    legend = Text.assemble(("learnt", LEARNT), (" and ", ""), ("context", CONTEXT), (f", {len(found.rows)} rows", ""))
-    parts += [Rule(legend, style="cyan"), *(_panel(row, ids=ids) for row in found.rows)]
+    learnt = "learnt".join(MARKS) if marks else "learnt"
+    legend = Text.assemble((learnt, LEARNT), (" and ", ""), ("context", CONTEXT), (f", {len(found.rows)} rows", ""))
+    parts += [Rule(legend, style="cyan"), *(_panel(row, found.special, ids=ids, marks=marks) for row in found.rows)]
     return Group(*parts)
 
 
@@ -44,16 +65,11 @@ def _files(found: Inspection) -> RenderableType:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("file", "rows", "split", ""):
         table.add_column(name, justify="right" if name == "rows" else "left", header_style="cyan", overflow="fold")
-    for file in found.read:
-        note = Text(file.note or "read", style="green")
-        table.add_row(Text(file.path.name), f"{file.num_rows:,}", Text(file.split or ""), note)
-    for file, rows in found.left_out:
-        told = "" if rows is None else f"{rows:,}"
+    for name, rows, split, told in _file_cells(found):
+        left_out = told.startswith("left out")
         table.add_row(
-            Text(file.path.name), told, Text(file.split or ""), Text(f"left out: {file.left_out}"), style="dim"
+            Text(name), rows, Text(split), Text(told, "" if left_out else "green"), style="dim" if left_out else None
         )
-    if not found.read:
-        return Padding(Text("\n".join(found.described)), (0, 0, 1, 0))
     return Padding(table, (0, 0, 1, 0))
 
 
@@ -82,16 +98,17 @@ def _rows(found: Inspection) -> RenderableType:
 
 
 def _lengths(found: Inspection) -> RenderableType:
-    bars = histogram(found.lengths)
+    bars = histogram(found.lengths, found.max_length)
     most = max((count for _, _, count in bars), default=0)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(justify="right")
     marked = False
     for first, last, count in bars:
         if first > found.max_length and not marked:
-            table.add_row("", Text("─" * 12 + f" max_length={found.max_length} ", style="yellow"), "")
+            table.add_row("", Text("─" * 12 + f" max_length={found.max_length} ", style="yellow"))
             marked = True
-        style = "red" if marked else "green"
-        table.add_row(f"{first:,}-{last:,}", Text(_bar(count, most), style=style), f"{count:,}" if count else "")
+        bar = Text.assemble((_bar(count, most), "red" if marked else "green"), f" {count:,}" if count else "")
+        table.add_row(f"{first:,}-{last:,}", bar)
     plain, packed = found.padding
     notes = Text(
         f"padding {plain:.0%} of the tokens computed at {found.batch_size} rows a batch, {packed:.0%} with packing=true; longest row "
@@ -106,11 +123,14 @@ def _bar(count: int, most: int) -> str:
     return text.strip() or ("▏" if count else "")
 
 
-def _panel(row: ShownRow, *, ids: bool) -> Panel:
+def _panel(row: ShownRow, special: Sequence[str], *, ids: bool, marks: bool) -> Panel:
     text, room = Text(), MOST_LETTERS
     for part, learnt in row.pieces:
         shown = part if len(part) <= room else part[:room] + " ..."
-        text.append(shown, style=LEARNT if learnt else CONTEXT)
+        text.append(MARKS[0] * (marks and learnt))
+        for one, is_special in set_apart(shown, special):
+            text.append(one, style=(LEARNT if learnt else CONTEXT) + SPECIAL[learnt] * is_special)
+        text.append(MARKS[1] * (marks and learnt))
         room -= len(shown)
         if room <= 0:
             break
@@ -120,11 +140,24 @@ def _panel(row: ShownRow, *, ids: bool) -> Panel:
         for token, label in zip(row.ids, row.labels, strict=True):
             numbers.append(f"{token} ", style=LEARNT if label != -100 else CONTEXT)
         body = Group(text, Text(), numbers)
-    num_learnt = sum(label != -100 for label in row.labels)
     return Panel(
-        body, title=Text(row.where), title_align="left", subtitle=f"{len(row.ids):,} tokens, {num_learnt:,} learnt",
-        subtitle_align="right", border_style="dim",
-    )  # fmt: skip
+        body, title=Text(row.where), title_align="left", subtitle=_size(row), subtitle_align="right", border_style="dim"
+    )
+
+
+def _size(row: ShownRow) -> str:
+    return f"{len(row.ids):,} tokens, {sum(label != -100 for label in row.labels):,} learnt"
+
+
+def set_apart(text: str, special: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """``text`` in parts, each with whether it is a special token.
+
+    Example:
+        >>> list(set_apart("<s>Hi</s>", ["</s>", "<s>"]))
+        [('<s>', True), ('Hi', False), ('</s>', True)]
+    """
+    parts = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
+    return ((part, bool(number % 2)) for number, part in enumerate(parts) if part)
 
 
 # -- as a page -------------------------------------------------------------------------------------------------------
@@ -137,38 +170,79 @@ def write_page(found: Inspection, path: Path, *, ids: bool = False) -> Path:
 
 
 def _page(found: Inspection, *, ids: bool) -> Iterator[str]:
+    yield _tiles(found)
     counts = found.counts
-    files = [[file.path.name, f"{file.num_rows:,}", file.split or "", file.note or "read"] for file in found.read]
-    files += [
-        [file.path.name, "" if rows is None else f"{rows:,}", file.split or "", f"left out: {file.left_out}"]
-        for file, rows in found.left_out
+    left_out = [[f"{number:,} rows", f"refused: {reason}"] for reason, number in counts.reasons.most_common()]
+    left_out += [
+        [f"{number:,} rows", f"have {name}, which is not used"] for name, number in counts.left_out.most_common()
     ]
-    yield "<h2>Files</h2>" + html_table(["file", "rows", "split", ""], files)
-    numbers = [["rows read", f"{counts.read:,}"], ["used", f"{counts.used:,}"]]
-    numbers += [[f"refused: {reason}", f"{number:,}"] for reason, number in counts.reasons.most_common()]
-    numbers += [[f"have {name}, which is not used", f"{number:,}"] for name, number in counts.left_out.most_common()]
-    numbers += [["tokens", f"{counts.tokens:,}"], ["learnt", f"{counts.labelled_tokens:,}"]]
-    numbers += [["cut at max_length", f"{counts.truncated:,} rows, {counts.cut_tokens:,} tokens"]]
-    numbers += [["padding", f"{found.padding[0]:.0%}; with packing {found.padding[1]:.0%}"]]
-    yield "<h2>Rows</h2>" + html_table(["", ""], numbers)
+    left_out += [["", message] for message in counts.bad]
+    if left_out:
+        yield "<h2>Not used</h2>" + html_table(["", ""], left_out)
+    yield "<h2>Files</h2>" + html_table(["file", "rows", "split", ""], list(_file_cells(found)))
     yield "<h2>Tokens of a row</h2>" + _bars(found)
     yield f"<h2>{len(found.rows):,} rows</h2><p>What is learnt is <span class=learnt>marked</span>.</p>"
-    yield from (_html_row(row, ids=ids) for row in found.rows)
+    yield from (_html_row(row, found.special, ids=ids) for row in found.rows)
+
+
+def _tiles(found: Inspection) -> str:
+    counts = found.counts
+    tiles = [
+        (f"{counts.used:,}", f"of {counts.read:,} rows used"),
+        (f"{counts.tokens:,}", "tokens"),
+        (f"{counts.labelled_tokens / max(1, counts.tokens):.0%}", f"learnt, {counts.labelled_tokens:,} tokens"),
+        (f"{max(found.lengths, default=0):,}", f"tokens in the longest row, max_length is {found.max_length:,}"),
+        (f"{counts.truncated:,}", f"rows cut, {counts.cut_tokens:,} tokens lost"),
+        (f"{found.padding[0]:.0%}", f"padding, {found.padding[1]:.0%} with packing=true"),
+    ]
+    tiles += [(f"{held.used:,}", f"rows held out {name}".rstrip()) for name, _, held in found.held_out]
+    return (
+        f"<ul class=tiles>{''.join(f'<li><b>{escape(number)}</b>{escape(told)}</li>' for number, told in tiles)}</ul>"
+    )
+
+
+def _file_cells(found: Inspection) -> Iterator[list[str]]:
+    """What is read and what is not, a line each."""
+    for file in found.read:
+        yield [file.path.name, f"{file.num_rows:,}", file.split or "", file.note or "read"]
+    for file, rows in found.left_out:
+        yield [file.path.name, "" if rows is None else f"{rows:,}", file.split or "", f"left out: {file.left_out}"]
+    if not found.read:
+        yield from ([told, "", "", "read"] for told in found.described)
+    for name, held, counts in found.held_out:
+        told = f"held out {name}".rstrip()
+        files = [file for file in held.source.read if file not in found.read]
+        yield from ([file.path.name, f"{file.num_rows:,}", file.split or "", told] for file in files)
+        if not files:
+            yield [held.name, f"{counts.used:,}", "", told]
 
 
 def _bars(found: Inspection) -> str:
-    bars = histogram(found.lengths)
+    bars = histogram(found.lengths, found.max_length)
     most = max((count for _, _, count in bars), default=0) or 1
-    lines = []
+    lines, limit = [], f"<span class=limit>max_length {found.max_length:,}</span>"
     for first, last, count in bars:
-        kind = "bar over" if first > found.max_length else "bar"
+        over = first > found.max_length
+        if over and limit:
+            lines.append(limit)
+            limit = ""
         lines.append(
-            f"<tr><td>{first:,}-{last:,}</td><td><span class='{kind}' style='width:{24 * count / most:.2f}em'></span> {count:,}</td></tr>"
+            f"<span class=range>{first:,}-{last:,}</span>"
+            f"<span><span class='bar{' over' * over}' style='width:{80 * count / most:.2f}%'></span>{f'{count:,}' if count else ''}</span>"
         )
-    return f"<table>{''.join(lines)}</table><p>max_length is {found.max_length:,}.</p>"
+    return f"<div class=lengths>{''.join(lines)}</div>"
 
 
-def _html_row(row: ShownRow, *, ids: bool) -> str:
-    text = "".join(f"<span class=learnt>{escape(t)}</span>" if learnt else escape(t) for t, learnt in row.pieces)
+def _html_row(row: ShownRow, special: Sequence[str], *, ids: bool) -> str:
+    text = ""
+    for part, learnt in row.pieces:
+        inside = "".join(
+            f"<span class=special>{escape(one)}</span>" if is_special else escape(one)
+            for one, is_special in set_apart(part, special)
+        )
+        text += f"<span class=learnt>{inside}</span>" if learnt else inside
     numbers = f"<div class=ids>{' '.join(map(str, row.ids))}</div>" if ids else ""
-    return f"<div class=row><div class=where>{escape(row.where)}, {len(row.ids):,} tokens</div><pre>{text}</pre>{numbers}</div>"
+    return (
+        f"<div class=row><div class=where><span>{escape(row.where)}</span><span>{_size(row)}</span></div>"
+        f"<pre>{text}</pre>{numbers}</div>"
+    )

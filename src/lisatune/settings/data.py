@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, field_validator
 
+from lisatune.errors import UserError
 from lisatune.settings.row import row
 
 
@@ -25,6 +26,15 @@ class Places(BaseModel):
         ..., "Folder of the run. If it holds a run already, you can only resume that run.", min_length=1, free=True,
         one_value=True,
     )  # fmt: skip
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _with_shares(cls, data: Any) -> Any:
+        if isinstance(data, list) and any(isinstance(part, str) for part in data):
+            raise UserError(
+                "data: give each of several data sets a share, as in [{path: a.jsonl, share: 0.7}, {path: b.jsonl, share: 0.3}]"
+            )
+        return data
 
     @field_validator("output")
     @classmethod

@@ -86,6 +86,15 @@ OUR_NAME: dict[str, str] = {
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage"), "dp_shard_size"),
     **dict.fromkeys(("activation_checkpointing", "use_gradient_checkpointing"), "gradient_checkpointing"),
     **dict.fromkeys(("random_seed", "data_seed"), "seed"),
+    **dict.fromkeys(("dataset_dir",), "data"),
+    **dict.fromkeys(("logging_dir",), "output"),
+    **dict.fromkeys(("device_map",), "device"),
+    **dict.fromkeys(("seq_length", "seq_len", "max_prompt_length", "max_completion_length"), "max_length"),
+    **dict.fromkeys(("badam_switch_interval", "switch_interval"), "interval_steps"),
+    **dict.fromkeys(("freeze_trainable_layers",), "num_active"),
+    **dict.fromkeys(
+        ("dataset_text_field", "dataset_prompt_field", "text_column", "prompt_column", "response_column"), "columns"
+    ),
 }
 # what has no setting here, and why or what to do instead
 ADVICE: dict[str, str] = {
@@ -100,10 +109,43 @@ ADVICE: dict[str, str] = {
     "overwrite_output_dir": "nothing is overwritten: choose another output",
     "overwrite_cache": "a cache is used only for the very same data and settings",
     **dict.fromkeys(
-        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "qlora"),
+        ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "qlora", "quantization_config"),
         "weights are trained whole: to save memory see lisatune plan --gpu-memory 24GiB",
     ),
     **dict.fromkeys(("do_train", "stage", "task", "remove_unused_columns", "strict"), "it is not needed: leave it out"),
+    **dict.fromkeys(
+        ("use_liger_kernel", "liger_kernel", "enable_liger_kernel", "liger_cross_entropy"),
+        "the loss never holds all logits at once: leave it out",
+    ),
+    **dict.fromkeys(("group_by_length", "group_by_modality_length"), "to waste no tokens on padding set packing=true"),
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_token"), "nothing is uploaded: upload the run's folder model/ yourself"
+    ),
+    **dict.fromkeys(("run_name", "project_name", "wandb_name"), "a run has the name of its output folder"),
+    **dict.fromkeys(
+        (
+            "eos_token",
+            "pad_token",
+            "special_tokens",
+            "added_tokens",
+            "resize_vocab",
+            "tokenizer_name",
+            "tokenizer_name_or_path",
+        ),
+        "tokens are those of the model's own tokenizer",
+    ),
+    **dict.fromkeys(
+        ("chat_template_kwargs", "enable_thinking"),
+        "give each row a column chat_template_kwargs, as {enable_thinking: false}",
+    ),
+    **dict.fromkeys(
+        ("max_samples", "max_train_samples", "num_train_samples"),
+        "all rows are used: give a smaller file, or set max_steps",
+    ),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"),
+        "the last model is kept: set eval_steps and save_steps, and look at lisatune report",
+    ),
     **dict.fromkeys(
         ("flash_attn", "flash_attention", "attn_implementation", "attn_impl"), "attention is chosen by transformers"
     ),
