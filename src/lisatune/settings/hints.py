@@ -143,10 +143,6 @@ ADVICE: dict[str, str] = {
         "all rows are used: give a smaller file, or set max_steps",
     ),
     **dict.fromkeys(
-        ("load_best_model_at_end", "early_stopping_patience", "metric_for_best_model"),
-        "the last model is kept: set eval_steps and save_steps, and look at lisatune report",
-    ),
-    **dict.fromkeys(
         ("flash_attn", "flash_attention", "attn_implementation", "attn_impl"), "attention is chosen by transformers"
     ),
 }
