@@ -1,4 +1,4 @@
-"""The one page that reports, comparisons and studies are written on: self-contained HTML without a script."""
+"""The one page that reports, comparisons and studies are written on, and runs are watched on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from html import escape
 
 # all text is escaped; the policy is a second lock, under which a browser runs no script and loads nothing
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff }}
@@ -25,22 +26,25 @@ td, th {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px sol
 .wide td, .wide th {{ text-align: right; white-space: nowrap }}
 .wide td:first-child, .wide th:first-child {{ text-align: left }} tr.best td {{ font-weight: 600 }}
 pre {{ overflow-x: auto; padding: .8rem; background: #8882; border-radius: .4rem }} li {{ overflow-wrap: anywhere }}
-</style></head><body{kind}>
+</style>{head}</head><body{kind}>
 <h1>{title}</h1>
 {body}
 </body></html>
 """
 
 
-def html_page(title: str, body: Sequence[str], *, wide: bool = False) -> str:
+def html_page(title: str, body: Sequence[str], *, wide: bool = False, head: str = "", policy: str = POLICY) -> str:
     """A whole page.
 
     Args:
         title: Its heading; escaped here.
         body: Pieces of HTML, whose text is escaped already.
         wide: For tables of numbers with many columns.
+        head: HTML for the head of a page that has a server.
+        policy: What a browser may load and run; for a file that is nothing.
     """
-    return PAGE.format(title=escape(title), body="\n".join(body), kind=' class="wide"' if wide else "")
+    kind = ' class="wide"' if wide else ""
+    return PAGE.format(title=escape(title), body="\n".join(body), kind=kind, head=head, policy=policy)
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, best: str | None = None) -> str:

@@ -34,17 +34,27 @@ def read_settings(path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = _load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # not there, not text, or no name that a file can have
         raise UserError(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return parse_settings(text, str(path))
+
+
+def parse_settings(text: str, name: str) -> dict[str, Any]:
+    """The settings that ``text``, the content of the file ``name``, holds.
+
+    Raises: UserError if they are not YAML's ``name: value`` lines.
+    """
+    try:
+        loaded = _load_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"config file {path}{place}: not valid YAML ({getattr(error, 'problem', None) or error}); mend it"
+            f"config file {name}{place}: not valid YAML ({getattr(error, 'problem', None) or error}); mend it"
         ) from error
     if not isinstance(loaded, dict):
-        raise UserError(f"config file {path} must hold 'name: value' lines")
+        raise UserError(f"config file {name} must hold 'name: value' lines")
     return loaded
 
 
