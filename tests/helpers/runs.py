@@ -51,7 +51,7 @@ def run(model_folder, data_file, output, stop_after=None, resume=False, allow_ch
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("step_seconds", "peak_bytes")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("step_seconds", "peak_bytes", "process")} for row in rows]
 
 
 def weights(folder):

@@ -75,7 +75,7 @@ def test_a_run_that_has_ended_is_told_whole(serve, trained):
     assert [row["step"] for row in one["rows"] if "eval" in row] == [0, 4, 8]
     first = one["rows"][0]
     assert first["run"]["steps"] == 8
-    assert first["run"]["base_bytes"] == json.loads((trained / "summary.json").read_text())["base_bytes"]
+    assert first["process"]["base_bytes"] == json.loads((trained / "summary.json").read_text())["base_bytes"]
     assert first["plan"]["peak_bytes"] == rows[0]["plan"]["peak_bytes"]
     assert [(row["step"], row["prompt"]) for row in one["samples"]] == [(0, "Hi"), (4, "Hi"), (8, "Hi")]
     assert facts["config"] == (trained / "config.yaml").read_text()

@@ -60,7 +60,7 @@ class Journal:
         self._metrics.write(
             step=0, **named_losses(evaluation.losses or {}), layers=self.run.learner.layers.describe(),
             plan=self.run.plan.as_dict(), environment=environment(self.run.device), scores=evaluation.scores,
-            run={"steps": self.run.data.num_steps, "base_bytes": self.run.meter.base_bytes},
+            run={"steps": self.run.data.num_steps}, process={"base_bytes": self.run.meter.base_bytes},
         )  # fmt: skip
         if self._samples:
             self._samples.write(0)

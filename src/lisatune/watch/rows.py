@@ -72,7 +72,7 @@ _METRICS = _only({
     "step": number, "loss": number, "learning_rate": number, "grad_norm": number, "tokens": number, "step_seconds": number,
     "peak_bytes": number, "state_bytes": number, "active_layers": _list_of(number), "sampled_parts": _list_of(text),
     "scores": _named(number), "layers": text, "plan": _PLAN, "environment": _named(text),
-    "run": _only({"steps": number, "base_bytes": number}),
+    "run": _only({"steps": number}), "process": _only({"base_bytes": number}),
 })  # fmt: skip
 _SAMPLE = _only({"step": number, "prompt": text, "answer": text})
 

@@ -97,7 +97,7 @@ const meanLoss = row => (row.mean[1] ? row.mean[0] / row.mean[1] : null)
 const steps = run => run.facts.summary?.steps ?? run.facts.steps ?? run.rows[0]?.run?.steps
 const step = run => run.rows.at(-1)?.step ?? 0
 const plan = run => run.rows[0]?.plan
-const base = run => run.facts.summary?.base_bytes ?? run.rows[0]?.run?.base_bytes ?? 0
+const base = run => run.facts.summary?.base_bytes ?? run.rows[0]?.process?.base_bytes ?? 0
 const own = (run, bytes) => (bytes == null ? null : Math.max(0, bytes - base(run)))
 const peak = run => own(run, run.facts.summary?.peak_bytes ?? lastOf(run, 'peak_bytes'))
 
