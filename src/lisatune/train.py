@@ -144,7 +144,7 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
         begun = time.perf_counter()
         seed_step(config.seed, step)
         set_learning_rate(learner.optimizer, rate := rate_at(step))
-        outcome = learner.step(step, run.micro_batches(batch), batch.num_labelled)
+        outcome = run.step(step, batch)
         outcome.loss.item()  # waits for the device
         seconds = time.perf_counter() - begun
 

@@ -38,10 +38,12 @@ def test_numbers_before_and_after_and_what_they_cost():
         "| new | not measured -> 0.5 |",
         "| steps | 1,200 |",
         "| time | 5,679 s |",
-        "| peak memory | 2.00 GiB (predicted: 2.00 GiB), and 1.00 GiB that the process takes without the run |",
+        "| peak memory | the process held 3.00 GiB, 1.00 GiB of it before training; predicted for tensors alone: 2.00 GiB |",
         "| torch | 2.0 |",
     ):
         assert line in text.splitlines()
+    counted = body(card(SUMMARY | {"tensor_peak_bytes": 2**30}))
+    assert "| peak memory | 1.00 GiB of tensors (predicted: 2.00 GiB); the process held 3.00 GiB, " in counted
 
 
 def test_the_hub_reads_the_metadata():

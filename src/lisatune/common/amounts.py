@@ -22,16 +22,25 @@ def gib(num_bytes: float) -> str:
 
 
 def peak_of(summary: Mapping[str, Any]) -> str:
-    """The peak memory of a run, by its ``summary.json``: its own, the forecast, and what the process takes without it.
+    """The peak memory of a run, by its ``summary.json``, beside the forecast.
+
+    A forecast is of tensors. On a GPU these are what is measured. On a CPU the process holds more: Python, its libraries,
+    and what the system's allocator keeps.
 
     Example:
-        >>> peak_of({"peak_bytes": 5 * 2**29, "base_bytes": 2**29, "planned_peak_bytes": 2**31})
-        '2.00 GiB (predicted: 2.00 GiB), and 0.50 GiB that the process takes without the run'
+        >>> peak_of({"peak_bytes": 2**31, "base_bytes": 0, "planned_peak_bytes": 2**31})
+        '2.00 GiB (predicted: 2.00 GiB)'
+        >>> peak_of({"peak_bytes": 5 * 2**29, "base_bytes": 2**29, "planned_peak_bytes": 2**31, "tensor_peak_bytes": 2**31})
+        '2.00 GiB of tensors (predicted: 2.00 GiB); the process held 2.50 GiB, 0.50 GiB of it before training'
     """
     base = summary.get("base_bytes", 0)  # runs of earlier versions have neither this nor a forecast
-    forecast = f" (predicted: {gib(summary['planned_peak_bytes'])})" if "planned_peak_bytes" in summary else ""
-    beside = f", and {gib(base)} that the process takes without the run" if base else ""
-    return f"{gib(summary['peak_bytes'] - base)}{forecast}{beside}"
+    peak, planned = gib(summary["peak_bytes"]), summary.get("planned_peak_bytes")
+    if not base:
+        return peak + (f" (predicted: {gib(planned)})" if planned else "")
+    process = f"the process held {peak}, {gib(base)} of it before training"
+    if tensors := summary.get("tensor_peak_bytes"):
+        return f"{gib(tensors)} of tensors" + (f" (predicted: {gib(planned)})" if planned else "") + f"; {process}"
+    return process + (f"; predicted for tensors alone: {gib(planned)}" if planned else "")
 
 
 def parse_bytes(text: str) -> int:

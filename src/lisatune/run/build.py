@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lisatune.evaluation.tasks.harness import task_names
 from lisatune.evaluation.tasks.score import numbers
 from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.layers import Layers, find_layers
-from lisatune.learner import Learner
+from lisatune.learner import Learner, Outcome
 from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models.load import check_positions, check_saved_names, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
@@ -52,6 +53,8 @@ class Run:
     meter: PeakMeter
     device: torch.device
     scorer: Scorer | None
+    is_first_step: bool = True
+    counted: int = 0  # tokens of the widest batch whose step's tensors were counted
 
     @property
     def folder(self) -> Path:
@@ -78,6 +81,29 @@ class Run:
         """This process's share of ``batch``, a micro-batch at a time, on the device."""
         share = self.learner.placement.share(batch)
         return (micro.to(self.device) for micro in share.split(self.config.per_device_train_batch_size))
+
+    def step(self, number: int, batch: Batch) -> Outcome:
+        """Optimizer step ``number`` (from 0) on all micro-batches of ``batch``.
+
+        On a CPU the tensors of a few steps are counted, those that come nearest to the one that is forecast: after the first,
+        which makes optimizer state, each whose batch is wider than all that were counted, and nearly as the longest row.
+        """
+        work = partial(self.learner.step, number, self.micro_batches(batch), batch.num_labelled)
+        is_first, self.is_first_step = self.is_first_step, False
+        width = batch.input_ids.shape[1]
+        if (
+            self.device.type != "cpu"
+            or num_ranks() > 1
+            or is_first
+            or width <= max(self.counted, 0.8 * self.data.longest)
+        ):
+            return work()
+        self.counted = width
+        model: torch.nn.Module = self.learner.model
+        states = self.learner.optimizer.state.values()
+        state = [value for of in states for value in of.values() if isinstance(value, torch.Tensor)]
+        with self.meter.counting([*model.parameters(), *model.buffers(), *state]):
+            return work()
 
     def evaluate(self, step: int) -> Evaluation:
         """What is due after ``step`` steps: all before the first and after the last, else as the two periods say."""

@@ -54,6 +54,8 @@ def summarize(run: Run, progress: Progress, evaluation: Evaluation) -> dict[str,
         "peak_bytes": progress.peak_bytes, "base_bytes": run.meter.base_bytes,
         "state_bytes": state_bytes(run.learner.optimizer), "skipped_steps": progress.skipped_steps,
     }  # fmt: skip
+    if progress.tensor_peak_bytes:
+        summary["tensor_peak_bytes"] = progress.tensor_peak_bytes
     if shares := data_shares(run, progress):
         summary["data_shares"] = shares
     if progress.step < run.data.num_steps:

@@ -103,6 +103,7 @@ class Journal:
         """Bring ``progress`` up to date, and wait until all lines are on the disk: a checkpoint relies on them."""
         progress.train_seconds = time.perf_counter() - self._started
         progress.peak_bytes = max(progress.peak_bytes, self.run.meter.bytes())
+        progress.tensor_peak_bytes = max(progress.tensor_peak_bytes, self.run.meter.tensor_bytes)
         self._metrics.sync()
         if self._samples:
             self._samples.sync()

@@ -66,6 +66,7 @@ class Progress(BaseModel):
         skipped_steps: Steps that were left out because they were bad.
         skipped_in_a_row: Those among them that came last, one after the other.
         peak_bytes: Largest memory until the last checkpoint.
+        tensor_peak_bytes: The same of tensors alone, where they were counted.
         trained_steps: Updates of each part, for a run with ``norm_steps``.
         drawn: Tokens drawn from each data set, by its number.
         best: The best evaluation after the first step.
@@ -83,6 +84,7 @@ class Progress(BaseModel):
     skipped_steps: Count = 0
     skipped_in_a_row: Count = 0
     peak_bytes: Count = 0
+    tensor_peak_bytes: Count = 0
     trained_steps: dict[str, Count] = {}
     drawn: dict[str, Count] = {}
     best: Best | None = None
