@@ -301,7 +301,7 @@ SECRETS = {
 def test_secrets_of_the_environment_are_in_no_file_and_no_line(model_folder, data_file, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    said = run(model_folder, data_file, tmp_path / "run", log_to="tensorboard", eval_rows=4)
+    said = run(model_folder, data_file, tmp_path / "run", report_to="tensorboard", eval_rows=4)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert {"config.yaml", "metrics.jsonl", "report.html", "state.json", "manifest.json"} <= {
         path.name for path in files

@@ -294,24 +294,6 @@ def test_weight_decay_touches_no_frozen_weight(model_folder, data_file, tmp_path
             assert torch.equal(before[name], after[name]) == (int(name.split(".")[2]) != active), name
 
 
-@pytest.mark.parametrize("method", ["lisa", "full"])
-def test_tensorboard_gets_the_metrics(model_folder, data_file, tmp_path, method):
-    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run(model_folder, data_file, tmp_path / "run", log_to="tensorboard", method=method)
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    expected = [row["loss"] for row in metrics(tmp_path / "run")[1:]]
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx(expected)
-
-
-def test_missing_tracker_says_what_to_install(model_folder, data_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"log_to=wandb needs the package wandb: pip install 'lisatune\[wandb\]'"):
-        run(model_folder, data_file, tmp_path / "run", log_to="wandb")
-
-
 def test_real_model_learns_real_data(shared, tmp_path):
     summary, _ = run(
         shared / "models/stories260K/hf", shared / "data/alpaca/alpaca.jsonl.gz", tmp_path / "run",

@@ -37,7 +37,10 @@ def train(
     model: ModelName = None,
     data: DataName = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run.", rich_help_panel=OUTPUT)] = None,
-    log_to: Annotated[str | None, typer.Option(help="tensorboard, wandb or trackio.", rich_help_panel=OUTPUT)] = None,
+    report_to: Annotated[
+        str | None,
+        typer.Option("--report-to", "--log-to", help="Trackers: wandb,tensorboard,...", rich_help_panel=OUTPUT),
+    ] = None,
     as_json: AsJson = False,
     resume: Annotated[
         bool,
@@ -96,7 +99,7 @@ def train(
 
     # the settings, of which the options win
     settings = read_settings(config, overrides or [])
-    settings |= given(model=model, data=data_of(data), output=output, log_to=log_to, save_total_limit=keep)
+    settings |= given(model=model, data=data_of(data), output=output, report_to=report_to, save_total_limit=keep)
     settings |= {} if save_every is None else parse_period(save_every)
     checked = build_config(settings)
     memory_bytes = None if fit is None else parse_bytes(fit)

@@ -35,7 +35,6 @@ from lisatune.run.coverage import describe_coverage
 from lisatune.run.data import Data, prepare_data
 from lisatune.run.determinism import be_deterministic
 from lisatune.run.held_out import held_out_loss
-from lisatune.run.metrics import check_tracker
 from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.schedule import make_schedule
 from lisatune.settings import ROWS, TrainConfig, build_config, used_settings
@@ -154,7 +153,6 @@ def build(
     """
     # the model, whole and on the CPU
     with together():
-        check_tracker(config)
         config, device = settle(config)
         if config.full_determinism:
             be_deterministic(device)

@@ -9,6 +9,7 @@ from lisatune.data.examples import HeldOut, Rows, read_examples
 from lisatune.evaluation.tasks.check import check_eval_tasks
 from lisatune.models.names import check_max_length, check_model_name, check_not_quantised, read_config
 from lisatune.processes.launch import number_started
+from lisatune.run.trackers import check_trackers
 from lisatune.samplers.draws import check_num_active
 from lisatune.settings import LAYERWISE, TrainConfig
 
@@ -36,4 +37,5 @@ def preflight(config: TrainConfig, *, resume: bool = False) -> tuple[list[Rows],
         check_not_quantised(config.model, found[1])
     check_max_length(config.model, config.max_length)
     check_eval_tasks(config)
+    check_trackers(config)
     return read_examples(config)

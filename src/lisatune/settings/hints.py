@@ -43,7 +43,14 @@ OUR_NAME: dict[str, str] = {
     **dict.fromkeys(("clip_grad", "gradient_clipping", "grad_clip", "clip_grad_norm"), "max_grad_norm"),
     **dict.fromkeys(("beta1",), "adam_beta1"),
     **dict.fromkeys(("beta2",), "adam_beta2"),
-    **dict.fromkeys(("report_to", "use_wandb", "wandb_project", "use_tensorboard", "use_swanlab"), "log_to"),
+    **dict.fromkeys(
+        ("log_with", "use_wandb", "use_tensorboard", "use_swanlab", "use_mlflow", "use_comet"), "report_to"
+    ),
+    **dict.fromkeys(
+        ("wandb_project", "swanlab_project", "trackio_project", "mlflow_experiment_name", "comet_project_name"),
+        "project",
+    ),
+    **dict.fromkeys(("wandb_name", "wandb_run_name", "experiment_name", "tracker_run_name"), "run_name"),
     **dict.fromkeys(("log_every", "log_steps", "log_interval"), "logging_steps"),
     **dict.fromkeys(("save_strategy", "saves_per_epoch", "save_interval", "checkpoint_every"), "save_steps"),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy", "evals_per_epoch", "eval_interval"), "eval_steps"),

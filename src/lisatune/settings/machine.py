@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pydantic import BaseModel, field_validator
 
-from pydantic import BaseModel
-
+from lisatune.errors import UserError, did_you_mean
 from lisatune.settings.row import row
 
-Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+# trackers, as transformers and accelerate name them, to the packages that they need
+PACKAGES = {
+    "tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow", "comet_ml": "comet_ml",
+    "swanlab": "swanlab", "aim": "aim", "clearml": "clearml", "dvclive": "dvclive",
+}  # fmt: skip
+
+
+def trackers_of(report_to: str | list[str]) -> list[str]:
+    """The trackers that are asked for, each once.
+
+    Example:
+        >>> trackers_of("none"), trackers_of("wandb,mlflow"), trackers_of(["wandb"])
+        ([], ['wandb', 'mlflow'], ['wandb'])
+    """
+    words = report_to.split(",") if isinstance(report_to, str) else report_to
+    return [word for word in dict.fromkeys(word.strip() for word in words) if word != "none"]
 
 
 class Machine(BaseModel):
@@ -20,8 +34,27 @@ class Machine(BaseModel):
     )
     trust_remote_code: bool = row(False, "Run the code that the model's folder contains.", free=True, one_value=True)
     seed: int = row(0, "Seed of the sampled layers, the order of the data, and the dropout.", ge=0)
-    log_to: Tracker = row("none", "Send the metrics to tensorboard, wandb or trackio as well.", free=True)
+    report_to: str | list[str] = row(
+        "none", f"Trackers that get the metrics too: one or several of {', '.join(PACKAGES)}.", free=True, was="log_to"
+    )
+    project: str = row(
+        "lisatune", "Project of the trackers.", min_length=1, free=True,
+        only_with={"report_to!=none": "has no effect without a tracker: set report_to"},
+    )  # fmt: skip
+    run_name: str | None = row(
+        None, "Name of the run for the trackers. Default: the name of the output folder.", min_length=1, free=True,
+        only_with={"report_to!=none": "has no effect without a tracker: set report_to"},
+    )  # fmt: skip
     norm_steps: int | None = row(
         None, "Write each layer's norms to norms.jsonl every so many steps, for lisatune norms.", ge=1, one_process=True
     )
     logging_steps: int = row(1, "Write a line to metrics.jsonl every so many steps.", ge=1, one_value=True)
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_trackers(cls, report_to: str | list[str]) -> str | list[str]:
+        for name in trackers_of(report_to):
+            if name not in PACKAGES:
+                hint = did_you_mean(name, PACKAGES) or f": choose of {', '.join(PACKAGES)}"
+                raise UserError(f"report_to={name}: there is no such tracker{hint}")
+        return report_to
