@@ -47,7 +47,14 @@ OUR_NAME: dict[str, str] = {
         ("log_with", "use_wandb", "use_tensorboard", "use_swanlab", "use_mlflow", "use_comet"), "report_to"
     ),
     **dict.fromkeys(
-        ("wandb_project", "swanlab_project", "trackio_project", "mlflow_experiment_name", "comet_project_name"),
+        (
+            "wandb_project",
+            "project_name",
+            "swanlab_project",
+            "trackio_project",
+            "mlflow_experiment_name",
+            "comet_project_name",
+        ),
         "project",
     ),
     **dict.fromkeys(("wandb_name", "wandb_run_name", "experiment_name", "tracker_run_name"), "run_name"),
@@ -128,7 +135,6 @@ ADVICE: dict[str, str] = {
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_token"), "nothing is uploaded: upload the run's folder model/ yourself"
     ),
-    **dict.fromkeys(("run_name", "project_name", "wandb_name"), "a run has the name of its output folder"),
     **dict.fromkeys(
         (
             "eos_token",
