@@ -183,7 +183,7 @@ def batch_loss(
             hidden, weight, batch.labels.flatten(), bias=whole_weight(bias_cut) if bias_cut else bias,
             num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight), weights=weights,
         )  # fmt: skip
-        return loss if routers is None else loss + router_loss(layers, batch, num_labelled, routers)
+        return loss + router_loss(layers, batch, num_labelled, routers) if routers else loss
     wants_routers = asks_for_router_loss(layers)
     options = {"output_router_logits": True} if wants_routers else {}
     output = layers.model(**inputs, use_cache=False, **options)
@@ -192,15 +192,24 @@ def batch_loss(
         logits, batch.labels.flatten(), reduction="sum" if weights is None else "none"
     )
     loss = (losses if weights is None else (losses * weights).sum()) / max(1, num_labelled)
-    return loss + router_loss(layers, batch, num_labelled, output.router_logits) if wants_routers else loss
+    routers = output.router_logits if wants_routers else None
+    return loss + router_loss(layers, batch, num_labelled, routers) if routers else loss
 
 
 def asks_for_router_loss(layers: Layers) -> bool:
     """Whether the model is a mixture of experts whose config asks for its balancing loss in training."""
     config: Any = layers.model.config
-    config = config.get_text_config()
-    wanted = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)
+    wanted = getattr(config.get_text_config(), "output_router_logits", False) and _router_coefficient(layers.model)
     return bool(wanted) and layers.model.training
+
+
+def _router_coefficient(model: Any) -> float:
+    """What a model's balancing loss counts, from its config or, as for DBRX, from the model."""
+    places = (model.config.get_text_config(), model)
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    return next(
+        (float(found) for place in places for name in names if (found := getattr(place, name, None)) is not None), 0.0
+    )
 
 
 def trunk_and_routers(layers: Layers, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...] | None]:
@@ -212,7 +221,7 @@ def trunk_and_routers(layers: Layers, inputs: Mapping[str, Tensor]) -> tuple[Ten
 
 
 def router_loss(layers: Layers, batch: Batch, num_labelled: int, router_logits: tuple[Tensor, ...]) -> Tensor:
-    """What transformers adds for a mixture of experts: ``router_aux_loss_coef`` times its balancing loss.
+    """What transformers adds for a mixture of experts: its coefficient times its balancing loss.
 
     A micro-batch counts by its share of the step's labelled tokens, so one micro-batch gives the very loss of transformers.
 
@@ -229,7 +238,8 @@ def router_loss(layers: Layers, batch: Batch, num_labelled: int, router_logits: 
     num_experts = (
         getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
     )
-    loss = balance(router_logits, num_experts, config.num_experts_per_tok, batch.is_token.long())
+    num_chosen = getattr(model, "num_experts_per_tok", None) or config.num_experts_per_tok
+    loss = balance(router_logits, num_experts, num_chosen, batch.is_token.long())
     if (
         torch.is_grad_enabled()
         and not loss.requires_grad
@@ -240,5 +250,5 @@ def router_loss(layers: Layers, batch: Batch, num_labelled: int, router_logits: 
             "output_router_logits to false in config.json"
         )
     share = (batch.labels != IGNORED).sum() / max(1, num_labelled)
-    added: Tensor = config.router_aux_loss_coef * share * loss.to(share.device)
+    added: Tensor = _router_coefficient(model) * share * loss.to(share.device)
     return added

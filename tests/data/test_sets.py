@@ -6,8 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from chat_templates import CHATML, make_tokenizer
+from chat_templates import make_tokenizer
 from lisatune.data.formats import parse_row, read_rows
 from lisatune.data.render import CHATML_TEMPLATE
 from lisatune.data.tokenize import IGNORED, Encoder
@@ -59,25 +61,43 @@ def test_calls_and_answers_of_the_sets_are_learnt_and_nothing_else():
         assert not encoder.counts.left_out or set(encoder.counts.left_out) <= {"name (not shown by the chat template)"}
 
 
+def words_tokenizer(path):
+    """Frequent words of ``path`` as tokens, digits one by one: a row of the sets then takes some hundred tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    backend.train_from_iterator([path.read_text(encoding="utf-8")], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tools.jsonl", "multi_turn.jsonl"])
 def test_a_model_that_learnt_a_set_by_heart_says_it_in_chat(name, tmp_path):
-    """Two rows, learnt by a tiny model until it knows them; every answer and call comes back to the letter."""
+    """Four rows, learnt by a tiny model until it knows them; every answer and call comes back to the letter."""
     from lisatune.models.chat import Chat
     from lisatune.models.load import load_trained
     from lisatune.settings import build_config
     from lisatune.train import train
 
-    tokenizer = make_tokenizer(CHATML)
-    make_llama(vocab_size=len(tokenizer), hidden_size=96, max_position_embeddings=2048).save_pretrained(tmp_path / "m")
+    tokenizer = words_tokenizer(EXAMPLES / name)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 2048}
+    make_llama(vocab_size=len(tokenizer), **sizes).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()[8:10]
+    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()[8:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     train(
         build_config(
             {
                 "model": str(tmp_path / "m"), "data": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "run"),
-                "method": "full", "max_steps": 150, "learning_rate": 3e-3, "max_length": 2048, "chat_template": "chatml",
+                "method": "full", "max_steps": 200, "learning_rate": 5e-3, "max_length": 2048, "chat_template": "chatml",
                 "lr_scheduler_type": "cosine", "warmup_steps": 10, "device": "cpu",
             }
         )
@@ -85,7 +105,7 @@ def test_a_model_that_learnt_a_set_by_heart_says_it_in_chat(name, tmp_path):
     model, tokenizer = load_trained(str(tmp_path / "run"))
     for line in lines:
         row = json.loads(line)
-        chat = Chat(model, tokenizer, tools=row.get("tools"), max_new_tokens=200)
+        chat = Chat(model, tokenizer, tools=row.get("tools"), max_new_tokens=100)
         for turn, reply in pairwise(row["messages"]):
             if reply["role"] != "assistant":
                 continue

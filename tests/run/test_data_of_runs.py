@@ -3,6 +3,7 @@
 import json
 from datetime import date
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,25 +157,47 @@ def test_a_bad_row_of_a_stream_leaves_a_checkpoint(chatml, tmp_path):
     assert "line 1501" in told
 
 
+GPTQ = {"bits": 4, "group_size": 128, "damp_percent": 0.1, "desc_act": True, "sym": True, "true_sequential": True}
+AWQ = {"quant_method": "awq", "zero_point": True, "group_size": 128, "bits": 4, "version": "gemm"}
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("settings_of_model", "told"),
     [
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
-        ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),
-        ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("nf4", "quantization_config .bitsandbytes, 4 bits"),  # as bitsandbytes 0.50.2 and transformers wrote it
+        ("int8", "quantization_config .bitsandbytes, 8 bits"),
+        (
+            {"quantization_config": {"load_in_8bit": True}},
+            "quantization_config .bitsandbytes, 8 bits",
+        ),  # by earlier versions
+        ({"quantization_config": GPTQ | {"quant_method": "gptq"}}, "quantization_config .gptq, 4 bits"),
+        ({"quantization_config": AWQ}, "quantization_config .awq, 4 bits"),
+        ({"quantization_config": FP8}, "quantization_config .fp8"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config .mxfp4"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config .compressed-tensors"),
+        ({"text_config": {"quantization_config": AWQ}}, "quantization_config .awq, 4 bits"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization .unknown, 4 bits"),  # MLX
     ],
 )
-def test_quantised_weights_are_refused_by_what_config_json_says(how, told, chatml, rows, tmp_path):
-    config = json.loads((chatml / "config.json").read_text()) | {"quantization_config": how}
-    (chatml / "config.json").write_text(json.dumps(config))
-    match = f"quantised weights cannot be trained, and config.json says quantization_config .{told}"
+def test_quantised_weights_are_refused_by_what_config_json_says(settings_of_model, told, chatml, rows, tmp_path):
+    config = json.loads((chatml / "config.json").read_text())
+    if isinstance(settings_of_model, str):
+        settings_of_model = json.loads((Path(__file__).parent / "quantised" / f"{settings_of_model}.json").read_text())
+    (chatml / "config.json").write_text(json.dumps(config | settings_of_model))
+    (chatml / "model.safetensors").unlink()  # nothing but config.json is looked at
+    match = f"quantised weights cannot be trained, and config.json says {told}"
     with pytest.raises(UserError, match=match):
         preflight(build_config(settings(chatml, rows, tmp_path)))
     with pytest.raises(UserError, match=match):
         load_trained(str(chatml))
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_weights_that_an_earlier_tool_quantised_are_known_by_its_file(name, chatml, rows, tmp_path):
+    (chatml / name).write_text(json.dumps(GPTQ))
+    with pytest.raises(UserError, match=f"quantised weights cannot be trained, and the folder has a {name}"):
+        preflight(build_config(settings(chatml, rows, tmp_path)))
 
 
 def test_positions_shorter_than_max_length_are_refused_before_anything_is_loaded(rows, tmp_path):

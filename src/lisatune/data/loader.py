@@ -84,12 +84,15 @@ class Batch:
         weights = None if self.weights is None else take(self.weights, 1)
         return Batch(ids, labels, positions[rank::num_ranks], is_token, self.places, weights, self.sources)
 
-    def split(self, num_rows: int) -> Iterator[Batch]:
-        """Micro-batches of at most ``num_rows`` rows, without the columns that only other rows need."""
+    def split(self, num_rows: int, *, all_tokens: bool = False) -> Iterator[Batch]:
+        """Micro-batches of at most ``num_rows`` rows, without the columns that only other rows need.
+
+        ``all_tokens`` keeps what stands after the last label: a mixture's routers are balanced over it too.
+        """
         for start in range(0, len(self.input_ids), num_rows):
             rows = slice(start, start + num_rows)
-            labels = self.labels[rows]
-            used = (labels != IGNORED).any(0).nonzero()
+            needed = self.is_token[rows] if all_tokens else self.labels[rows] != IGNORED
+            used = needed.any(0).nonzero()
             width = int(used[-1]) + 1 if len(used) else 1
             yield self._map(lambda t: t[rows, :width])  # noqa: B023 - called at once
 

@@ -69,7 +69,7 @@ def _check_model_name(name: str) -> None:
         raise UserError(f"{name}: no such model folder or file{did_you_mean(path.name, nearby)}")
 
 
-# model types whose positions are a table that the model has learned, or of a fixed size; those with n_positions are too
+# model types whose positions are a table that the model has learned, or of a fixed size; those with n_positions are too, and MPT
 TABLE_OF_POSITIONS = (
     "opt",
     "gpt_neo",
@@ -99,20 +99,36 @@ def read_config(name: str) -> tuple[Path, dict[str, Any]] | None:
         raise UserError(f"{file} is not the config.json of a model ({error})") from error
 
 
+# where weights are said to be quantised: by transformers, by its earlier versions, and by MLX; or in a file of its own
+QUANTISED_KEYS = ("quantization_config", "compression_config", "quantization")
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+
 def check_not_quantised(name: str, settings: dict[str, Any]) -> None:
     """Refuse weights that are quantised: they cannot be trained, and what would be saved is not what was loaded.
 
     Raises: UserError saying how they are quantised.
     """
-    how = settings.get("quantization_config") or settings.get("compression_config")
-    if not how:
+    inner = [value for key, value in settings.items() if key.endswith("_config") and isinstance(value, dict)]
+    found = [(key, one[key]) for one in (settings, *inner) for key in QUANTISED_KEYS if one.get(key)]
+    if found:
+        says = f"config.json says {found[0][0]} ({_how_quantised(found[0][1])})"
+    elif file := next((file for file in QUANTISED_FILES if (Path(name) / file).is_file()), None):
+        says = f"the folder has a {file}"
+    else:
         return
-    told = how if isinstance(how, dict) else {}
-    bits = "8 bits" if told.get("load_in_8bit") else "4 bits" if told.get("load_in_4bit") else told.get("bits", "")
-    bits = f", {bits} bits" if isinstance(bits, int) else f", {bits}" if bits else ""
     raise UserError(
-        f"{name}: quantised weights cannot be trained, and config.json says quantization_config ({told.get('quant_method', 'unknown')}"
-        f"{bits}); give the model as it was before it was quantised, in bfloat16 or float32"
+        f"{name}: quantised weights cannot be trained, and {says}; give the model as it was before it was quantised, in bfloat16 "
+        "or float32"
+    )
+
+
+def _how_quantised(how: Any) -> str:
+    told = how if isinstance(how, dict) else {}
+    bits = 8 if told.get("load_in_8bit") else 4 if told.get("load_in_4bit") else told.get("bits", "")
+    ours = "bitsandbytes" if told.keys() & {"load_in_8bit", "load_in_4bit"} else "unknown"
+    return str(told.get("quant_method", ours)) + (
+        f", {bits} bits" if isinstance(bits, int) else f", {bits}" if bits else ""
     )
 
 
@@ -128,6 +144,8 @@ def check_max_length(name: str, max_length: int) -> None:
     key = "n_positions"
     if positions is None and settings.get("model_type") in TABLE_OF_POSITIONS:
         positions, key = settings.get("max_position_embeddings"), "max_position_embeddings"
+    if positions is None and settings.get("model_type") == "mpt":
+        positions, key = settings.get("max_seq_len"), "max_seq_len"
     if isinstance(positions, int) and max_length > positions:
         raise UserError(
             f"max_length={max_length} is more than the {positions} positions of the model ({key} in {file}), which is not made for "

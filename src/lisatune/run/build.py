@@ -25,6 +25,7 @@ from lisatune.evaluation.tasks.score import numbers
 from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, Outcome
+from lisatune.loss import asks_for_router_loss
 from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models.load import check_positions, check_saved_names, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
@@ -78,8 +79,9 @@ class Run:
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """This process's share of ``batch``, a micro-batch at a time, on the device."""
-        share = self.learner.placement.share(batch)
-        return (micro.to(self.device) for micro in share.split(self.config.per_device_train_batch_size))
+        share, rows = self.learner.placement.share(batch), self.config.per_device_train_batch_size
+        all_tokens = asks_for_router_loss(self.learner.layers)
+        return (micro.to(self.device) for micro in share.split(rows, all_tokens=all_tokens))
 
     def step(self, number: int, batch: Batch) -> Outcome:
         """Optimizer step ``number`` (from 0) on all micro-batches of ``batch``.
