@@ -18,6 +18,8 @@ from lisatune.optim import OPTIMS, make_optimizer
 from lisatune.optim.build import parameter_groups
 from lisatune.placement import choose_placement
 from lisatune.settings import TrainConfig
+from lisatune.tasks import task_of
+from lisatune.tasks.base import Task
 
 Kind = TypeVar("Kind")
 
@@ -44,12 +46,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     groups = make_groups(config, layers, model)
     optimizer = method.make_optimizer(groups)
     if optimizer is None:
-        parts = layers.parts()
-        optimizer = make_optimizer(
-            config.optim, groups, **vars(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon, vocabulary=[*parts["embedding"].values(), *parts["head"].values()],
-            ours=any(lever.needs_our_adamw for lever in levers),
-        )  # fmt: skip
+        optimizer = make_optimizer_over(config, groups, layers, ours=any(lever.needs_our_adamw for lever in levers))
     method.adopt(optimizer)
 
     # the learner, and what the other levers hang on it
@@ -69,16 +66,37 @@ def make_method(config: TrainConfig) -> Method:
     return from_settings(method_of(config.method, config.sampled_unit), config)
 
 
+def make_task(config: TrainConfig) -> Task | None:
+    """The task of ``config``; None for ``sft``, which is this package's own."""
+    return None if config.task == "sft" else from_settings(task_of(config.task), config)
+
+
 def make_levers(config: TrainConfig) -> list[Lever]:
     """The levers that ``config`` puts on, in their order."""
     return [from_settings(kind, config) for name, kind in LEVERS.items() if getattr(config, name)]
 
 
+def make_optimizer_over(
+    config: TrainConfig, groups: list[dict[str, Any]], layers: Layers, *, ours: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of ``config`` over ``groups``; ``ours`` if a lever needs this package's AdamW."""
+    parts = layers.parts()
+    return make_optimizer(
+        config.optim, groups, **vars(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon, vocabulary=[*parts["embedding"].values(), *parts["head"].values()], ours=ours,
+    )  # fmt: skip
+
+
 def make_groups(config: TrainConfig, layers: Layers, model: Any) -> list[dict[str, Any]]:
     """The optimizer's groups of parameters."""
     optim = OPTIMS[config.optim]
-    # no slice trains for longer than a step, so Adam has nothing to remember of it
-    changes = config.num_active < config.num_slices and config.sampler != "fixed" and config.interval_steps == 1
+    # no slice trains for longer than a step, so Adam has nothing to remember of it; TRL's optimizer is made before the slices
+    changes = (
+        config.task == "sft"
+        and config.num_active < config.num_slices
+        and config.sampler != "fixed"
+        and config.interval_steps == 1
+    )
     return parameter_groups(
         layers, model, weight_decay=config.weight_decay, embedding_lr_ratio=config.embedding_lr_ratio,
         head_lr_ratio=config.head_lr_ratio, norm_lr_ratio=config.norm_lr_ratio, stateless=optim.stateless,

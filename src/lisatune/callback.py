@@ -14,7 +14,7 @@ from lisatune.layers import Trains, find_layers
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
 from lisatune.trainer.after_backward import AfterBackward
-from lisatune.trainer.checks import check_adapters, check_alone, check_causal, check_checkpointing
+from lisatune.trainer.checks import HeadIsCalled, check_adapters, check_alone, check_causal, check_checkpointing
 from lisatune.trainer.processes import (
     TOO_LATE,
     Copies,
@@ -90,6 +90,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._sharded = False
         self._resumed = False
         self._after_backward: AfterBackward | None = None
+        self._head: HeadIsCalled | None = None
         self._scores: dict[int, float] = {}
         self.report = report
         self._record: Record | None = None
@@ -134,16 +135,26 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.settings.train_embedding is not True and checkpointed:
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
+        head = self.engine.layers.head
+        if isinstance(self.engine, SliceEngine) and self.engine.trains["head"] == "sampled" and head is not None:
+            self._head = HeadIsCalled(head)
         self._record = Record(self.engine, optimizer)
         if state.is_world_process_zero:
-            told = [*describe(self.engine, self.settings), self._record.expected, *([unchecked] if unchecked else [])]
-            print(*(f"LISA: {line}" for line in told), sep="\n")
+            self.tell(
+                [*describe(self.engine, self.settings), self._record.expected, *([unchecked] if unchecked else [])]
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer once for each optimizer step, before its first forward."""
         assert self.engine is not None
         if self.engine.begin_step(state.global_step, optimizer) and self._after_backward:
             self._after_backward.follow()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer when the step's gradients are there."""
+        if self._head is not None:
+            self._head.check()
+            self._head = None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer when the optimizer has made its step."""
@@ -157,7 +168,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         assert self.engine is not None
         assert self._record is not None
         if state.is_world_process_zero:
-            print(f"LISA: {self._record.measured()}")
+            self.tell([self._record.measured()])
             if self.report:
                 told = [*describe(self.engine, self.settings), self._record.expected, self._record.measured()]
                 name = type(self.engine.layers.model).__name__
@@ -166,6 +177,10 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._resumed = False
         if self._after_backward:
             self._after_backward.remove()
+
+    def tell(self, lines: list[str]) -> None:
+        """Print what a user should know of this training."""
+        print(*(f"LISA: {line}" for line in lines), sep="\n")
 
     def _join(self, model: Any) -> None:
         """Be one of the processes that there are, if there are several."""

@@ -50,6 +50,7 @@ class Learner:
         bad_grad_norm: A larger gradient norm makes a step bad.
     Attributes:
         rows: Gradients of embedding and head, if they are made a block at a time.
+        loss: What is computed of a micro-batch; ``batch_loss``, unless a task has another.
         trained_at: Parts to the number of the last step in which they trained.
     """
 
@@ -61,6 +62,7 @@ class Learner:
     max_grad_norm: float = 0.0
     bad_grad_norm: float = math.inf
     rows: RowGradients | None = None
+    loss: Callable[..., Tensor] = batch_loss
     trained_at: dict[str, int] = field(default_factory=dict)
 
     def step(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> Outcome:
@@ -82,7 +84,7 @@ class Learner:
         losses: list[Tensor] = []
         for micro in self.placement.passes(micro_batches):
             loss = self.call(
-                batch_loss, self.layers, micro, num_labelled, linear_head=self.linear_head, row_gradients=self.rows
+                self.loss, self.layers, micro, num_labelled, linear_head=self.linear_head, row_gradients=self.rows
             )
             loss.backward()
             losses.append(loss.detach())

@@ -66,6 +66,12 @@ def train(
             check_num_ranks(config, num_ranks())
             examples = examples or preflight(config, resume=resume)
             config = with_date_of_before(config) if resume else config
+        if config.task != "sft":
+            from lisatune.preferences.train import train_task  # TRL's trainer takes the steps
+
+            return train_task(
+                config, examples, console=console, resume=resume, allow_changes=allow_changes, memory_bytes=memory_bytes
+            )
         run = build(config, *examples, console=console, memory_bytes=memory_bytes)
         return train_built(run, console=console, resume=resume, allow_changes=allow_changes)
 

@@ -15,10 +15,18 @@ from lisatune.settings.evaluation import BETWEEN
 from lisatune.settings.methods import NOT_FORGOTTEN
 from lisatune.settings.row import Row
 from lisatune.settings.rules import WORD, holds, is_on
+from lisatune.tasks import TASKS
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 FIELDS = TrainConfig.model_fields
-REGISTRIES = {"method": METHODS, "sampler": SAMPLERS, "sampled_unit": UNITS, "optim": OPTIMS, "recipe": RECIPES}
+REGISTRIES = {
+    "task": TASKS,
+    "method": METHODS,
+    "sampler": SAMPLERS,
+    "sampled_unit": UNITS,
+    "optim": OPTIMS,
+    "recipe": RECIPES,
+}
 MANNERED = re.compile(r"^Of |\b(beside|anew|lies?|is told|drawn?|so many (?!steps|minutes|from))\b")
 
 
@@ -77,6 +85,15 @@ def test_another_method_is_refused(name):
             assert name not in used_settings(build({"method": method}))
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.tasks])
+def test_another_task_is_refused(name):
+    for task in TASKS:
+        if task not in ROWS[name].tasks:
+            with pytest.raises(UserError, match=f"^{name} has no effect with task={task}: leave it out, or set task="):
+                build({"task": task, name: some_value(name)})
+            assert name not in used_settings(build({"task": task}))
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.optims])
 def test_another_optimizer_is_refused(name):
     for optim in OPTIMS:
@@ -131,6 +148,7 @@ ALLOWED = {
     "offload_frozen": {"gradient_checkpointing": True},
     "optimizer_in_backward": {"max_grad_norm": 0},
     "eval_tasks": {"gradient_checkpointing": True},
+    "precompute_ref_log_probs": {"task": "dpo"},
 }
 
 
@@ -168,6 +186,12 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "gradient_accumulation_steps=1": {"gradient_accumulation_steps": 2},
     "eval_data or eval_rows or samples": {},
     "eval_data or eval_rows=0": {"eval_rows": 3, "max_steps": 5},
+    "task=sft or task=orpo or task=reward or sampled_unit!=slices or train_head!=sampled": {
+        "task": "dpo",
+        "sampled_unit": "slices",
+    },
+    "task!=reward or save_merged": {"task": "reward", "method": "lora", "save_merged": False},
+    "task!=kto or per_device_train_batch_size!=1": {"task": "kto", "per_device_train_batch_size": 1},
     "max_steps": {},
     next(iter(BETWEEN)): {},
 }

@@ -47,8 +47,13 @@ def data(
     settings: dict[str, Any] = {"output": "none"} | read_settings(config, overrides or []) | {"data": data_of(data)}
     checked = build_config(settings | ({} if model is None else {"model": model}))
     from lisatune.data.examples import read_examples
+    from lisatune.errors import UserError
     from lisatune.models.names import check_model_name
 
+    if checked.task != "sft":
+        raise UserError(
+            f"task={checked.task}: lisatune data shows what task=sft learns; a run tells at its start which rows it uses"
+        )
     check_model_name(checked.model)
     train, held_out = read_examples(checked.model_copy(update={"streaming": False}))
     quiet_libraries()

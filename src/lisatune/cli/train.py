@@ -182,4 +182,7 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     table.add_row("peak memory", peak_of(summary))
     table.add_row("optimizer state", gib(summary["state_bytes"]))
     console.print(table)
-    tell(console, f"speak with it: lisatune chat {output}")
+    if summary.get("task") == "reward":
+        tell(console, f"load it: AutoModelForSequenceClassification.from_pretrained('{output}/model')")
+    else:
+        tell(console, f"speak with it: lisatune chat {output}")

@@ -44,14 +44,15 @@ def ending_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def loss_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A line for each held-out set: its name, and loss and perplexity before and after."""
+    """A line for each held-out set: its name, and loss and (of text) perplexity before and after."""
     before, after = (other_losses(summary, ending) for ending in ("_before", "_after"))
     if not before and summary.get("eval_loss_before") is not None:
         before, after = {"": summary["eval_loss_before"]}, {"": summary["eval_loss_after"]}
     for name in before:
         a, b = before[name], after[name]
         label = f"held-out loss, {name}" if name else "held-out loss"
-        yield label, f"{a:.4f} -> {b:.4f} (perplexity {_perplexity(a)} -> {_perplexity(b)})"
+        judged = summary.get("task", "sft") != "sft"  # whose loss is of no single token
+        yield label, f"{a:.4f} -> {b:.4f}" + ("" if judged else f" (perplexity {_perplexity(a)} -> {_perplexity(b)})")
 
 
 def _perplexity(loss: float) -> str:

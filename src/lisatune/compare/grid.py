@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 from lisatune.errors import UserError, did_you_mean
 from lisatune.methods import METHODS
 from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings, with_new_names
+from lisatune.tasks import TASKS
 
 PLURALS = {"methods": "method", "seeds": "seed"}
 # what held-out losses and times can only be compared within
@@ -212,11 +213,15 @@ def _settings_of(
     method: str, shared: Mapping[str, Any], of_method: Mapping[str, Any], search: Sequence[str]
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Settings of each run of ``method``, and the names of those that hold several values."""
-    played = {n: v for n, v in shared.items() if plays(n, method)} | dict(of_method)
+    idle = f"method={method}"
+    played = {n: v for n, v in shared.items() if plays(n, method) and (n not in ROWS or idle not in ROWS[n].idle_with)}
+    played |= dict(of_method)
     if "eval_steps" not in played and isinstance(played.get("max_steps"), int):
         played["eval_steps"] = max(1, played["max_steps"] // EVALUATIONS)
     played.setdefault("seed", 0)
-    played.setdefault("learning_rate", TrainConfig.model_fields["learning_rate"].default)
+    usual = TrainConfig.model_fields["learning_rate"].default
+    task = played.get("task")
+    played.setdefault("learning_rate", TASKS[task].preset.get("learning_rate", usual) if task in TASKS else usual)
     axes = {name: _values(name, value) for name, value in played.items()}
     several = [n for n, values in axes.items() if len(values) > 1 and n not in (*search, "seed")]
     for values in product(*axes.values()):

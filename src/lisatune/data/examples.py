@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lisatune.data.files import HELD_OUT_SPLITS, Source, find_source, shown
 from lisatune.data.formats import Example, RowParser, parse_rows
+from lisatune.data.preferences import JudgedParser
 from lisatune.data.read import OnBadRow, rows_of, stop_and_tell
 from lisatune.errors import UserError
+from lisatune.tasks import TASKS
 
 if TYPE_CHECKING:
     from lisatune.settings import TrainConfig
@@ -85,7 +87,8 @@ def read_examples(config: TrainConfig) -> tuple[list[Rows], HeldOut]:
     """
     train = [_rows(config, part, number) for number, part in enumerate(data_parts(config))]
     for rows in train:
-        kept = rows.is_large() or (config.dataset_prepared_path and rows.source.kind == "files")
+        large = rows.is_large() and config.task == "sft"  # TRL holds all rows
+        kept = large or (config.dataset_prepared_path and rows.source.kind == "files")
         if not config.streaming and not kept and not rows.hold().examples:
             raise UserError(f"{rows.name}: holds no rows{_all_bad(rows)}, so there is nothing to train on")
     if config.eval_data:
@@ -139,9 +142,17 @@ def _part(setting: str, given: Mapping[str, Any], keys: Sequence[str]) -> dict[s
 
 def _rows(config: TrainConfig, part: Mapping[str, Any], number: int) -> Rows:
     source = find_source(part["path"], split=part.get("split") or "train", config=part.get("config"))
-    parser = RowParser(config.columns, config.roles, number)
+    parser = parser_of(config, number)
     share = float(part.get("share") or 1.0)
     return Rows(part["path"], source, parser, config.on_bad_row, share, config.streaming)
+
+
+def parser_of(config: TrainConfig, number: int = 0) -> RowParser:
+    """How the rows of the data set ``number`` are read: by the task."""
+    wanted = TASKS[config.task].columns
+    if wanted:
+        return JudgedParser(config.columns, config.roles, number, wanted)
+    return RowParser(config.columns, config.roles, number)
 
 
 def eval_sets(config: TrainConfig) -> dict[str, str | dict[str, Any]]:
@@ -155,7 +166,7 @@ def _held_out(config: TrainConfig, name: str, given: Any) -> Rows:
         raise UserError(f"eval_data: {shown(name)} is {shown(given)}; give a path, or {{path: DIR, split: test}}")
     part = {"path": given} if isinstance(given, str) else _part("eval_data", given, EVAL_KEYS)
     source = find_source(part["path"], split=part.get("split") or HELD_OUT_SPLITS, config=part.get("config"))
-    rows = Rows(part["path"], source, RowParser(config.columns, config.roles), config.on_bad_row).hold()
+    rows = Rows(part["path"], source, parser_of(config), config.on_bad_row).hold()
     if not rows.examples:
         raise UserError(f"{part['path']}: holds no rows to evaluate on{_all_bad(rows)}")
     wanted: Any = part.get("rows", config.eval_rows)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from lisatune.data.files import MAX_SHOWN, find_files, shown
 from lisatune.data.read import OnBadRow, Row, read_rows, stop
@@ -150,8 +150,10 @@ class RowParser:
     roles: Mapping[str, str] = field(default_factory=dict)
     source: int = 0
 
+    known: ClassVar[tuple[str, ...]] = (*COLUMNS, "role", "content")  # what ``columns`` may name
+
     def __post_init__(self) -> None:
-        known = (*COLUMNS, "role", "content")
+        known = self.known
         for name in self.columns:
             if name not in known:
                 raise UserError(
@@ -166,10 +168,10 @@ class RowParser:
 
     def __call__(self, row: Row) -> Example:
         """The example of ``row``."""
-        return _RowReader(row, self).example()
+        return RowReader(row, self).example()
 
 
-class _RowReader:
+class RowReader:
     """Reads one row, and keeps what it has used."""
 
     def __init__(self, row: Row, parser: RowParser) -> None:
@@ -308,7 +310,7 @@ class _RowReader:
         return history
 
     def _chat(self, turns: Any, column: str = "prompt") -> tuple[list[Message], list[float]]:
-        turns = _from_json(turns)
+        turns = from_json(turns)
         if isinstance(turns, str) and turns.lstrip().startswith("["):
             raise self._error(
                 f"'{column}' is a text that looks like a list, but is not JSON; write the list itself, or json.dumps of it"
@@ -387,8 +389,8 @@ class _RowReader:
         return float(weight)
 
     def _calls(self, number: int, turn: Mapping[str, Any]) -> list[dict[str, Any]]:
-        calls = _from_json(turn.get("tool_calls")) or []
-        single = _from_json(turn.get("function_call"))
+        calls = from_json(turn.get("tool_calls")) or []
+        single = from_json(turn.get("function_call"))
         if not isinstance(calls, list):
             raise self._error(f"turn {number} has tool_calls that are {kind(calls)}, but must be a list")
         return [self._call(number, call) for call in [*calls, *([single] if single else [])]]
@@ -398,13 +400,13 @@ class _RowReader:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise self._error(f"turn {number} has a tool call without a 'name'; expected name and arguments")
-        arguments = _from_json(function.get("arguments", {}))
+        arguments = from_json(function.get("arguments", {}))
         beside = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
         return {"type": "function"} | beside | {"function": {**function, "arguments": arguments}}
 
     def _calls_in_text(self, text: str) -> list[dict[str, Any]]:
         """The calls that a turn of ShareGPT's role ``function_call`` holds; none if it is no JSON of calls."""
-        found = _from_json(text)
+        found = from_json(text)
         calls = found if isinstance(found, list) else [found]
         if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
             return []
@@ -418,7 +420,7 @@ class _RowReader:
             )
 
     def _tool(self, column: str, tool: Any) -> Mapping[str, Any]:
-        tool = _from_json(tool)
+        tool = from_json(tool)
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise self._error(f"'{column}' must be a list of functions with 'name', 'description' and 'parameters'")
@@ -450,7 +452,7 @@ class _RowReader:
         """A column that may be written as JSON in a string, as CSV and some tools have it."""
         value = self._take(column)
         if isinstance(value, str) and value.strip():
-            parsed = _from_json(value)
+            parsed = from_json(value)
             if isinstance(parsed, str):
                 raise self._error(f"'{column}' is text that is not JSON; mend or remove it")
             return parsed
@@ -491,7 +493,7 @@ class _RowReader:
         if "chosen" in columns and "rejected" in columns:
             name = "messages" if isinstance(columns["chosen"], list) else "completion"
             return self._error(
-                "columns chosen and rejected are of preference training; to learn what was chosen, set "
+                "columns chosen and rejected are of preference training: set task=dpo; or, to learn what was chosen alone, "
                 f"columns={{{name}: chosen}}"
             )
         names = [shown(name) for name in list(columns)[:MAX_SHOWN]] + ["..."] * (len(columns) > MAX_SHOWN)
@@ -508,7 +510,7 @@ def _holds(value: Any) -> bool:
     return value is not None and value != "" and value != [] and value != {}
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
     """``value``; if it is a string that holds a JSON list or object, that."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value

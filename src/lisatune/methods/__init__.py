@@ -77,7 +77,8 @@ def usual_unit(given: Mapping[str, Any]) -> dict[str, Any]:
         ({'sampled_unit': 'slices'}, {}, {}, {})
     """
     recipe = given.get("recipe", "auto")
-    of_layers = given.get("method", "lisa") != "lisa" or any(name in given for name in OF_LAYERS)
+    other = given.get("method", "lisa") != "lisa" or given.get("task", "sft") != "sft"
+    of_layers = other or any(name in given for name in OF_LAYERS)
     return {} if of_layers or not isinstance(recipe, str) else dict(RECIPES[recipe].preset if recipe in RECIPES else {})
 
 

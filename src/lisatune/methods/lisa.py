@@ -39,6 +39,7 @@ class Lisa(Method):
     state_policy: StatePolicy
     train_embedding: Trains
     train_head: Trains
+    task: str = "sft"
     engine: LisaEngine | SliceEngine = field(init=False, repr=False)
     _scores: dict[int, float] = field(init=False, default_factory=dict, repr=False)
 
@@ -73,7 +74,10 @@ class Lisa(Method):
         )  # fmt: skip
 
     def largest_draws(self, model: Any) -> list[tuple[int, ...]]:
-        """As the sampler says. With the embedding frozen, the backward pass ends early in some."""
+        """As the sampler says. With the embedding frozen, the backward pass ends early in some.
+
+        A score head holds no logits, so there the lowest layer can need more than the top ones.
+        """
         _, layers = self.prepare(model)
         pool, counts = (
             layers.pool(train_embedding=self.train_embedding, train_head=self.train_head),
@@ -81,7 +85,7 @@ class Lisa(Method):
         )
         unit = "decoder layers" if self.sampled_unit == "layers" else self.sampled_unit
         check_num_active(self.num_active, len(pool), unit=unit, least=0)
-        ends_early = self.train_embedding is not True
+        ends_early = self.train_embedding is not True or self.task == "reward"
         sizes = [counts[part] for part in pool]
         return self._sampler(layers).largest_draws(sizes, len(layers.decoder) if ends_early else None)
 

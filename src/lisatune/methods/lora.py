@@ -30,13 +30,14 @@ class Lora(Method):
     lora_use_dora: bool
     save_merged: bool
     model: str
+    task: str = "sft"
 
     def prepare(self, model: Any) -> tuple[Any, Layers]:
         """Add the adapters. A head that gets one is another module afterwards."""
         _, layers = super().prepare(model)  # refuses a model without decoder layers before peft sees it
         wrapped = add_adapters(
             model, r=self.lora_r, alpha=self.lora_alpha, dropout=self.lora_dropout, targets=self.lora_target_modules,
-            use_rslora=self.lora_use_rslora, use_dora=self.lora_use_dora,
+            use_rslora=self.lora_use_rslora, use_dora=self.lora_use_dora, task_type=task_type(self.task),
         )  # fmt: skip
         return wrapped, find_layers(layers.model, self.decoder_name)
 
@@ -55,6 +56,29 @@ class Lora(Method):
         return model.merge_and_unload()
 
 
+def task_type(task: str) -> str:
+    """Peft's name of what the model of a task does."""
+    return "SEQ_CLS" if task == "reward" else "CAUSAL_LM"
+
+
+def lora_config(
+    *, r: int, alpha: float, dropout: float, targets: str | list[str], use_rslora: bool, use_dora: bool,
+    task_type: str = "CAUSAL_LM",
+) -> Any:  # fmt: skip
+    """Peft's config of the adapters; arguments as those of ``add_adapters``, and peft's name of what the model does.
+
+    Raises: MissingPackageError without peft.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise missing_package("peft", "method=lora", "lora") from error
+    return LoraConfig(
+        task_type=task_type, r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, use_rslora=use_rslora,
+        use_dora=use_dora,
+    )  # fmt: skip
+
+
 def add_adapters(
     model: Any,
     *,
@@ -64,6 +88,7 @@ def add_adapters(
     targets: str | list[str] = "all-linear",
     use_rslora: bool = False,
     use_dora: bool = False,
+    task_type: str = "CAUSAL_LM",
 ) -> Any:
     """``model`` with LoRA's adapters in the type of its weights, everything else frozen; needs peft.
 
@@ -75,16 +100,22 @@ def add_adapters(
         targets: Modules that get adapters, as peft names them.
         use_rslora: See ``alpha``.
         use_dora: Learn the magnitude of each output beside its direction (arXiv:2402.09353).
+        task_type: Peft's name of what the model does; a score head trains whole.
     Raises: UserError if no module fits ``targets``; MissingPackageError without peft.
     """
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
     except ImportError as error:
         raise missing_package("peft", "method=lora", "lora") from error
-    adapters = LoraConfig(
-        task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
-        use_rslora=use_rslora, use_dora=use_dora,
-    )  # fmt: skip
+    adapters = lora_config(
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        targets=targets,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        task_type=task_type,
+    )
     first = next(model.parameters())
     try:
         with warnings.catch_warnings():

@@ -18,6 +18,7 @@ from lisatune.models.names import (
     base_of_adapters,
     check_model_name,
     check_not_quantised,
+    check_writes_text,
     model_of,
     read_config,
     trusts_code,
@@ -47,8 +48,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, 
 
 
 def load_model(
-    name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
-) -> tuple[torch.nn.Module, Any]:
+    name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False,
+    auto_class: str = "AutoModelForCausalLM", **more: Any,
+) -> tuple[torch.nn.Module, Any]:  # fmt: skip
     """A causal language model, trainable as its authors built it, in evaluation mode, and its tokenizer, on the CPU.
 
     Args:
@@ -56,9 +58,12 @@ def load_model(
             adapters: their base model, with the adapters merged in.
         dtype: Type of every weight.
         trust_remote_code: Whether code in the folder may run.
+        auto_class: The class of transformers that loads it, where another head is wanted.
+        more: What that class is given.
     Raises: UserError if there is no model of that name, or it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoTokenizer
 
     check_model_name(name)
     path = Path(name).expanduser()
@@ -72,15 +77,19 @@ def load_model(
     elif path.exists():
         name = str(path)
     if "gguf_file" not in options:
-        check_not_quantised(name, _config_dict(name))
+        found = _config_dict(name)
+        check_not_quantised(name, found)
+        if auto_class == "AutoModelForCausalLM":
+            check_writes_text(name, found)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if "gguf_file" not in options:
             options["use_safetensors"] = True  # never a pickle
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+        model = getattr(transformers, auto_class).from_pretrained(name, dtype=dtype, **options, **more)
     except Exception as error:  # transformers raises many kinds, none of them ours
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{name} cannot be loaded as a causal language model: {reason}") from error
+        kind = "a causal language model" if auto_class == "AutoModelForCausalLM" else "a reward model"
+        raise UserError(f"{name} cannot be loaded as {kind}: {reason}") from error
     _forget_quantization(model)
     _check_template_names(name, tokenizer.chat_template)
     if tokenizer.pad_token_id is None:

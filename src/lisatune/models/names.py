@@ -132,6 +132,19 @@ def _how_quantised(how: Any) -> str:
     )
 
 
+def check_writes_text(name: str, settings: dict[str, Any]) -> None:
+    """Refuse a model that has another head than one for text: transformers would put a random one in its place.
+
+    Raises: UserError naming the class.
+    """
+    classes = [str(one) for one in settings.get("architectures") or ()]
+    if other := next((one for one in classes if one.endswith(("Classification", "Answering"))), None):
+        raise UserError(
+            f"{name} is a {other}, which writes no text: give the model as it was before it got that head, or train it with "
+            "task=reward"
+        )
+
+
 def check_max_length(name: str, max_length: int) -> None:
     """Refuse rows longer than the positions that a local model has learned; others are checked when loaded.
 

@@ -33,7 +33,7 @@ STYLE = {
 }
 
 
-def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
+def loss_curve(rows: Sequence[Mapping[str, Any]], unit: str = "nats per token") -> str:
     """Training loss of each step, thin, its running mean, and the held-out loss."""
     steps = [r["step"] for r in rows if "loss" in r]
     losses = [r["loss"] for r in rows if "loss" in r]
@@ -50,7 +50,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]]) -> str:
                 label = f"held out, {name}" if name else "held out"
                 axes.plot(*zip(*held_out, strict=True), "o-", color=colour, markersize=4, label=label)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("loss, nats per token")
+        axes.set_ylabel(f"loss, {unit}")
         axes.legend()
         return svg(figure)
 

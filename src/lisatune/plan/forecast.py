@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.assemble import make_learner, make_method
+from lisatune.assemble import make_learner, make_method, make_task
 from lisatune.common.amounts import gib
 from lisatune.data.loader import Batch
 from lisatune.errors import UserError
@@ -30,8 +31,11 @@ from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
 from lisatune.settings import TrainConfig, build_config, check_num_ranks
+from lisatune.tasks import PAIRS, TASKS
+from lisatune.tasks.base import kernels_on_meta
 
 PARTS = ("decoder", "embedding", "head")
+REFERENCE = "reference"
 TEMPORARIES = ("loss", "backward", "step", "other")
 WHERE = {"activations": "in the forward pass", GATHERED: "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
          "step": "in the optimizer's step", "other": "between the passes"}  # fmt: skip
@@ -51,7 +55,7 @@ class Plan:
 
     ``bytes_of`` has the keys ``weights``, ``gradients`` and ``state`` for each of ``decoder`` (with the norm and all that
     is not a vocabulary matrix), ``embedding`` and ``head``, as in ``weights/head``, then ``gathered`` (weights that other
-    processes hold, while they are needed), ``activations`` and ``temporaries`` (of the loss, the backward pass and the
+    processes hold, while they are needed), ``reference`` (a preference task's second copy), ``activations`` and ``temporaries`` (of the loss, the backward pass and the
     step). A tied pair counts as ``embedding``. Of several processes these are the first one's, which has the largest
     shards, and ``sent_bytes_of`` what it sends the others in a step: ``weights`` and ``gradients``, if they stand in a ring.
     """
@@ -88,10 +92,11 @@ class Plan:
     def describe(self) -> str:
         """Three lines for people."""
         share = 100 * self.num_trained / self.num_parameters
-        kinds = {"weights": "weights", "gradients": "gradients", "state": "optimizer state",
-                 "gathered": "gathered weights", "activations": "activations", "temporaries": "temporaries"}  # fmt: skip
+        kinds = {"weights": "weights", "gradients": "gradients", "state": "optimizer state", "gathered": "gathered weights",
+                 "reference": "reference model", "activations": "activations", "temporaries": "temporaries"}  # fmt: skip
+        often = ("weights", "gradients", "state", "activations", "temporaries")
         sizes = " + ".join(
-            f"{name} {gib(self.total(kind))}" for kind, name in kinds.items() if kind != GATHERED or self.total(kind)
+            f"{name} {gib(self.total(kind))}" for kind, name in kinds.items() if kind in often or self.total(kind)
         )
         each = f" of each of {self.num_ranks} processes" if self.num_ranks > 1 else ""
         host = f"; {gib(self.host_bytes)} in host memory" if self.host_bytes else ""
@@ -185,16 +190,21 @@ def plan_run(
 
 
 def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from lisatune.plan.meta_kernels import ATTENTION, register_attention
 
     register_attention(device)
+    task = make_task(config)
+    auto_class = getattr(transformers, task.auto_class if task else "AutoModelForCausalLM")
+    own = copy.deepcopy(hf_config)
+    for name, value in (task.model_options if task else {}).items():
+        setattr(own, name, value)
 
     def build(attention: str | None) -> nn.Module:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                copy.deepcopy(hf_config), dtype=getattr(torch, config.dtype), attn_implementation=attention,
+            model: nn.Module = auto_class.from_config(
+                copy.deepcopy(own), dtype=getattr(torch, config.dtype), attn_implementation=attention,
                 trust_remote_code=config.trust_remote_code,
             )  # fmt: skip
         return model
@@ -230,8 +240,10 @@ def _plan_draw(
         _book_weights(ledger, learner, parts)
         learner.method.draw_always(drawn)
         _watch(ledger, learner, parts)
+        _learn_task(ledger, learner, config, hf_config, device, rows, tokens)
         try:
-            sent = _two_steps(ledger, learner, config, rows, tokens)
+            with kernels_on_meta(device) if config.task != "sft" else nullcontext():
+                sent = _two_steps(ledger, learner, config, rows, tokens)
         except UserError:
             raise
         except Exception as error:  # whatever a model's own code does that needs data
@@ -260,6 +272,21 @@ def _book_weights(ledger: Ledger, learner: Learner, parts: Mapping[Any, str]) ->
     for buffer in learner.model.buffers():
         if buffer.is_meta:
             ledger.book(buffer, "weights/decoder")
+
+
+def _learn_task(
+    ledger: Ledger, learner: Learner, config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int
+) -> None:
+    """Let a preference task have its own loss, and its reference model."""
+    task = make_task(config)
+    if task is None:
+        return
+    reference = None
+    if task.needs_reference and config.method != "lora":
+        reference = _meta_model(hf_config, config, device).requires_grad_(False).eval()
+        for tensor in (*reference.parameters(), *reference.buffers()):
+            ledger.book(tensor, REFERENCE)
+    learner.loss = lambda *_args, **_kwargs: task.step_loss(learner.model, reference, rows, tokens)
 
 
 def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> None:
@@ -326,7 +353,7 @@ def _meta_batch(rows: int, tokens: int) -> Batch:
 def _bytes_of(peak: Any) -> dict[str, int]:
     """Labels of the ledger as the rows of a plan, in their order."""
     names = [f"{kind}/{part}" for kind in ("weights", "gradients", "state") for part in PARTS]
-    sizes = {name: peak.get(name, 0) for name in [*names, GATHERED, "activations"]}
+    sizes = {name: peak.get(name, 0) for name in [*names, GATHERED, REFERENCE, "activations"]}
     return sizes | {"temporaries": sum(peak.get(name, 0) for name in TEMPORARIES)}
 
 
@@ -340,11 +367,15 @@ def _formula(plan: Plan, config: TrainConfig, hf_config: Any, learner: Learner, 
         if p.requires_grad:
             sizes[f"gradients/{part}"] += size
             sizes[f"state/{part}"] += 0 if config.offload_optimizer else 2 * bits // 8 * local(p).numel()
+    task = make_task(config)
+    if task is not None and task.needs_reference and config.method != "lora":
+        sizes[REFERENCE] = sum(size for name, size in sizes.items() if name.startswith("weights/"))
     text = hf_config.get_text_config()
     num_layers, width, size = len(learner.layers.decoder), text.hidden_size, torch.finfo(learner.model.dtype).bits // 16
-    token_width = plan.rows * plan.tokens * width * size
+    rows = plan.rows * (2 if PAIRS[0] in TASKS[config.task].columns else 1)
+    token_width = rows * plan.tokens * width * size
     checkpointed = num_layers if config.gradient_checkpointing is True else int(config.gradient_checkpointing)
     # a checkpointed layer keeps its input of 2 bytes; one layer at a time is made again
     sizes["activations"] = token_width * (34 * (num_layers - checkpointed + bool(checkpointed)) + 2 * checkpointed)
-    sizes["temporaries"] = 12 * plan.rows * plan.tokens * text.vocab_size
+    sizes["temporaries"] = 12 * rows * plan.tokens * text.vocab_size
     return replace(plan, bytes_of=sizes, peak_bytes=sum(sizes.values()), peak_at="at the loss")

@@ -17,6 +17,7 @@ KINDS = {
     "gradients": ("gradients", "yellow"),
     "state": ("optimizer state", "magenta"),
     "gathered": ("weights gathered from others", "cyan"),
+    "reference": ("reference model", "bright_blue"),
     "activations": ("activations", "green"),
     "temporaries": ("loss and other temporaries", "red"),
 }
@@ -62,7 +63,11 @@ def _table(plans: Sequence[Plan]) -> Table:
 
 def _kinds(plans: Sequence[Plan]) -> dict[str, tuple[str, str]]:
     """Without what none of them has."""
-    return {kind: shown for kind, shown in KINDS.items() if kind != "gathered" or any(p.total(kind) for p in plans)}
+    return {
+        kind: shown
+        for kind, shown in KINDS.items()
+        if kind not in ("gathered", "reference") or any(p.total(kind) for p in plans)
+    }
 
 
 def _bars(plans: Sequence[Plan], budget: int | None) -> Text:

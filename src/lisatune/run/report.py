@@ -44,7 +44,8 @@ def _draw(folder: Path) -> str:
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    body = [html_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows)]
+    unit = f"of task={summary['task']}" if "task" in summary else "nats per token"
+    body = [html_table(["", ""], _headline(summary)), "<h2>Loss</h2>", loss_curve(rows, unit)]
     if any("active_layers" in row for row in rows):
         body += ["<h2>Layers in training</h2>", active_layers(rows)]
     if any(row.get("scores") for row in rows):
@@ -102,7 +103,8 @@ def _change(before: Score | None, after: Score) -> list[str]:
 
 
 def _headline(summary: dict[str, Any]) -> list[list[str]]:
-    rows = [
+    rows = [["task", summary["task"]]] if "task" in summary else []
+    rows += [
         ["method", summary["method"]],
         ["optimizer steps", f"{summary['steps']:,}"],
         ["tokens", f"{summary['tokens']:,}"],

@@ -15,6 +15,7 @@ from lisatune.settings.config import TrainConfig
 from lisatune.settings.hints import hint_for
 from lisatune.settings.renamed import with_new_names
 from lisatune.settings.rules import refusals
+from lisatune.tasks import TASKS, TaskChoice
 
 UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # categories: control, half of a surrogate pair, line and paragraph separator
 
@@ -40,8 +41,8 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         method = settings.get("method")
         recipe = {} if "sampled_unit" in settings else usual_unit(settings)
         unit = (recipe | settings).get("sampled_unit")
-        # what is usual for the unit that is sampled, then for the method; the user's own win
-        preset = {**recipe, **_preset(UNITS, unit), **_preset(METHODS, method)}
+        # what is usual for the unit that is sampled, then for the method, then for the task; the user's own win
+        preset = {**recipe, **_preset(UNITS, unit), **_preset(METHODS, method), **_preset(TASKS, settings.get("task"))}
         config = TrainConfig.model_validate(preset | dict(settings))
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
@@ -54,7 +55,7 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
     return config
 
 
-def _preset(registry: Mapping[str, MethodChoice], name: Any) -> Mapping[str, Any]:
+def _preset(registry: Mapping[str, MethodChoice] | Mapping[str, TaskChoice], name: Any) -> Mapping[str, Any]:
     return registry[name].preset if isinstance(name, str) and name in registry else {}
 
 
@@ -66,6 +67,8 @@ def _of_data(config: TrainConfig, given: Mapping[str, Any]) -> str:
         for name in ("dataset_split", "dataset_config"):
             if name in given:
                 return f"{name} has no effect where data lists several: give each its own split and config"
+        if config.task != "sft":
+            return f"task={config.task} takes one data set: put all rows into one file or folder"
         if config.eval_rows and not config.eval_data:
             return "eval_rows cannot hold rows out of several data sets: give eval_data=<file>"
     if isinstance(config.eval_rows, float) and config.eval_rows >= 1:

@@ -12,16 +12,17 @@ from lisatune.settings.methods import Lora, Mezo, Sampling
 from lisatune.settings.optim import Optim
 from lisatune.settings.row import Row, row_of
 from lisatune.settings.steps import BadSteps, Saving, Steps
+from lisatune.settings.task import Task
 
 # in the order in which they are listed and written
 GROUPS: tuple[type[BaseModel], ...] = (
-    Places, Sampling, Lora, Mezo, Optim, BadSteps, Saving, Steps, Data, Evaluation, Memory, Machine,
+    Places, Task, Sampling, Lora, Mezo, Optim, BadSteps, Saving, Steps, Data, Evaluation, Memory, Machine,
 )  # fmt: skip
 
 
 # bases in reverse order: pydantic lists the fields of the last one first
 class TrainConfig(
-    Machine, Memory, Evaluation, Data, Steps, Saving, BadSteps, Optim, Mezo, Lora, Sampling, Places
+    Machine, Memory, Evaluation, Data, Steps, Saving, BadSteps, Optim, Mezo, Lora, Sampling, Task, Places
 ):  # fmt: skip
     """A training run. Names follow TRL's ``SFTConfig`` and transformers where they have one.
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, field_validator
 
 from lisatune.errors import UserError
 from lisatune.settings.row import row
+from lisatune.settings.task import SFT
 
 
 class Places(BaseModel):
@@ -49,20 +50,27 @@ class Data(BaseModel):
         1024, "Tokens of a row. Longer chats lose their end, longer texts are split.", ge=2, one_value=True
     )
     shuffle: bool = row(
-        True, "False keeps the order of the data, in every epoch. Several data sets take turns by their shares."
+        True,
+        "False keeps the order of the data, in every epoch. Several data sets take turns by their shares.",
     )
-    packing: bool = row(False, "Fill rows with several documents. Attention and positions keep the documents apart.")
+    packing: bool = row(
+        False, "Fill rows with several documents. Attention and positions keep the documents apart.", tasks=SFT
+    )
     completion_only_loss: bool = row(
-        True, "Learn answers only. False learns prompts too. Plain text is always learnt whole.", one_value=True
+        True,
+        "Learn answers only. False learns prompts too. Plain text is always learnt whole.",
+        one_value=True,
+        tasks=SFT,
     )
     loss_on: Literal["answers", "last", "all"] = row(
         "answers", "What is learnt of a chat: all answers, the last answer, or prompts too.", one_value=True,
-        never_with={"completion_only_loss=false": "which learns prompts too"},
+        never_with={"completion_only_loss=false": "which learns prompts too"}, tasks=SFT,
     )  # fmt: skip
     excess_length_strategy: Literal["truncate", "drop", "refuse"] = row(
         "truncate",
         "What is done with a chat longer than max_length: cut its end, leave it out, or stop.",
         one_value=True,
+        tasks=SFT,
     )
     on_bad_row: Literal["stop", "skip"] = row(
         "stop", "What is done with a row that cannot be used: stop, or leave it out and count it.", free=True
@@ -87,12 +95,12 @@ class Data(BaseModel):
             "max_steps": "needs max_steps: the length of a stream is not known beforehand",
             "eval_data or eval_rows=0": "cannot hold rows out of the data: give eval_data=<file>",
         },
-        never_with={"dataset_prepared_path": "which keeps encoded rows"},
+        never_with={"dataset_prepared_path": "which keeps encoded rows"}, tasks=SFT,
     )  # fmt: skip
     dataset_config: str | None = row(None, "Configuration of a hub data set or a folder with several.", one_value=True)
     dataset_split: str = row("train", "Split of a hub data set or of a folder with splits.", one_value=True)
     dataset_num_proc: int | None = row(None, "Processes that encode large data. Default: all cores.", ge=1, free=True)
     dataset_prepared_path: str | None = row(
         None, "Folder of encoded rows, which later runs use again. Large data are always kept so, in ~/.cache/lisatune.",
-        min_length=1, free=True, place=True,
+        min_length=1, free=True, place=True, tasks=SFT,
     )  # fmt: skip

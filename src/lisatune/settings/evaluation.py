@@ -9,6 +9,7 @@ from pydantic import BaseModel, field_validator
 
 from lisatune.errors import UserError, shown
 from lisatune.settings.row import row
+from lisatune.settings.task import SFT
 
 # what is best, is known where it is evaluated between start and end
 BETWEEN = {
@@ -46,34 +47,39 @@ class Evaluation(BaseModel):
         never_with={
             "offload_frozen": "whose layers are not on the device when an answer is made: leave one of them out, and score the "
             "trained model with lisatune eval",
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     eval_tasks_steps: int | None = row(
         None, "Scores on eval_tasks every so many steps, besides start and end.", ge=1, one_value=True,
-        only_with=WITH_TASKS, was="eval_every",
+        only_with=WITH_TASKS, was="eval_every", tasks=SFT,
     )  # fmt: skip
     eval_limit: int = row(
-        32, "Number of documents of each task. The first ones are used.", ge=1, one_value=True, only_with=WITH_TASKS
+        32,
+        "Number of documents of each task. The first ones are used.",
+        ge=1,
+        one_value=True,
+        only_with=WITH_TASKS,
+        tasks=SFT,
     )
     eval_data_dir: str | None = row(
         None, "Folder with the data of eval_tasks (gsm8k/, mmlu/, ...), instead of the hub.", min_length=1,
-        one_value=True, only_with=WITH_TASKS,
+        one_value=True, only_with=WITH_TASKS, tasks=SFT,
     )  # fmt: skip
 
     samples: str | list[str] | None = row(
         None, "A prompt, or a list of prompts, that the model answers before training and at each evaluation, greedily. The answers "
         "are in samples.jsonl.",
         min_length=1, free=True, one_process=True,
-        never_with={"offload_frozen": "whose layers are not on the device when an answer is made"},
+        never_with={"offload_frozen": "whose layers are not on the device when an answer is made"}, tasks=SFT,
     )  # fmt: skip
     early_stopping: int | None = row(
         None, "Stop after this number of evaluations in a row without a new best. keep_best says what is best.",
-        ge=1, needs=BETWEEN,
+        ge=1, needs=BETWEEN, tasks=SFT,
     )  # fmt: skip
     keep_best: bool = row(
         False, "The trained model is the best one that was evaluated, and the last one is in a checkpoint. The best has the highest "
         "mean score on eval_tasks, or without them the lowest held-out loss.",
-        needs=BETWEEN,
+        needs=BETWEEN, tasks=SFT,
     )  # fmt: skip
 
     @field_validator("eval_data")

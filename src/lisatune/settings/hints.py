@@ -109,6 +109,8 @@ OUR_NAME: dict[str, str] = {
     **dict.fromkeys(
         ("dataset_text_field", "dataset_prompt_field", "text_column", "prompt_column", "response_column"), "columns"
     ),
+    **dict.fromkeys(("stage", "rlhf_type", "rl", "rlhf"), "task"),
+    **dict.fromkeys(("pref_beta", "rl_beta", "dpo_beta", "kto_beta", "orpo_beta"), "beta"),
 }
 # what has no setting here, and why or what to do instead
 ADVICE: dict[str, str] = {
@@ -126,7 +128,7 @@ ADVICE: dict[str, str] = {
         ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits", "qlora", "quantization_config"),
         "weights are trained whole: to save memory see lisatune plan --gpu-memory 24GiB",
     ),
-    **dict.fromkeys(("do_train", "stage", "task", "remove_unused_columns", "strict"), "it is not needed: leave it out"),
+    **dict.fromkeys(("do_train", "remove_unused_columns", "strict"), "it is not needed: leave it out"),
     **dict.fromkeys(
         ("use_liger_kernel", "liger_kernel", "enable_liger_kernel", "liger_cross_entropy"),
         "the loss never holds all logits at once: leave it out",

@@ -62,6 +62,7 @@ def _limits(name: str) -> str:
     others = [method for method in METHODS if row.methods and method not in row.methods]
     most = len(others) < len(row.methods)  # then it is shorter to say which have no part in it
     only = [] if most or not others else [f"with method={' or '.join(row.methods)}"]
+    only += [f"with task={' or '.join(row.tasks)}"] if row.tasks else []
     only += [f"with optim={' or '.join(row.optims)}"] if row.optims else []
     only += [f"without {one[:-5]}" if one.endswith("=null") else f"with {one}" for one in row.only_with]
     only += ["on a GPU"] if row.gpu else []

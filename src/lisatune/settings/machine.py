@@ -6,6 +6,7 @@ from pydantic import BaseModel, field_validator
 
 from lisatune.errors import UserError, did_you_mean
 from lisatune.settings.row import row
+from lisatune.settings.task import SFT
 
 # trackers, as transformers and accelerate name them, to the packages that they need
 PACKAGES = {
@@ -46,7 +47,11 @@ class Machine(BaseModel):
         only_with={"report_to!=none": "has no effect without a tracker: set report_to"},
     )  # fmt: skip
     norm_steps: int | None = row(
-        None, "Write each layer's norms to norms.jsonl every so many steps, for lisatune norms.", ge=1, one_process=True
+        None,
+        "Write each layer's norms to norms.jsonl every so many steps, for lisatune norms.",
+        ge=1,
+        one_process=True,
+        tasks=SFT,
     )
     logging_steps: int = row(1, "Write a line to metrics.jsonl every so many steps.", ge=1, one_value=True)
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from lisatune.settings.methods import FIRST_ORDER, NOT_FORGOTTEN
 from lisatune.settings.optim import IN_BLOCKS
 from lisatune.settings.row import row
+from lisatune.settings.task import SFT
 
 ONE_MEMORY = "where host and device are one memory"
 
@@ -24,7 +25,7 @@ class Memory(BaseModel):
         needs={
             "sampled_unit!=slices or dp_shard_size=1": "cannot be more than 1 with sampled_unit=slices, which needs whole "
             "weights in each process: leave it out, or set recipe=paper",
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = row(
         "auto",
@@ -41,7 +42,7 @@ class Memory(BaseModel):
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=8,
         needs={
             "gradient_checkpointing": "moves the inputs of checkpointed layers: set gradient_checkpointing=true, or leave it out"
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     vocabulary_blocks: bool = row(
         False, "Make and use the gradients of embedding and head a block of rows at a time, never whole.",
@@ -51,7 +52,7 @@ class Memory(BaseModel):
             "train_embedding or train_head": "has no effect while embedding and head are frozen: leave it out",
             "sampled_unit!=slices or train_embedding=true or train_head=true": "has no effect with sampled_unit=slices, which "
             "makes the gradients of a few rows alone: leave it out",
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     optimizer_in_backward: bool = row(
         False, "Update each weight as soon as its gradient exists. Needs max_grad_norm=0.",
@@ -61,14 +62,14 @@ class Memory(BaseModel):
             "max_grad_norm=0, or leave it out",
             "gradient_accumulation_steps=1": "cannot add up micro-batches, whose gradients are gone: set "
             "gradient_accumulation_steps=1, or leave it out",
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     offload_optimizer: bool = row(
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS | {
             NOT_FORGOTTEN: "has no effect with slices that train for one step, of which no optimizer state is held: leave it out",
             "optim!=sign": "has no effect with optim=sign, which has no state: leave it out",
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     offload_frozen: bool = row(
         False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time.",
@@ -81,5 +82,5 @@ class Memory(BaseModel):
         needs={
             "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer on "
             "the device",
-        },
+        }, tasks=SFT,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from pydantic import BaseModel, model_validator
 from lisatune.methods import METHODS, RECIPES, UNITS
 from lisatune.samplers import SAMPLERS, check_options, find_sampler
 from lisatune.settings.row import OneOf, row
+from lisatune.settings.task import SFT
 
 LAYERWISE = tuple(name for name, method in METHODS.items() if method.layerwise)
 FIRST_ORDER = tuple(name for name, method in METHODS.items() if method.backward)
@@ -102,7 +103,7 @@ class Sampling(BaseModel):
         False,
         "Divide the updates of a sampled layer by its chance to be sampled. On average they are then those of full.",
         methods=LAYERWISE, one_process=True,
-        never_with={"optimizer_in_backward": "which updates before the step"} | NO_SLICES,
+        never_with={"optimizer_in_backward": "which updates before the step"} | NO_SLICES, tasks=SFT,
     )  # fmt: skip
     frozen_learning_rate: float | None = row(
         None,
@@ -112,12 +113,12 @@ class Sampling(BaseModel):
         needs={
             "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so micro-batches would meet other "
             "weights: set gradient_accumulation_steps=1, or leave it out",
-        },
+        }, tasks=SFT,
     )  # fmt: skip
     frozen_step: Literal["gradient", "sign"] = row(
         "gradient",
         "What the small steps of frozen layers follow: the gradient, or its sign (FRUGAL), at about a tenth of learning_rate.",
-        methods=LAYERWISE, only_with={"frozen_learning_rate": "has no effect without frozen_learning_rate: leave it out"},
+        methods=LAYERWISE, only_with={"frozen_learning_rate": "has no effect without frozen_learning_rate: leave it out"}, tasks=SFT,
     )  # fmt: skip
     state_policy: Literal["reset_layers", "reset_all", "keep"] = row(
         "reset_layers",

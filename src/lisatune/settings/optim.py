@@ -11,6 +11,7 @@ from lisatune.optim import OPTIMS
 from lisatune.optim.schedules import SCHEDULES, check_schedule
 from lisatune.settings.methods import FIRST_ORDER, NOT_FORGOTTEN
 from lisatune.settings.row import OneOf, row
+from lisatune.settings.task import SFT
 
 IN_BLOCKS = {
     "optim.in_blocks": "needs an optimizer that works on blocks: set optim to one of "
@@ -60,7 +61,7 @@ class Optim(BaseModel):
     weight_decay: float = row(0.0, "Decoupled weight decay. It acts on matrices only.", ge=0)
     neftune_noise_alpha: float | None = row(
         None, "Noise on the embedded tokens while training (NEFTune): at most this, divided by the root of a row's numbers.",
-        gt=0, methods=FIRST_ORDER,
+        gt=0, methods=FIRST_ORDER, tasks=SFT,
     )  # fmt: skip
     adam_beta1: float = row(0.9, "Decay of the first moment.", ge=0, lt=1, methods=FIRST_ORDER)
     adam_beta2: float = row(0.999, "Decay of the second moment.", ge=0, lt=1, methods=FIRST_ORDER)

@@ -19,6 +19,7 @@ class Row:
 
     Args:
         methods: The methods in which the setting plays a part; empty for all.
+        tasks: The tasks in which it plays a part; empty for all.
         optims: The optimizers in which it plays a part; empty for all.
         only_with: It plays a part only under this condition. The text refuses it where it is given without effect.
         needs: Conditions that must hold once it is set, each with the text of the refusal.
@@ -36,6 +37,7 @@ class Row:
     """
 
     methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     optims: tuple[str, ...] = ()
     only_with: Mapping[str, str] = field(default_factory=dict)
     needs: Mapping[str, str] = field(default_factory=dict)

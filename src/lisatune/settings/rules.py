@@ -17,6 +17,8 @@ def refusals(config: TrainConfig, given: Collection[str]) -> Iterator[str]:
         row = ROWS[name]
         if row.methods and config.method not in row.methods:
             yield f"{name} has no effect with method={config.method}: leave it out, or set method={row.methods[0]}"
+        if row.tasks and config.task not in row.tasks:
+            yield f"{name} has no effect with task={config.task}: leave it out, or set task={row.tasks[0]}"
         if row.optims and config.optim not in row.optims:
             yield f"{name} has no effect with optim={config.optim}: leave it out, or set optim={row.optims[0]}"
         for condition, text in row.only_with.items():
@@ -106,9 +108,10 @@ def used_settings(config: TrainConfig) -> dict[str, Any]:
     """All settings that play a part, the defaults too."""
 
     def used(name: str) -> bool:
-        optims = ROWS[name].optims
+        optims, tasks = ROWS[name].optims, ROWS[name].tasks
         return (
             plays(name, config.method)
+            and (not tasks or config.task in tasks)
             and (not optims or config.optim in optims)
             and all(holds(condition, config) for condition in ROWS[name].only_with)
         )

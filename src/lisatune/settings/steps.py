@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from lisatune.settings.row import row
+from lisatune.settings.task import SFT
 
 
 class BadSteps(BaseModel):
@@ -20,8 +21,9 @@ class BadSteps(BaseModel):
             "optimizer_in_backward": "which has updated weights before the step is known to be bad",
             "frozen_learning_rate": "which has moved weights before the step is known to be bad",
         },
+        tasks=SFT,
     )
-    bad_grad_norm: float | None = row(None, "A gradient norm above this makes a step bad.", gt=0)
+    bad_grad_norm: float | None = row(None, "A gradient norm above this makes a step bad.", gt=0, tasks=SFT)
 
 
 class Saving(BaseModel):

@@ -1,0 +1,65 @@
+"""Judged answers as TRL takes them, and what became of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lisatune.data.examples import HeldOut, Rows
+from lisatune.data.preferences import Judged
+from lisatune.errors import UserError, missing_package
+from lisatune.tasks import TASKS
+
+
+def as_dataset(rows: Rows, task: str) -> Any:
+    """The rows as a data set of ``datasets``.
+
+    Raises: UserError if some have a margin and others have none; MissingPackageError without datasets.
+    """
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise missing_package("datasets", f"task={task}", "sft") from error
+    judged: list[Judged] = list(rows.examples or ())  # type: ignore[arg-type]
+    without = [example for example in judged if example.margin is None]
+    if "margin" in TASKS[task].columns and 0 < len(without) < len(judged):
+        raise UserError(f"{without[0].where}: 'margin' is missing, but other rows have one: give each row one, or none")
+    with_tools = any(example.tools for example in judged)
+    return Dataset.from_list(
+        [e.as_row() | ({"tools": json.dumps(list(e.tools)) if e.tools else None} if with_tools else {}) for e in judged]
+    )
+
+
+def identity_of(train: Rows, held_out: HeldOut) -> dict[str, str]:
+    """What the rows are recognised by when the run is resumed."""
+    sets = {"train": train, **{f"held-out {name}".strip().replace(" ", "-"): rows for name, rows in held_out.items()}}
+    return {name: f"{len(rows):,} rows, {_digest(rows)}" for name, rows in sets.items()}
+
+
+def _digest(rows: Rows) -> str:
+    return hashlib.sha256(repr([(e.messages, repr(e)) for e in rows.examples or ()]).encode()).hexdigest()[:16]
+
+
+def tell_rows(name: str, rows: Rows, used: int, console: Console) -> None:
+    """Tell which files were read, and how many rows are used; name what is not.
+
+    Raises: UserError if no row is left.
+    """
+    examples = rows.examples or []
+    left_out: Mapping[str, None] = dict.fromkeys(column for example in examples for column in example.left_out)
+    parts = [f"{used:,} of {len(examples) + len(rows.bad):,} rows are used"]
+    if rows.bad:
+        parts.append(f"{len(rows.bad):,} cannot be used ({rows.bad[0]})")
+    if used < len(examples):
+        parts.append(f"{len(examples) - used:,} are longer than max_length")
+    if left_out:
+        parts.append(f"left out: {', '.join(left_out)}")
+    told = (f"{name}: {rows.source.describe()}", f"{name}: {'; '.join(parts)}")
+    for line in told:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if used == 0:
+        raise UserError(f"{rows.name}: no row is within max_length: raise it")

@@ -1,0 +1,30 @@
+"""A reward model: a score head in place of the language model's, trained on pairs of answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lisatune.tasks.base import Task, meta_ids, without_adapters
+
+
+@dataclass(kw_only=True)
+class Reward(Task):
+    """Gives the chosen answer a higher score than the rejected one (Bradley and Terry). The head trains in every step."""
+
+    trainer: ClassVar[str] = "trl:RewardTrainer"
+    arguments: ClassVar[str] = "RewardConfig"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    model_options: ClassVar[dict[str, Any]] = {"num_labels": 1}
+    writes_text: ClassVar[bool] = False
+
+    def step_loss(self, model: Any, reference: Any, rows: int, tokens: int) -> Tensor:
+        """Both answers of a row go through the model together; of each only the last token is scored."""
+        inner = without_adapters(model)
+        hidden = inner.base_model(input_ids=meta_ids(2 * rows, tokens), use_cache=False).last_hidden_state
+        head = next(module for module in inner.children() if module is not inner.base_model)
+        chosen, rejected = head(hidden)[:, -1, 0].chunk(2)
+        return -logsigmoid(chosen - rejected).mean()
