@@ -23,7 +23,7 @@ SETTINGS = {
     "num_active": 6, "interval_steps": 5, "learning_rate": 2e-4, "per_device_train_batch_size": 4, "max_length": 512,
     "eval_rows": NUM_HELD_OUT, "device": "cpu",
 }  # fmt: skip
-SETS = {"tools": {"chat_template": "chatml", "num_train_epochs": 5}, "multi_turn": {"num_train_epochs": 6}}
+SETS = {"tools": {"chat_template": "chatml", "num_train_epochs": 5}, "multi_turn": {"num_train_epochs": 14}}
 
 
 def train(name: str, work: Path, model: str) -> Path:

@@ -14,7 +14,14 @@ from lisatune.layers import Trains, find_layers
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
 from lisatune.trainer.after_backward import AfterBackward
-from lisatune.trainer.checks import HeadIsCalled, check_adapters, check_alone, check_causal, check_checkpointing
+from lisatune.trainer.checks import (
+    HeadIsCalled,
+    check_adapters,
+    check_alone,
+    check_causal,
+    check_checkpointing,
+    router_remark,
+)
 from lisatune.trainer.processes import (
     TOO_LATE,
     Copies,
@@ -140,9 +147,8 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._head = HeadIsCalled(head)
         self._record = Record(self.engine, optimizer)
         if state.is_world_process_zero:
-            self.tell(
-                [*describe(self.engine, self.settings), self._record.expected, *([unchecked] if unchecked else [])]
-            )
+            remarks = [unchecked, router_remark(model, args.gradient_accumulation_steps)]
+            self.tell([*describe(self.engine, self.settings), self._record.expected, *filter(None, remarks)])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer once for each optimizer step, before its first forward."""

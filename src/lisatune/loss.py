@@ -198,18 +198,17 @@ def batch_loss(
 
 def asks_for_router_loss(layers: Layers) -> bool:
     """Whether the model is a mixture of experts whose config asks for its balancing loss in training."""
-    config: Any = layers.model.config
-    wanted = getattr(config.get_text_config(), "output_router_logits", False) and _router_coefficient(layers.model)
-    return bool(wanted) and layers.model.training
+    return layers.model.training and router_coefficient(layers.model) > 0
 
 
-def _router_coefficient(model: Any) -> float:
-    """What a model's balancing loss counts, from its config or, as for DBRX, from the model."""
-    places = (model.config.get_text_config(), model)
+def router_coefficient(model: Any) -> float:
+    """What the balancing loss of a mixture counts, from its config or, as for DBRX, from the model; 0 if it is not asked for."""
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
     names = ("router_aux_loss_coef", "aux_loss_coef")
-    return next(
-        (float(found) for place in places for name in names if (found := getattr(place, name, None)) is not None), 0.0
-    )
+    found = (getattr(place, name, None) for place in (config, model) for name in names)
+    return next((float(value) for value in found if value is not None), 0.0)
 
 
 def trunk_and_routers(layers: Layers, inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...] | None]:
@@ -250,5 +249,5 @@ def router_loss(layers: Layers, batch: Batch, num_labelled: int, router_logits: 
             "output_router_logits to false in config.json"
         )
     share = (batch.labels != IGNORED).sum() / max(1, num_labelled)
-    added: Tensor = _router_coefficient(model) * share * loss.to(share.device)
+    added: Tensor = router_coefficient(model) * share * loss.to(share.device)
     return added

@@ -80,3 +80,10 @@ def test_a_column_that_plays_no_part_does_not_change_what_a_comparison_sees(fold
     (folder / "train.jsonl").write_text(text)
     (train,), _ = read(folder)
     assert repr(train.examples) == before
+
+
+def test_encoded_rows_of_the_hub_are_not_kept(folder):
+    with pytest.raises(
+        UserError, match="dataset_prepared_path keeps encoded rows of local data, but a/b is a hub name"
+    ):
+        read("a/b", dataset_prepared_path=str(folder / "stores"))

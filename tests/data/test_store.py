@@ -100,3 +100,24 @@ def test_bad_rows_that_are_skipped_are_counted_in_the_store(path, tmp_path):
     store = encode_rows(rows_of_file(path, on_bad_row="skip"), skipping, tmp_path / "stores", num_proc=1)
     assert skipping.counts.reasons["a bad row"] == 2
     assert store.counts == skipping.counts
+
+
+def test_a_folder_that_was_saved_to_disk_is_kept_and_known_by_its_rows(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
+    datasets.disable_progress_bars()
+    keys = []
+    for word in ("one", "two"):
+        rows = datasets.Dataset.from_list([{"text": word}, {"text": "three"}])
+        datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "saved")
+        store = encode_rows(rows_of_file(tmp_path / "saved"), encoder(), tmp_path / "stores", num_proc=1)
+        assert len(store) == 2
+        keys.append(store.folder.name)
+    assert keys[0] != keys[1]
+
+
+def test_how_many_rows_each_file_had_is_kept_too(path, tmp_path):
+    for _ in range(2):
+        rows = rows_of_file(path)
+        encode_rows(rows, encoder(), tmp_path / "stores", num_proc=1)
+        assert [file.num_rows for file in rows.source.read] == [11]
+        assert rows.source.num_rows == 11

@@ -91,6 +91,30 @@ def test_three_doors_give_one_model(name, tmp_path):
             torch.testing.assert_close(other.state_dict()[weight], value, atol=RATE / 100, rtol=0)
 
 
+def test_accumulation_in_the_trainer_multiplies_the_router_loss_and_is_told(tmp_path, capsys):
+    """The Trainer's own doing; ``lisatune train`` counts each micro-batch by its share."""
+    losses = []
+    for rows, accumulation in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        model = MIXTURES["mixtral"](64)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation,
+            report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        ids = [list(range(3 + i, 11 + i)) for i in range(4)]
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+            callbacks=[LisaCallback(1, 1)],
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+        told = "adds the router loss once for each micro-batch, 2 times a step" in capsys.readouterr().out
+        assert told == (accumulation == 2)
+    assert losses[1] - losses[0] == pytest.approx(1.0, abs=0.05)  # 0.5 of a loss of about 2
+
+
 def test_a_model_without_experts_trains_though_its_config_asks():
     """Doge is a mixture or not, by its config; its routers' logits are an empty tuple where it is none."""
     from transformers import DogeConfig, DogeForCausalLM

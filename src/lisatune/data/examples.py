@@ -63,7 +63,7 @@ class Rows:
 
     def is_large(self) -> bool:
         """Whether its rows should not be held in memory."""
-        return sum(file.path.stat().st_size for file in self.source.read) > LARGE_BYTES
+        return sum(path.stat().st_size for path in self.source.paths) > LARGE_BYTES
 
     def hold(self) -> Rows:
         """Read all examples and hold them."""
@@ -87,8 +87,13 @@ def read_examples(config: TrainConfig) -> tuple[list[Rows], HeldOut]:
     """
     train = [_rows(config, part, number) for number, part in enumerate(data_parts(config))]
     for rows in train:
+        if config.dataset_prepared_path and rows.source.kind == "hub":
+            raise UserError(
+                f"dataset_prepared_path keeps encoded rows of local data, but {rows.name} is a hub name: leave it out, or give a "
+                "local copy of the data"
+            )
         large = rows.is_large() and config.task == "sft"  # TRL holds all rows
-        kept = large or (config.dataset_prepared_path and rows.source.kind == "files")
+        kept = large or config.dataset_prepared_path
         if not config.streaming and not kept and not rows.hold().examples:
             raise UserError(f"{rows.name}: holds no rows{_all_bad(rows)}, so there is nothing to train on")
     if config.eval_data:

@@ -65,6 +65,14 @@ class Source:
         """The files that are read, in order."""
         return [file for file in self.files if not file.left_out]
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that hold the rows; none for a name of the hub."""
+        if self.kind != "saved":
+            return [file.path for file in self.read]
+        folder = Path(self.data).expanduser()
+        return sorted((folder / self.split if (folder / "dataset_dict.json").is_file() else folder).glob("*.arrow"))
+
     def describe(self) -> str:
         """What is read and what is not, in one line."""
         if self.kind != "files":

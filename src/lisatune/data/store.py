@@ -160,6 +160,9 @@ def encode_rows(
             shutil.rmtree(new, ignore_errors=True)
     store = Store(own)
     encoder.counts = store.counts
+    rows.source.num_rows = store.about["num_rows"]
+    for file, (num_rows, note) in zip(rows.source.read, store.about["files"], strict=True):
+        file.num_rows, file.note = num_rows, note
     if encoder.counts.chats:
         _ = encoder.renderer  # gives the tokenizer a chat template, if it has none
     return store
@@ -192,7 +195,8 @@ def _write(rows: Rows, encoder: Encoder, folder: Path, num_proc: int, tell: Any)
     told = asdict(counts) | {name: dict(getattr(counts, name)) for name in ("reasons", "left_out", "ends")}
     about = {
         "format": FORMAT, "ids": kind.name, "places": list(places), "counts": told, "num_examples": num_examples,
-        "num_documents": num_documents, "source": rows.parser.source,
+        "num_documents": num_documents, "source": rows.parser.source, "num_rows": rows.source.num_rows,
+        "files": [(file.num_rows, file.note) for file in rows.source.read],
     }  # fmt: skip
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -272,7 +276,7 @@ def key_of(rows: Rows, encoder: Encoder) -> str:
         "format": FORMAT,
         "versions": [version(package) for package in ("lisatune", "transformers", "tokenizers", "jinja2")],
         "name": rows.name,
-        "files": [[str(file.path), file_digest(file.path)] for file in rows.source.read],
+        "files": [[str(path), file_digest(path)] for path in rows.source.paths],
         "source": [rows.source.kind, rows.source.split, rows.source.config, rows.on_bad_row],
         "parser": [dict(rows.parser.columns), dict(rows.parser.roles), rows.parser.source],
         "tokenizer": backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),

@@ -8,6 +8,7 @@ from torch import nn
 
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
+from lisatune.loss import router_coefficient
 
 
 def check_adapters(model: Any) -> None:
@@ -46,6 +47,16 @@ def check_causal(layers: Layers) -> str:
             "model's config, or train a masked model (AutoModelForMaskedLM) with its own loss"
         )
     return ""
+
+
+def router_remark(model: Any, accumulation: int) -> str:
+    """What the Trainer makes of a mixture's balancing loss; nothing where it counts as the model's config says."""
+    if accumulation < 2 or not hasattr(model, "config") or not router_coefficient(model):
+        return ""
+    return (
+        f"the Trainer adds the router loss once for each micro-batch, {accumulation} times a step: divide its coefficient in the "
+        f"model's config by {accumulation}"
+    )
 
 
 def check_checkpointing(model: nn.Module, train_embedding: Trains, num_processes: int) -> None:
