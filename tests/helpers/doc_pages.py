@@ -11,7 +11,7 @@ from lisatune.settings import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_COMPARE = ("methods", "search")  # words of a grid that are no settings of a run
+OF_COMPARE = ("methods", "search", "trials")  # words of a grid that are no settings of a run
 OTHERS = ("key", "use_cache")  # other words with an equals sign: an example of the form, an argument of transformers
 
 

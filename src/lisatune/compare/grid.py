@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args, get_origin
 
+from lisatune.compare.search import check_optuna, suggest
 from lisatune.errors import UserError, did_you_mean
 from lisatune.methods import METHODS
 from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings, with_new_names
 from lisatune.tasks import TASKS
 
+Settings = tuple[dict[str, Any], list[str]]  # of a run, and the names of those that hold several values
+LossOf = Callable[[str], float | None]
+OPTUNA = "optuna"
 PLURALS = {"methods": "method", "seeds": "seed"}
 # what held-out losses and times can only be compared within
 ONE_VALUE = tuple(name for name, row in ROWS.items() if row.one_value)
@@ -50,12 +56,15 @@ class Grid:
     Args:
         given: Setting to its values, or to one; a method's name to settings of its own.
         search: Settings that are tuned for each contender.
-        trials: Seed by seed, and each seed contender by contender, so that a busy hour of the machine falls on all alike.
+        trials: Seed by seed, and each seed contender by contender, so that a busy hour of the machine falls on all alike. Of a
+            search by optuna, those whose values are known.
+        planned: How many runs there will be.
     """
 
     given: dict[str, Any]
     search: tuple[str, ...]
     trials: tuple[Trial, ...]
+    planned: int
 
     def contenders(self) -> list[str]:
         """Names, in the order given."""
@@ -120,13 +129,16 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] | None = None) -> Grid:
+def make_grid(
+    given: Mapping[str, Any], output: Path, names: Mapping[str, str] | None = None, loss_of: LossOf = lambda name: None
+) -> Grid:
     """Every run of the grid ``given``, its settings checked.
 
     Args:
         given: What ``read_grid`` returned.
         output: The comparison's folder.
         names: Identity of a run that is there to the name of its folder.
+        loss_of: A run's name to its loss, infinite if it failed; None if it has not ended. A search by optuna asks it.
     Raises: UserError for a setting that cannot be, or if contenders would get different numbers of runs.
     Example:
         >>> grid = {"model": "m", "data": "d", "eval_rows": 9, "max_steps": 50, "method": ["lisa", "full"], "seed": [0, 1],
@@ -143,13 +155,18 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
 
     # what is compared, what is searched, and what may hold several values
     search = tuple(_values("search", given.get("search", "learning_rate")))
+    by_optuna = OPTUNA in search
+    search = tuple(name for name in search if name != OPTUNA) or ("learning_rate",)
+    if "trials" in given and not by_optuna:
+        raise UserError("trials has no effect without search=optuna: add it, or leave trials out")
+    num_trials = check_optuna(given.get("trials")) if by_optuna else 0
     methods = _values("method", given.get("method", "lisa"))
     for name in search:
         if name not in TrainConfig.model_fields or name in (*ONE_VALUE, "method", "seed"):
             raise UserError(
                 f"search={name}: no setting that can be searched{did_you_mean(name, TrainConfig.model_fields)}"
             )
-    shared = {n: v for n, v in given.items() if n not in (*METHODS, "search", "method")}
+    shared = {n: v for n, v in given.items() if n not in (*METHODS, "search", "method", "trials")}
     for method in METHODS:
         of_method = given.get(method, {})
         if method in given and (method not in methods or not isinstance(of_method, Mapping)):
@@ -162,14 +179,19 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
     _check_names(shared, methods)
 
     # a trial for each combination, with a name of its own
+    def made(settings: Settings) -> Trial:
+        return _trial(settings, search, output, dict(names or {}))
+
+    frames = [frame for method in methods for frame in _settings_of(str(method), shared, given.get(method, {}), search)]
+    if by_optuna:
+        trials, contenders = _searched(frames, search, num_trials, made, loss_of)
+        return Grid(given, search, tuple(trials), num_trials * contenders)
     trials, taken = [], set[str]()
-    for method in methods:
-        for settings in _settings_of(str(method), shared, given.get(method, {}), search):
-            trial = _trial(settings, search, output, dict(names or {}))
-            if trial.name.casefold() in taken:
-                raise UserError(f"{trial.contender}: the grid holds one run twice ({trial.name}): leave a value out")
-            taken.add(trial.name.casefold())
-            trials.append(trial)
+    for trial in map(made, frames):
+        if trial.name.casefold() in taken:
+            raise UserError(f"{trial.contender}: the grid holds one run twice ({trial.name}): leave a value out")
+        taken.add(trial.name.casefold())
+        trials.append(trial)
 
     # all contenders under the first seed, then under the next: a comparison that is cut short still compares
     order = list(dict.fromkeys(trial.config.seed for trial in trials))
@@ -181,7 +203,54 @@ def make_grid(given: Mapping[str, Any], output: Path, names: Mapping[str, str] |
         raise UserError(
             f"contenders would get different numbers of runs ({numbers}): give each as many values of {', '.join(search)}"
         )
-    return Grid(given, search, tuple(trials))
+    return Grid(given, search, tuple(trials), len(trials))
+
+
+def _searched(
+    frames: Sequence[Settings],
+    search: Sequence[str],
+    num_trials: int,
+    made: Callable[[Settings], Trial],
+    loss_of: LossOf,
+) -> tuple[list[Trial], int]:
+    """The runs whose searched values are known, contenders by turns, and how many runs a round of them has.
+
+    Contenders take their trials in rounds: each gets values that its own earlier runs suggest, and runs them with every seed.
+    A round begins when the one before has ended, so all contenders get equally many trials.
+    """
+    # contenders: their settings with each seed, and the range of each searched setting, from the combinations of the grid
+    plain: dict[str, dict[int, Settings]] = {}
+    spaces: dict[str, dict[str, list[Any]]] = {}
+    for settings, several in frames:
+        contender = made((settings, several)).contender
+        plain.setdefault(contender, {}).setdefault(settings["seed"], (settings, several))
+        space = spaces.setdefault(contender, {})
+        for name in (name for name in search if name in settings):
+            if settings[name] not in space.setdefault(name, []):
+                space[name].append(settings[name])
+    for contender, space in spaces.items():
+        spaces[contender] = {name: values for name, values in space.items() if len(values) > 1}
+        if not spaces[contender]:
+            raise UserError(
+                f"{contender}: search=optuna needs a range of {', '.join(search)}: give the least and the most, as in "
+                "learning_rate=1e-5,1e-3"
+            )
+
+    # their trials, round by round
+    tried: dict[str, list[tuple[dict[str, Any], float]]] = {contender: [] for contender in plain}
+    trials: list[Trial] = []
+    for _ in range(num_trials):
+        a_round = []
+        for contender, space in spaces.items():
+            values = suggest(space, tried[contender], contender)
+            runs = [made((settings | values, several)) for settings, several in plain[contender].values()]
+            losses = [loss_of(run.name) for run in runs]
+            tried[contender].append((values, fmean(math.inf if loss is None else loss for loss in losses)))
+            a_round += list(zip(runs, losses, strict=True))
+        trials += [run for run, _ in a_round]
+        if any(loss is None for _, loss in a_round):
+            break
+    return trials, sum(map(len, plain.values()))
 
 
 def _by_turns(trials: Sequence[Trial]) -> list[Trial]:
@@ -211,7 +280,7 @@ def _check_names(shared: Mapping[str, Any], methods: Sequence[Any]) -> None:
 
 def _settings_of(
     method: str, shared: Mapping[str, Any], of_method: Mapping[str, Any], search: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], list[str]]]:
+) -> Iterator[Settings]:
     """Settings of each run of ``method``, and the names of those that hold several values."""
     idle = f"method={method}"
     played = {n: v for n, v in shared.items() if plays(n, method) and (n not in ROWS or idle not in ROWS[n].idle_with)}
@@ -241,9 +310,7 @@ def _values(name: str, value: Any) -> list[Any]:
     return value
 
 
-def _trial(
-    settings_of: tuple[dict[str, Any], list[str]], search: Sequence[str], output: Path, names: Mapping[str, str]
-) -> Trial:
+def _trial(settings_of: Settings, search: Sequence[str], output: Path, names: Mapping[str, str]) -> Trial:
     settings, several = settings_of
     config = build_config(settings | {"output": str(output)})
     varied = {name: getattr(config, name) for name in several}

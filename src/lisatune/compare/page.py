@@ -209,7 +209,8 @@ def _search(axes: Axes, done: Sequence[Mapping[str, Any]], name: str) -> None:
         axes.set_xscale("log")
     axes.minorticks_off()
     tried = sorted(set(everywhere))
-    axes.set_xticks(tried, [f"{value:g}" for value in tried], rotation=45 if len(tried) > 6 else 0)
+    if len(tried) <= 12:  # a search tries many
+        axes.set_xticks(tried, [f"{value:g}" for value in tried], rotation=45 if len(tried) > 6 else 0)
     axes.set_xlabel(name)
     axes.set_ylabel("held-out loss")
     _legend(axes, len(done))

@@ -179,6 +179,8 @@ def results(
     ready = {c.name: c.reported() for c in contenders if c.choices and _all_ended(c, failed)}
     equal = _equal(ready, seeds)
     entries = [_entry(c, ready, equal, failed) for c in contenders]
+    if "trials" in grid.given:
+        entries = [entry | {"edge": {}} for entry in entries]  # what was tried last is no edge of a range
 
     # which fit into the memory, and which no other beats in both memory and loss
     within = [e for e in entries if e["status"] == "finished"]
@@ -200,6 +202,7 @@ def results(
         "command": command(grid.given),
         "reference": next(iter(ready), None),
         "search": list(grid.search),
+        "trials": grid.given.get("trials"),
         "seeds": seeds,
         "runs_per_contender": len(grid.trials) // len(contenders),
         "confidence": 0.95,

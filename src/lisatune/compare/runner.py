@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -132,24 +133,27 @@ def compare(
         given = read_grid(str(record), [])
     _check_folder(output, record)
     known = {identity(build_config(read_settings(str(path), []))): path.stem for path in _run_files(output)}
-    grid = make_grid(given, output, known)
+    before = _read_json(output / "comparison.json")
+    failed = {} if retry else {r["name"]: r["failure"] for r in before.get("runs", []) if r.get("failure")}
+    ended = _Ended(output / "runs", failed)
+    grid = make_grid(given, output, known, ended.loss_of)
+    if retry and grid.planned > len(grid.trials):
+        raise UserError(
+            "--retry cannot go with search=optuna, whose later values were chosen knowing what had failed: leave it out"
+        )
     _refuse_other(grid, known, record)
 
     # what can be found wrong before the first run
-    before = _read_json(output / "comparison.json")
     data = _check_inputs(grid, before)
     (output / "runs").mkdir(parents=True, exist_ok=True)
 
     # all runs that are left, one after the other; each has its settings in a file of its own
     with only_run(output), stop_signals() as stop:
         write_whole(record, yaml.safe_dump(grid.given, sort_keys=False, allow_unicode=True))
-        for trial in grid.trials:
-            if trial.name not in known.values():
-                settings = trial.config.model_dump(exclude_unset=True)
-                text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-                write_whole(output / "runs" / f"{trial.name}.yaml", text)
-        failed = {} if retry else {r["name"]: r["failure"] for r in before.get("runs", []) if r.get("failure")}
-        session = _Session(grid, output, failed, data, memory_bytes, stop)
+        session = _Session(
+            grid, output, ended, data, memory_bytes, stop, partial(make_grid, given, output, known, ended.loss_of)
+        )
+        session.write_settings()
         session.publish()
         _run_all(session, console, run_one, drop_models)
         result = session.publish()
@@ -208,22 +212,59 @@ def _check_inputs(grid: Grid, before: Mapping[str, Any]) -> str:
 
 
 @dataclass
+class _Ended:
+    """What became of the runs in ``folder``: their numbers, or why they failed."""
+
+    folder: Path
+    failed: dict[str, str]
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+    def look(self, name: str) -> None:
+        """See whether the run ``name`` has ended meanwhile."""
+        if name not in self.measured and (found := read_run(self.folder / name)) is not None:
+            self.measured[name] = found
+            self.failed.pop(name, None)
+
+    def loss_of(self, name: str) -> float | None:
+        """The loss of the run ``name``, infinite if it failed; None if it has not ended."""
+        self.look(name)
+        if name in self.measured:
+            return self.measured[name].loss
+        return math.inf if name in self.failed else None
+
+
+@dataclass
 class _Session:
     grid: Grid
     folder: Path
-    failed: dict[str, str]
+    ended: _Ended
     data: str
     memory_bytes: int | None
     stop: StopSignal
-    measured: dict[str, Measured] = field(default_factory=dict)
+    remade: Callable[[], Grid]
+
+    def left(self) -> list[Trial]:
+        """The runs that have not ended. If all have, a search by optuna says what comes next."""
+        left = [trial for trial in self.grid.trials if self.ended.loss_of(trial.name) is None]
+        if left or len(self.grid.trials) == self.grid.planned:
+            return left
+        self.grid = self.remade()
+        self.write_settings()
+        return self.left()
+
+    def write_settings(self) -> None:
+        """Write the settings of each run into a file of its own, which the process that trains it reads."""
+        for trial in self.grid.trials:
+            path = self.folder / "runs" / f"{trial.name}.yaml"
+            if not path.exists():
+                settings = trial.config.model_dump(exclude_unset=True)
+                write_whole(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
     def publish(self) -> dict[str, Any]:
         """Write comparison.json of what there is."""
         for trial in self.grid.trials:
-            if trial.name not in self.measured and (found := read_run(self.folder / "runs" / trial.name)) is not None:
-                self.measured[trial.name] = found
-                self.failed.pop(trial.name, None)
-        result = results(self.grid, self.measured, self.failed, memory_bytes=self.memory_bytes)
+            self.ended.look(trial.name)
+        result = results(self.grid, self.ended.measured, self.ended.failed, memory_bytes=self.memory_bytes)
         result = {"data": self.data, "made_with": _made_with()} | result
         text = json.dumps(result, indent=1)
         write_whole(self.folder / "comparison.json", text + "\n")
@@ -232,18 +273,18 @@ class _Session:
 
 
 def _run_all(session: _Session, console: Console, run_one: Runner, drop_models: bool) -> None:
-    grid, folder, stop = session.grid, session.folder, session.stop
-    left = [t for t in grid.trials if t.name not in session.measured and t.name not in session.failed]
-    how_many = (
-        f"{len(grid.trials)} runs, {len(left)} left" if len(left) < len(grid.trials) else f"{len(grid.trials)} runs"
-    )
-    console.print(f"{len(grid.contenders())} contenders: {how_many}", highlight=False)
+    folder, stop, num_runs = session.folder, session.stop, session.grid.planned
+    left = session.left()
+    num_left = num_runs - len(session.grid.trials) + len(left)
+    how_many = f"{num_runs} runs" + (f", {num_left} left" if num_left < num_runs else "")
+    console.print(f"{len(session.grid.contenders())} contenders: {how_many}", highlight=False)
     if not left:
         return
 
     # one after the other; a signal stops the run that is under way, which saves itself, and then the comparison
-    with _progress(len(grid.trials), len(left), console) as show:
-        for trial in left:
+    with _progress(num_runs, num_left, console) as show:
+        while left:
+            trial, *left = left
             run = folder / "runs" / trial.name
             _wait_for(run, stop, partial(show, trial, waits=True))
             failure = ""
@@ -253,17 +294,18 @@ def _run_all(session: _Session, console: Console, run_one: Runner, drop_models: 
                 number = stop.received
                 done = len(session.publish()["finished"])
                 raise Stopped(
-                    f"stopped after {done} of {len(grid.trials)} runs; go on with: "
+                    f"stopped after {done} of {num_runs} runs; go on with: "
                     f"lisatune compare --output {shlex.quote(str(folder))}",
                     number,
                 )
             if failure:
-                session.failed[trial.name] = failure
+                session.ended.failed[trial.name] = failure
                 warn(console, f"{trial.name} failed: {failure}")
             elif drop_models:
                 _drop_models(run)
             session.publish()
             show(None)
+            left = left or session.left()
 
 
 def _wait_for(run: Path, stop: StopSignal, tick: Callable[[], None]) -> None:
