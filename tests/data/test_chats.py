@@ -270,6 +270,35 @@ def test_every_answer_is_learnt_once_after_the_very_prompt_of_generation(templat
     assert all(document.labels[-1] in ends for document in documents)
 
 
+def test_a_prompt_that_ends_inside_a_token_is_shown_as_generation_tokenizes_it():
+    """Here a space belongs to the word after it. So the second prompt, which is tokenized whole, has a token that no piece has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate([*alphabet, "ĠU"])}, merges=[("Ġ", "U")])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'Q: ' + m.content + ' ' if m.role == 'user' else 'A: ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+    )
+    documents = list(Encoder(tokenizer, 100)([parse_row(Row("here", {"messages": TWO_TURNS}))]))
+    assert [marked(tokenizer, document) for document in documents] == [
+        "Q: One? A: ⟦Uno.</s>⟧",
+        "Q: One? A: Uno.</s>Q: Two? A: ⟦Dos.</s>⟧",
+    ]
+    for document, turns in zip(documents, (TWO_TURNS[:1], TWO_TURNS[:3]), strict=True):
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert list(document.ids)[: len(prompt)] == prompt
+        assert document.labels[len(prompt)] != -100
+    (text,), _ = encoded({"messages": TWO_TURNS}, tokenizer=tokenizer, loss_on="all")
+    assert text.count("⟦") == 1
+
+
 @pytest.mark.parametrize("option", [{"completion_only_loss": False}, {"loss_on": "all"}])
 def test_all_is_learnt_on_request_though_answers_cannot_be_told_apart(option):
     (text,) = encoded({"messages": TWO_TURNS}, FORGETS_THOUGHTS, **option)[0]

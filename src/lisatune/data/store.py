@@ -29,7 +29,7 @@ from lisatune.data.read import Row, rows_of
 from lisatune.data.render import writes_date
 from lisatune.data.tokenize import BATCH_EXAMPLES, IGNORED, Counts, Encoded, Encoder
 
-FORMAT = 2  # raised with each change of what an encoder makes of a row
+FORMAT = 3  # raised with each change of what an encoder makes of a row
 FILES = {
     "ids": None,  # uint16 or uint32: all ids, one document after the other
     "lengths": np.uint32,  # of each document

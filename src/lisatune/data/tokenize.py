@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import Any, Literal
 
 from lisatune.data.formats import Example
@@ -191,7 +191,7 @@ class Encoder:
         rows = [self._pieces(example) for example in examples]
         chats = [row for some in rows for row in some or () if isinstance(row, list)]
         texts = [row for some in rows for row in some or () if isinstance(row, str)]
-        chat_ids = iter(self._tokenize_chats(chats))
+        encoded = self._exact(chats)
         text_ids = iter(self._tokenize(texts, special=True))
         for example, some in zip(examples, rows, strict=True):
             if some is None:
@@ -199,7 +199,7 @@ class Encoder:
             elif example.text is not None:
                 yield self._finish(example, [self._text(next(text_ids), example.text)])
             else:
-                yield self._finish(example, [self._chat(next(chat_ids), row) for row in some])  # type: ignore[arg-type]
+                yield self._finish(example, [self._chat(*one) for _ in some for one in next(encoded)])
 
     # -- to pieces ---------------------------------------------------------------------------------------------------
 
@@ -232,6 +232,27 @@ class Encoder:
             return []
         out: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
         return out
+
+    def _exact(self, rows: Sequence[Sequence[Piece]]) -> Iterator[list[tuple[list[list[int]], Sequence[Piece]]]]:
+        """The ids of each row's pieces, with the pieces.
+
+        Generation tokenizes a prompt whole, with the answers in it. Where that gives other ids than the pieces do, such as
+        after a prompt that ends in a space, each answer gets a row of its own.
+        """
+        ids = list(self._tokenize_chats(rows))
+        several = [number for number, row in enumerate(rows) if len(row) > 2 and self.loss_on != "all"]
+        whole = self._tokenize(["".join(piece.text for piece in rows[number][:-1]) for number in several])
+        differ = {
+            number
+            for number, together in zip(several, whole, strict=True)
+            if together != list(chain.from_iterable(ids[number][:-1]))
+        }
+        for number, row in enumerate(rows):
+            if number not in differ:
+                yield [(ids[number], row)]
+                continue
+            alone = [[Piece("".join(piece.text for piece in row[:k])), row[k]] for k in range(1, len(row), 2)]
+            yield list(zip(self._tokenize_chats(alone), alone, strict=True))
 
     def _tokenize_chats(self, rows: Sequence[Sequence[Piece]]) -> Iterator[list[list[int]]]:
         """The ids of each row's pieces. The first piece's are those that generation sees; the others follow."""
