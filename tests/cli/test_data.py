@@ -65,6 +65,25 @@ def test_what_is_held_out_is_told(folder):
     assert "held out a" in data(folder, f"eval_data={{a: {{path: {folder / 'rows'}, split: test}}}}")
 
 
+def test_files_are_told_by_their_place_in_the_folder_and_what_was_saved_to_disk_too(folder, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "rows" / "train").mkdir(parents=True)
+    (tmp_path / "rows" / "train" / "part.jsonl").write_text('{"text": "three"}\n')
+    words = [
+        "data",
+        f"[{{path: {tmp_path / 'saved'}, share: 1}}, {{path: {tmp_path / 'rows'}, share: 1}}]",
+        "--model",
+        str(folder / "m"),
+    ]
+    found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert [(file["rows"], file["split"]) for file in found["files"]["read"]] == [(2, "train"), (1, "train")]
+    text = CliRunner().invoke(app, words).stdout
+    assert "train/part.jsonl" in text
+    assert "saved " in text
+
+
 def test_a_terminal_without_colours_has_marks_around_what_is_learnt(folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = data(folder, "--rows", "2")

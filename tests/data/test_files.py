@@ -196,6 +196,11 @@ def test_rows_in_an_object_are_read_and_what_is_beside_them_is_named(tmp_path, i
     assert source.describe().endswith(f"; rows.json: rows under {key}; left out: version")
 
 
+def test_a_file_whose_list_is_empty_holds_no_rows(tmp_path):
+    (tmp_path / "a.json").write_text('{"type": "text_only", "instances": []}')
+    assert list(read_rows(str(tmp_path / "a.json"))) == []
+
+
 def test_one_object_is_one_row_and_other_objects_are_not_taken_for_rows(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(INSTANCES[0] | {"data": [{"a": 1}]}, indent=1))

@@ -66,6 +66,15 @@ class Source:
         return [file for file in self.files if not file.left_out]
 
     @property
+    def told(self) -> list[DataFile]:
+        """The files that are read; what ``save_to_disk`` made, or is on the hub, counts as one."""
+        return (
+            self.read
+            if self.kind == "files"
+            else [DataFile(Path(self.data), self.split, self.config or "", num_rows=self.num_rows)]
+        )
+
+    @property
     def paths(self) -> list[Path]:
         """The files that hold the rows; none for a name of the hub."""
         if self.kind != "saved":

@@ -121,7 +121,7 @@ def inspect(
     return Inspection(
         [rows.name for rows in train],
         [rows.source.describe() for rows in train],
-        [file for rows in train for file in rows.source.read],
+        [file for rows in train for file in rows.source.told],
         [(file, count_rows(file)) for rows in train for file in rows.source.files if file.left_out],
         counts, lengths, max_length, batch_size, (padding(cut, batch_size, seed), padding(packed(cut, max_length), batch_size, seed)),
         [shown_row(document, tokenizer) for document in documents],

@@ -194,7 +194,11 @@ def _rows_in_object(file: DataFile, text: str, split: str) -> list[Any] | None:
     found = _parse(text, file.path)
     if not isinstance(found, dict):
         return None
-    lists = {} if found.keys() & ROW_MARKS else {name: value for name, value in found.items() if _is_rows(value)}
+    lists = (
+        {}
+        if found.keys() & ROW_MARKS
+        else {name: value for name, value in found.items() if _is_rows(value) or (value == [] and name in ROW_KEYS)}
+    )
     if _is_table(found):
         raise UserError(
             f"{file.path}: holds columns, not rows, as pandas writes them: write rows, with "

@@ -203,18 +203,26 @@ def _tiles(found: Inspection) -> str:
 
 def _file_cells(found: Inspection) -> Iterator[list[str]]:
     """What is read and what is not, a line each."""
+    folders = [path for name in found.names if (path := Path(name).expanduser()).is_dir()]
     for file in found.read:
-        yield [file.path.name, f"{file.num_rows:,}", file.split or "", file.note or "read"]
+        yield [_short(file.path, folders), f"{file.num_rows:,}", file.split or "", file.note or "read"]
     for file, rows in found.left_out:
-        yield [file.path.name, "" if rows is None else f"{rows:,}", file.split or "", f"left out: {file.left_out}"]
-    if not found.read:
-        yield from ([told, "", "", "read"] for told in found.described)
+        told = "" if rows is None else f"{rows:,}"
+        yield [_short(file.path, folders), told, file.split or "", f"left out: {file.left_out}"]
     for name, held, counts in found.held_out:
         told = f"held out {name}".rstrip()
-        files = [file for file in held.source.read if file not in found.read]
-        yield from ([file.path.name, f"{file.num_rows:,}", file.split or "", told] for file in files)
+        files = [file for file in held.source.told if file not in found.read]
+        yield from ([_short(file.path, folders), f"{file.num_rows:,}", file.split or "", told] for file in files)
         if not files:
             yield [held.name, f"{counts.used:,}", "", told]
+
+
+def _short(path: Path, folders: Sequence[Path]) -> str:
+    """A file's path below the data's folder; its name elsewhere."""
+    below = (
+        path.relative_to(folder).as_posix() for folder in folders if path != folder and path.is_relative_to(folder)
+    )
+    return next(below, path.name)
 
 
 def _bars(found: Inspection) -> str:
