@@ -22,6 +22,7 @@ from lisatune.trainer.checks import (
     check_checkpointing,
     router_remark,
 )
+from lisatune.trainer.forecast import predicted
 from lisatune.trainer.processes import (
     TOO_LATE,
     Copies,
@@ -124,8 +125,9 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._copies = Copies(layers)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Find the layers; freeze nothing yet."""
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         check_alone(saved)
@@ -146,6 +148,10 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if isinstance(self.engine, SliceEngine) and self.engine.trains["head"] == "sampled" and head is not None:
             self._head = HeadIsCalled(head)
         self._record = Record(self.engine, optimizer)
+        rows = getattr(train_dataloader, "dataset", None)
+        if state.is_world_process_zero:
+            more, self._record.predicted_bytes = self.predict(model, args, optimizer, rows)
+            self._record.expected += more and f"; {more}"
         if state.is_world_process_zero:
             remarks = [unchecked, router_remark(model, args.gradient_accumulation_steps)]
             self.tell([*describe(self.engine, self.settings), self._record.expected, *filter(None, remarks)])
@@ -183,6 +189,10 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._resumed = False
         if self._after_backward:
             self._after_backward.remove()
+
+    def predict(self, model: Any, args: Any, optimizer: Any, rows: Any) -> tuple[str, int]:
+        """The peak to expect, in words and bytes."""
+        return predicted(model, self.settings, args, optimizer, rows)
 
     def tell(self, lines: list[str]) -> None:
         """Print what a user should know of this training."""

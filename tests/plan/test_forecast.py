@@ -46,13 +46,14 @@ LATENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_other_models_are_forecast_too(kind):
     models = {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=4000, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)),
         "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(vocab_size=4000, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)),
         "tied": lambda: make_llama(tied=True, **WIDE),
         "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MIXTURE, num_local_experts=4)),
+        "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**MIXTURE, head_dim=32, num_local_experts=4, layer_types=["full_attention"] * 3)),
         "deepseek_v3": lambda: hf.AutoModelForCausalLM.from_config(hf.DeepseekV3Config(**MIXTURE, **LATENT)),
     }  # fmt: skip
     model = models[kind]()

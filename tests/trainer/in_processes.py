@@ -17,6 +17,7 @@ from lisatune import LisaCallback, UserError
 from tiny import make_llama, make_tokenizer
 
 STEP = {"learning_rate": 1e-2, "per_device_train_batch_size": 2, "adam_epsilon": 1e-3, "weight_decay": 0.1}
+UNEVEN = {"accelerator_config": {"even_batches": False}}
 QUIET = {
     "use_cpu": True,
     "report_to": [],
@@ -52,7 +53,7 @@ def make_trainer(case, callbacks):
     """The Trainer of a case: plain, SFT or DPO."""
     settings = STEP | QUIET | {"output_dir": case["output"]} | case.get("arguments", {})
     if case.get("trainer", "plain") == "plain":
-        settings |= {"train_sampling_strategy": "sequential", "accelerator_config": {"even_batches": False}}
+        settings |= {"train_sampling_strategy": "sequential"} | UNEVEN
         arguments = TrainingArguments(**settings)
         if case.get("sharded"):
             on_a_cpu_as_on_gpus(arguments)
@@ -63,16 +64,22 @@ def make_trainer(case, callbacks):
 
     data = pairs()
     if case["trainer"] == "sft":
+        data = data.select(range(15))  # so that the last batch has one; DPO's trainer gathers equal batches alone
         data = data.map(lambda row: {"completion": row["chosen"]}, remove_columns=["chosen", "rejected"])
     kinds = {"sft": (trl.SFTConfig, trl.SFTTrainer), "dpo": (trl.DPOConfig, trl.DPOTrainer)}
     config, trainer = kinds[case["trainer"]]
-    settings |= {"train_sampling_strategy": "sequential", "max_length": 32}
+    settings |= {"max_length": 32, "train_sampling_strategy": "sequential"} | (
+        UNEVEN if case["trainer"] == "sft" else {}
+    )
     model, *reference = (
         make_llama(vocab_size=len(make_tokenizer())) for _ in range(2 if trainer is trl.DPOTrainer else 1)
     )
     more = {"ref_model": reference[0]} if reference else {}
+    arguments = config(**settings)
+    if case.get("sharded"):
+        on_a_cpu_as_on_gpus(arguments)
     return trainer(
-        model=model, args=config(**settings), train_dataset=data, processing_class=make_tokenizer(), callbacks=callbacks,
+        model=model, args=arguments, train_dataset=data, processing_class=make_tokenizer(), callbacks=callbacks,
         **more,
     )  # fmt: skip
 

@@ -34,6 +34,8 @@ CASES = {
     "copies, SFT": {"trainer": "sft"},
     "copies, DPO": {"trainer": "dpo"},
     "shards": {"arguments": FSDP2, "sharded": True},
+    "shards, SFT": {"arguments": FSDP2, "sharded": True, "trainer": "sft"},
+    "shards, DPO": {"arguments": FSDP2, "sharded": True, "trainer": "dpo"},
     "shards, sampled embedding": {"arguments": FSDP2, "sharded": True, "lisa": SAMPLED},
 }
 REFUSED = {
@@ -52,7 +54,7 @@ REFUSED = {
         "arguments": FSDP2, "sharded": True, "lisa": {"sampler": "gradient_norm"}, "output": "sharded gradient norm"
     },
 }  # fmt: skip
-ON_FOUR = ["copies", "copies, DPO", "shards"]
+ON_FOUR = ["copies", "copies, SFT", "copies, DPO", "shards", "shards, SFT", "shards, DPO"]
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ class Lisa(Method):
 
     def draw_always(self, drawn: tuple[int, ...]) -> None:
         """Put a sampler that knows one draw in place of the engine's."""
-        self.engine.sampler = _OneDraw(len(self.engine.pool), drawn)
+        self.engine.sampler = OneDraw(len(self.engine.pool), drawn)
 
     def begin_step(self, number: int, optimizer: torch.optim.Optimizer) -> bool:
         """Freeze and thaw at the beginning of an interval."""
@@ -114,7 +114,7 @@ class Lisa(Method):
 
 
 @dataclass(frozen=True)
-class _OneDraw(Sampler):
+class OneDraw(Sampler):
     """The same draw in each interval."""
 
     num_layers: int

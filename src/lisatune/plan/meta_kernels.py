@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,10 @@ def _attention(
 
     Multi-head latent attention has values of another width than queries. A GPU has a fused kernel for that, a CPU none.
     """
+    if kwargs.get("s_aux") is not None:  # sinks, which no fused kernel of PyTorch has: the model's own keeps all scores
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        mask = query.new_zeros(query.shape[0], 1, query.shape[2], key.shape[2])
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
     if kwargs.get("softcap") is not None:
         raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
     groups = query.shape[1] // key.shape[1]

@@ -38,6 +38,7 @@ from lisatune.run.schedule import make_schedule
 from lisatune.run.trackers import check_trackers
 from lisatune.settings import LAYERWISE, TrainConfig
 from lisatune.tasks.base import Task
+from lisatune.trainer.forecast import longest_row
 
 OF_CALLBACK = (
     "num_active", "interval_steps", "seed", "state_policy", "decoder_name", "train_embedding", "train_head", "sampler",
@@ -99,6 +100,10 @@ class Told(LisaCallback):
     def __init__(self, console: Console, **settings: Any) -> None:
         super().__init__(**settings)
         self._console = console
+
+    def predict(self, model: Any, args: Any, optimizer: Any, rows: Any) -> tuple[str, int]:
+        """Nothing: the run has its own forecast."""
+        return "", 0
 
     def tell(self, lines: list[str]) -> None:
         """Print what is sampled."""
@@ -186,16 +191,6 @@ def fitted(config: TrainConfig, hf_config: Any, device: str, memory_bytes: int, 
     levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
     console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
     return rungs[-1].config
-
-
-def longest_row(rows: Any, max_length: int) -> int:
-    """Tokens of the longest row that the trainer will see, by the names of its columns."""
-    answers = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
-    whole = [name for name in answers if "input_ids" in name and not name.startswith("prompt")]
-    own, before = (whole, None) if whole else (answers, "prompt_ids" if "prompt_ids" in rows.column_names else None)
-    columns = rows.select_columns([*own, *([before] if before else [])])
-    longest = max(max(len(row[name]) for name in own) + (len(row[before]) if before else 0) for row in columns)
-    return min(longest, max_length)
 
 
 def of_callback(config: TrainConfig) -> dict[str, Any]:

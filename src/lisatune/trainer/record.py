@@ -30,13 +30,12 @@ class Record:
         self.engine = engine
         weights = tensor_bytes(engine.layers.model.parameters())
         self.meter = PeakMeter(next(engine.layers.model.parameters()).device, own_bytes=weights)
-        self.most_state_bytes = 0
+        self.most_state_bytes = self.predicted_bytes = 0
         self.expected = f"weights {gib(weights)}, gradients {gib(self._most_trained_bytes())} at most"
         moments = MOMENTS.get(type(each_of(optimizer)[0]).__name__)
         if moments:
             state = moments * self._most_trained_bytes()
             self.expected += f", optimizer state {gib(state)} (full training: {gib(moments * weights)})"
-        self.expected += "; activations and the loss come on top"
 
     def _most_trained_bytes(self) -> int:
         """What trains always, and the largest draw there can be."""
@@ -59,6 +58,7 @@ class Record:
         """The peak, in words."""
         where = "on the device" if self.meter.device.type == "cuda" else "in memory, without what was there before"
         peak = self.meter.bytes() - self.meter.base_bytes
+        where += f" (predicted {gib(self.predicted_bytes)} of tensors)" if self.predicted_bytes else ""
         return f"peak {gib(peak)} {where}; optimizer state {gib(self.most_state_bytes)} at most"
 
 
