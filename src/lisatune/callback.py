@@ -13,9 +13,9 @@ from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
+from lisatune.slices.modules import ReadWhole
 from lisatune.trainer.after_backward import AfterBackward
 from lisatune.trainer.checks import (
-    HeadIsCalled,
     check_adapters,
     check_alone,
     check_causal,
@@ -98,7 +98,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._sharded = False
         self._resumed = False
         self._after_backward: AfterBackward | None = None
-        self._head: HeadIsCalled | None = None
+        self._read_whole: ReadWhole | None = None
         self._scores: dict[int, float] = {}
         self.report = report
         self._record: Record | None = None
@@ -144,9 +144,8 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         if self.settings.train_embedding is not True and checkpointed:
             model.disable_input_require_grads()  # else the backward pass would go on below the lowest active layer
-        head = self.engine.layers.head
-        if isinstance(self.engine, SliceEngine) and self.engine.trains["head"] == "sampled" and head is not None:
-            self._head = HeadIsCalled(head)
+        if isinstance(self.engine, SliceEngine) and self.engine.layers.head is not None:
+            self._read_whole = ReadWhole(self.engine.layers.head)
         self._record = Record(self.engine, optimizer)
         rows = getattr(train_dataloader, "dataset", None)
         if state.is_world_process_zero:
@@ -161,12 +160,6 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         assert self.engine is not None
         if self.engine.begin_step(state.global_step, optimizer) and self._after_backward:
             self._after_backward.follow()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer when the step's gradients are there."""
-        if self._head is not None:
-            self._head.check()
-            self._head = None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Called by the Trainer when the optimizer has made its step."""
@@ -186,6 +179,8 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 name = type(self.engine.layers.model).__name__
                 write_report(Path(args.output_dir) / "report.html", name, told, self.engine, state.log_history)
         self.engine.release()
+        if self._read_whole:
+            self._read_whole.remove()
         self._resumed = False
         if self._after_backward:
             self._after_backward.remove()

@@ -186,10 +186,6 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "gradient_accumulation_steps=1": {"gradient_accumulation_steps": 2},
     "eval_data or eval_rows or samples": {},
     "eval_data or eval_rows=0": {"eval_rows": 3, "max_steps": 5},
-    "task=sft or task=orpo or task=reward or sampled_unit!=slices or train_head!=sampled": {
-        "task": "dpo",
-        "sampled_unit": "slices",
-    },
     "task!=reward or save_merged": {"task": "reward", "method": "lora", "save_merged": False},
     "task!=kto or per_device_train_batch_size!=1": {"task": "kto", "per_device_train_batch_size": 1},
     "max_steps": {},

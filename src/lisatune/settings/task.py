@@ -23,8 +23,6 @@ class Task(BaseModel):
         never_with={"method=mezo": "which has a loss of its own"},
         needs={
             "num_active!=0": "needs something to sample: set num_active=1 or more",
-            "task=sft or task=orpo or task=reward or sampled_unit!=slices or train_head!=sampled": "reads the head's weight past "
-            "its slices: set train_head=true (and train_embedding=true if they are tied), or leave sampled_unit out",
             "task!=reward or save_merged": "saves a whole model, because its head is new: leave save_merged out",
             "task!=kto or per_device_train_batch_size!=1": "compares answers within a micro-batch: set "
             "per_device_train_batch_size=2 or more",

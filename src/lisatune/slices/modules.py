@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,6 +96,30 @@ class SlicedForward:
         finally:
             for name in shadows:
                 del vars(self.module)[name]
+
+
+class ReadWhole:
+    """Lets whoever reads a cut parameter of ``module``, past its forward, get a whole one whose gradient goes to the blocks.
+
+    TRL multiplies by the head's weight itself. Without this, autograd would find no way from there to the blocks. The whole
+    gradient is made then, and thrown away but for the trained rows.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.kind = module, type(module)
+        names = [name for name, parameter in module._parameters.items() if parameter is not None]
+        members = {name: property(partial(_read, name)) for name in names}
+        module.__class__ = type(self.kind.__name__, (self.kind,), members)
+
+    def remove(self) -> None:
+        """Let the module be as it was."""
+        self.module.__class__ = self.kind
+
+
+def _read(name: str, module: nn.Module) -> Tensor | None:
+    parameter = module._parameters[name]
+    cut = cut_of(parameter)
+    return whole_weight(cut) if cut is not None and torch.is_grad_enabled() else parameter
 
 
 def _linear(module: Any, input: Tensor, cut: Cut, bias: Tensor | None) -> Tensor:

@@ -77,30 +77,3 @@ def check_checkpointing(model: nn.Module, train_embedding: Trains, num_processes
                 f"gradient checkpointing with use_reentrant=True {why}: "
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-
-
-class HeadIsCalled:
-    """Refuses slices of a head that is never called: some trainers multiply by its weight themselves, past the slices.
-
-    Args:
-        head: The output embedding.
-    """
-
-    def __init__(self, head: nn.Module) -> None:
-        self._called = False
-        self._handle = head.register_forward_hook(self._note)
-
-    def check(self) -> None:
-        """Call it once, after the first backward pass.
-
-        Raises: UserError if the head was not called.
-        """
-        self._handle.remove()
-        if not self._called:
-            raise UserError(
-                "this trainer reads the head's weight past its slices, so the head would never train: set train_head=True "
-                "(and train_embedding=True if they are tied), or sample layers"
-            )
-
-    def _note(self, *_: Any) -> None:
-        self._called = True

@@ -21,6 +21,7 @@ from lisatune.optim.suited import each_of
 from lisatune.plan.meta_kernels import ATTENTION, experts_on_meta, register_attention
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
+from lisatune.slices.modules import ReadWhole
 from lisatune.tasks import task_of
 from lisatune.tasks.base import Task, kernels_on_meta, log_probs, meta_ids
 from lisatune.trainer.settings import LisaSettings
@@ -156,7 +157,10 @@ def run_on_meta(model: Any, settings: LisaSettings, arguments: Any, tokens: int)
             reference = meta_copy(model, arguments).requires_grad_(False).eval()
             book(ledger, reference, "reference")
         engine = settings.engine(copied)
-        if not isinstance(engine, SliceEngine):
+        if isinstance(engine, SliceEngine):
+            if engine.layers.head is not None:
+                ReadWhole(engine.layers.head)
+        else:
             sizes = [engine.layers.num_parameters()[part] for part in engine.pool]
             draws = engine.sampler.largest_draws(sizes, None)
             engine.sampler = OneDraw(len(engine.pool), draws[-1])
