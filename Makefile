@@ -19,7 +19,7 @@ test: $(VENV)/.dev ## format, lint, types and all tests but the slow ones
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow" -n 2
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev $(VENV)/.demo ## the tests that take minutes
 	$(BIN)/pytest -m slow

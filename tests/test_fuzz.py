@@ -1,4 +1,4 @@
-"""Bad input, some thousand cases of it, ten thousand among the slow tests: an answer or a UserError, never a traceback; no row is lost in silence."""
+"""Bad input, some hundred cases of it, ten thousand among the slow tests: an answer or a UserError, never a traceback; no row is lost in silence."""
 
 import contextlib
 import gzip
@@ -42,9 +42,9 @@ class Drawn(hostile.Pick):
 
 
 def amounts(name):
-    """A tenth of the cases each time, and all of them, which takes minutes, among the slow tests."""
+    """A thirtieth of the cases each time, and all of them, which takes minutes, among the slow tests."""
     few, all_cases = (
-        pytest.param(CASES[name] // 10, id="some"),
+        pytest.param(CASES[name] // 30, id="some"),
         pytest.param(CASES[name], id="all", marks=pytest.mark.slow),
     )
     return pytest.mark.parametrize("count", [few, all_cases])

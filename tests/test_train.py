@@ -294,6 +294,7 @@ def test_weight_decay_touches_no_frozen_weight(model_folder, data_file, tmp_path
             assert torch.equal(before[name], after[name]) == (int(name.split(".")[2]) != active), name
 
 
+@pytest.mark.slow
 def test_real_model_learns_real_data(shared, tmp_path):
     summary, _ = run(
         shared / "models/stories260K/hf", shared / "data/alpaca/alpaca.jsonl.gz", tmp_path / "run",

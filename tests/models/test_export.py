@@ -111,7 +111,7 @@ def test_adapters_are_merged(model_folder, data_file, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no ../shared/models beside the checkout")
-@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+@pytest.mark.parametrize("kind", [pytest.param("f32", marks=pytest.mark.slow), "q8_0"])
 def test_gguf_is_read_back(tmp_path, kind):
     pytest.importorskip("conversion", reason="the extra 'export' is not installed")
     pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")

@@ -76,6 +76,7 @@ def test_weights_gradients_and_state_of_8b_are_the_arithmetic_s():
     assert plan.bytes_of["gradients/embedding"] == 2 * embedding
 
 
+@pytest.mark.slow
 def test_levers_do_what_they_say_at_8b():
     def peak(**levers):
         return plan_memory(LLAMA_8B, recipe="paper", max_length=2048, per_device_train_batch_size=2, **levers)
@@ -94,6 +95,7 @@ def test_levers_do_what_they_say_at_8b():
     assert frozen.host_bytes == pytest.approx(2 * 30 * one_layer, rel=0.01)
 
 
+@pytest.mark.slow
 def test_everything_trained_at_8b_in_18_gib_and_no_more_than_lora():
     """The promise at a 128k vocabulary, as a forecast: batch 2 x 2048, weights on the card, then frozen layers off it."""
     levers = {"gradient_checkpointing": True, "activation_offloading": True, "offload_optimizer": True,

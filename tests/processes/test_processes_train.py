@@ -73,7 +73,7 @@ def compare(one, several, name, bound=2e-4):
         assert max(far.mean(), far.max() / 20) < bound, f"{name}: {weight} by {far.max():.2g}"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_as_many_processes_train_as_one_does(model_folder, data_file, tmp_path, num_ranks):
     """Twelve draws, accumulation, uneven last batches, ranks with other numbers of labelled tokens; each mode and method."""
     make_llama(vocab_size=len(make_tokenizer()), tied=True).save_pretrained(tmp_path / "tied")
@@ -127,7 +127,7 @@ def check_sent(case, way, shard_size, num_ranks, folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to see Gloo's threads in")
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
     """Against what PyTorch's allocator gave out on each rank, within 1%, as for one process; the real step under gloo."""
     lisa, shards = {"num_active": 1}, {"dp_shard_size": num_ranks}
@@ -178,7 +178,7 @@ def test_a_forecast_of_several_processes_on_the_command_line(model_folder, monke
     assert "dp_shard_size=3 does not divide the 8 processes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shard_size", [1, 2])
+@pytest.mark.parametrize("shard_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
     model_folder, data_file, tmp_path, shard_size
 ):

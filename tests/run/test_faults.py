@@ -60,7 +60,7 @@ def small_disk(where, size):
         subprocess.run(["umount", "-l", where], check=True)
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_many_moments(model_folder, data_file, tmp_path, kills):
     """kill -9, writes included; a child that is forked saves the starts of Python and torch."""
     script = HELPERS / "killing.py"
