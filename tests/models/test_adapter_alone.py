@@ -73,6 +73,12 @@ def test_adapters_that_cannot_be_used_are_refused(runs, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "./gone"}))
     with pytest.raises(UserError, match=r"\./gone: no such model folder"):
         check_model_name(str(adapter))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "XLORA"}))
+    with pytest.raises(UserError, match="is of 'XLORA': only LoRA's adapters can be merged"):
+        check_model_name(str(adapter))
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["q_proj"]}))
+    with pytest.raises(UserError, match=r"its adapters do not fit .*: it has no weight"):
+        load_trained(str(adapter))
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="does not say what model the adapters belong to"):
         check_model_name(str(adapter))

@@ -56,7 +56,9 @@ def test_the_trained_model_is_the_best_and_a_resumed_run_finds_the_same(model_fo
     names = {path.name for path in (tmp_path / "kept" / "checkpoints").iterdir()}
     assert {f"checkpoint-{best}", f"checkpoint-{STEPS}"} <= names
 
-    # stopped after the best
+    # stopped after the best; what is saved and put back is the same for all kinds
+    if kind != "layers":
+        return
     settings = some | {"keep_best": True}
     run(model_folder, data_file, tmp_path / "stopped", best + 1, **settings)
     again, _ = run(model_folder, data_file, tmp_path / "stopped", resume=True, **settings)

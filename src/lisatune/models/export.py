@@ -19,7 +19,7 @@ from torch import Tensor
 from lisatune.common.files import replace_folder, write_whole
 from lisatune.errors import UserError, missing_package
 from lisatune.models.load import load_model, load_trained, save_model, save_model_config
-from lisatune.models.names import model_of, trusts_code
+from lisatune.models.names import ADAPTER_WEIGHTS, model_of, trusts_code
 from lisatune.settings import read_settings
 
 DELTA, ABOUT = "delta.safetensors", "delta.json"
@@ -206,7 +206,7 @@ def _base_of(run: str) -> str:
 
 def _stored_dtype(name: str) -> torch.dtype:
     """The type in which the weights of a local folder are stored, adapters too; float32 if that is not said."""
-    if (adapters := Path(name).expanduser() / "adapter_model.safetensors").is_file():
+    if (adapters := Path(name).expanduser() / ADAPTER_WEIGHTS).is_file():
         return next(iter(load_file(adapters).values())).dtype
     try:
         config = json.loads((Path(name).expanduser() / "config.json").read_text(encoding="utf-8"))

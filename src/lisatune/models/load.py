@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import warnings
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from lisatune.errors import UserError, missing_package
 from lisatune.models.names import (
     ADAPTER,
+    ADAPTER_WEIGHTS,
     base_of_adapters,
     check_model_name,
     check_not_quantised,
@@ -120,7 +123,7 @@ def load_trained(run: str, dtype: torch.dtype = torch.float32, *, trust_remote_c
 def _load_adapted(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[torch.nn.Module, Any]:
     """The base model of the adapters in ``folder``, with these merged in, and the tokenizer that was saved with them."""
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     except ImportError as error:
         raise missing_package("peft", f"{folder}, which holds adapters,", "lora") from error
     from transformers import AutoTokenizer, GenerationConfig
@@ -130,13 +133,17 @@ def _load_adapted(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name of its past
-            model = (
-                PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).to(dtype).merge_and_unload()
-            )
+            settings = PeftConfig.from_peft_type(**json.loads((folder / ADAPTER).read_text(encoding="utf-8")))
+            adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+            told = set_peft_model_state_dict(adapted, load_file(folder / ADAPTER_WEIGHTS))
+        if told.unexpected_keys:
+            raise UserError(f"it has no weight {told.unexpected_keys[0]}")
+        model = adapted.to(dtype).merge_and_unload()
         if (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+            model.generation_config = GenerationConfig.from_dict(generation)
     except Exception as error:  # peft and transformers raise many kinds, none of them ours
         raise UserError(f"{folder}: its adapters do not fit {base}: {' '.join(str(error).split())[:300]}") from error
     return model.eval(), tokenizer

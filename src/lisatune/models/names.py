@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lisatune.errors import UserError, did_you_mean
+from lisatune.errors import UserError, did_you_mean, shown
 from lisatune.settings import read_settings
 
-ADAPTER = "adapter_config.json"  # of a folder that peft writes
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of a folder that peft writes
 
 
 def model_of(run: str) -> str:
@@ -21,12 +21,19 @@ def model_of(run: str) -> str:
 
 
 def base_of_adapters(folder: Path) -> str:
-    """The model that the adapters in ``folder`` belong to.
+    """The model that LoRA's adapters in ``folder`` belong to.
 
-    Raises: UserError if that is not said.
+    Raises: UserError if that is not said, or they are others.
     """
     try:
-        return str(json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        if settings["peft_type"] != "LORA":
+            raise UserError(
+                f"{folder / ADAPTER} is of {shown(settings['peft_type'])}: only LoRA's adapters can be merged"
+            )
+        return str(settings["base_model_name_or_path"])
+    except UserError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / ADAPTER} does not say what model the adapters belong to ({error})") from error
 
@@ -46,10 +53,8 @@ def _check_model_name(name: str) -> None:
         return
     if path.is_dir():
         if (path / ADAPTER).is_file():
-            if not (path / "adapter_model.safetensors").is_file():
-                raise UserError(
-                    f"{name}: the folder holds no adapter_model.safetensors: save the adapters as safetensors"
-                )
+            if not (path / ADAPTER_WEIGHTS).is_file():
+                raise UserError(f"{name}: the folder holds no {ADAPTER_WEIGHTS}: save the adapters as safetensors")
             _check_model_name(base_of_adapters(path))
             return
         if not (path / "config.json").is_file():
