@@ -198,8 +198,18 @@ def places(path: Path) -> list[str]:
             return [f"{path}, row {number + 1}" for number in range(len(json.loads(text)))]
         except (ValueError, RecursionError):
             return [f"{path}, row 1"]
+    if ".jsonl" not in path.name and _is_one_object(text):
+        return [f"{path}, row 1"]
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [f"{path}, line {number}" for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether ``text`` is one JSON object; no drawn object has rows under a key."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
