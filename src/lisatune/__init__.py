@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lisatune.samplers.sweep import SweepSampler
     from lisatune.samplers.uniform import UniformSampler
     from lisatune.slices.engine import SliceEngine
+    from lisatune.trainer.rates import rates_by_part
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "find_layers",
     "linear_cross_entropy",
     "plan_memory",
+    "rates_by_part",
 ]
 
 _HOME = {
@@ -47,6 +49,7 @@ _HOME = {
     "find_layers": "layers",
     "linear_cross_entropy": "loss",
     "plan_memory": "plan.forecast",
+    "rates_by_part": "trainer.rates",
 }
 
 
