@@ -52,16 +52,18 @@ class Runs:
 
     Args:
         folders: Whose runs are watched. Runs that begin later are found too.
+        may_be_empty: There need be no run yet.
     Raises: UserError if there is none yet.
     """
 
     folders: Sequence[Path]
+    may_be_empty: bool = False
     _facts: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.folders = list(dict.fromkeys(folder.expanduser().resolve() for folder in self.folders))
         for folder in self.folders:
-            if not any(_runs_in(folder)):
+            if not self.may_be_empty and not any(_runs_in(folder)):
                 raise UserError(
                     f"{folder}: holds no run and no comparison; give the output folder of lisatune train or compare"
                 )

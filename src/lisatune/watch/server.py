@@ -6,6 +6,7 @@ import gzip
 import hmac
 import ipaddress
 import json
+import re
 import secrets
 import socket
 import sys
@@ -54,6 +55,9 @@ def as_json(value: Any) -> Answer:
 
 Get = Callable[[Mapping[str, str]], Answer]
 Routes = Mapping[str, Get]
+Post = Callable[[dict[str, Any]], Any]
+TOKEN_HEADER = "X-Lisatune-Token"
+MOST_BODY_BYTES = 2**20
 
 
 class PageServer(ThreadingHTTPServer):
@@ -63,15 +67,21 @@ class PageServer(ThreadingHTTPServer):
         routes: Path to function; no other path exists.
         host: Address to listen on. One that other machines reach gets a token.
         port: 0 takes any that is free.
+        posts: Path to function of what the page sends, for what changes something.
+        token: The token, which ``posts`` need; the page sends it in a header, as no other site can.
     Raises: UserError if it cannot listen there.
     """
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, routes: Routes, host: str = "127.0.0.1", port: int = PORT) -> None:
-        self.routes, self.host = dict(routes), host
-        self.token = None if is_loopback(host) else secrets.token_urlsafe(32)
+    def __init__(
+        self, routes: Routes, host: str = "127.0.0.1", port: int = PORT, *, posts: Mapping[str, Post] | None = None,
+        token: str | None = None,
+    ) -> None:  # fmt: skip
+        assert token or not posts, "whoever may change something needs a token"
+        self.routes, self.posts, self.host = dict(routes), dict(posts or {}), host
+        self.token = token or (None if is_loopback(host) else new_token())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
@@ -114,8 +124,11 @@ class PageServer(ThreadingHTTPServer):
         with suppress(CookieError):
             cookies = SimpleCookie(handler.headers.get("Cookie", ""))
             given += [cookies[self.cookie].value] if self.cookie in cookies else []
-        token = self.token.encode()
-        return any(hmac.compare_digest(one.encode(errors="replace"), token) for one in given)
+        return any(map(self.is_token, given))
+
+    def is_token(self, word: str) -> bool:
+        """Whether ``word`` is the token; how long that takes does not tell how much of it is right."""
+        return hmac.compare_digest(word.encode(errors="replace"), (self.token or secrets.token_hex()).encode())
 
     def server_bind(self) -> None:
         """As the base class does, but without asking a name server for our name, which may take long."""
@@ -139,6 +152,38 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The answer of a route, or a refusal."""
+        if (asked := self.admitted()) is None:
+            return
+        path, query = asked
+        if path not in self.server.routes:
+            return self.refuse(HTTPStatus.NOT_FOUND, "no such page")
+        return self.answer(self.server.routes[path](query), brought_token="token" in query)
+
+    def do_POST(self) -> None:
+        """What a function of ``posts`` returns, as JSON; of a user's mistake the sentence that says so."""
+        if (asked := self.admitted()) is None:
+            return
+        if not self.server.is_token(self.headers.get(TOKEN_HEADER, "")):
+            return self.refuse(HTTPStatus.FORBIDDEN, f"{TOKEN_HEADER} is missing")
+        post = self.server.posts.get(asked[0])
+        if post is None:
+            return self.refuse(HTTPStatus.NOT_FOUND, "no such page")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,9}", length) or int(length) > MOST_BODY_BYTES:
+            return self.refuse(HTTPStatus.CONTENT_TOO_LARGE, "this is too long")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict):
+            return self.refuse(HTTPStatus.BAD_REQUEST, "this cannot be read")
+        try:
+            return self.answer(as_json(post(body)))
+        except UserError as error:
+            return self._send(HTTPStatus.UNPROCESSABLE_ENTITY, as_json({"error": str(error)}))
+
+    def admitted(self) -> tuple[str, dict[str, str]] | None:
+        """Path and query of a request that may be answered; others have been refused."""
         if not self.server.knows_host(self.headers.get("Host", "")):
             return self.refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
         try:
@@ -148,10 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(HTTPStatus.BAD_REQUEST, "this address cannot be read")
         if not self.server.lets_in(self, query):
             return self.refuse(HTTPStatus.UNAUTHORIZED, "open the address that lisatune printed, with its token")
-        route = None if parts.netloc else self.server.routes.get(parts.path)
-        if route is None:
-            return self.refuse(HTTPStatus.NOT_FOUND, "no such page")
-        return self.answer(route(query), brought_token="token" in query)
+        return ("" if parts.netloc else parts.path), query
 
     def refuse(self, status: HTTPStatus, reason: str) -> None:
         """Say in a line why not."""
@@ -174,6 +216,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the address may hold the token."""
+
+
+def new_token() -> str:
+    """A word that nobody guesses."""
+    return secrets.token_urlsafe(32)
 
 
 def is_loopback(host: str) -> bool:

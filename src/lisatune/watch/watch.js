@@ -99,7 +99,7 @@ const step = run => run.rows.at(-1)?.step ?? 0
 const plan = run => run.rows[0]?.plan
 const base = run => run.facts.summary?.base_bytes ?? run.rows[0]?.process?.base_bytes ?? 0
 const own = (run, bytes) => (bytes == null ? null : Math.max(0, bytes - base(run)))
-const peak = run => own(run, run.facts.summary?.peak_bytes ?? lastOf(run, 'peak_bytes'))
+const peak = run => run.facts.summary?.tensor_peak_bytes ?? own(run, run.facts.summary?.peak_bytes ?? lastOf(run, 'peak_bytes'))
 
 function secondsOfStep(run) {
   const last = run.rows.slice(-50).map(row => row.step_seconds).filter(seconds => seconds != null)
