@@ -26,6 +26,7 @@ from lisatune.cli.plan import plan
 from lisatune.cli.report import report
 from lisatune.cli.score_layers import score_layers
 from lisatune.cli.settings import settings
+from lisatune.cli.studio import studio
 from lisatune.cli.train import train
 from lisatune.cli.watch import watch
 from lisatune.common.console import tell, warn
@@ -34,7 +35,7 @@ from lisatune.processes.launch import num_started, number_started
 
 COMMANDS_OF: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"demo": demo, "init": init, "settings": settings},
-    "Train": {"data": data, "plan": plan, "train": train, "watch": watch},
+    "Train": {"data": data, "plan": plan, "train": train, "watch": watch, "studio": studio},
     "Use a model": {"chat": chat, "export": export},
     "Measure": {"eval": evaluate, "mt-bench": mt_bench, "compare": compare, "report": report},
     "Study layers": {"norms": norms, "score-layers": score_layers},

@@ -42,17 +42,17 @@ class Places:
                 raise UserError(f"{name} runs {what}, which the studio does not: use lisatune train for it")
         for name, value in settings.items():
             for text in _texts(value):
-                if self._leads_out(text):
+                if name != "samples" and self._leads_out(text):
                     raise UserError(
                         f"{name}={shown(text)} is outside of the folders that this studio may use: start it with that folder too"
                     )
 
     def _leads_out(self, text: str) -> bool:
+        """Whether ``text``, if it is a path, is one out of the folders; a hub name or a word would be one inside."""
         try:
-            path = self.home / Path(text).expanduser()
-            may_be_path = os.path.isabs(text) or text.startswith("~") or ".." in Path(text).parts or path.exists()
-            return may_be_path and not any(path.resolve().is_relative_to(folder) for folder in self.folders)
-        except (OSError, ValueError, RuntimeError):  # longer than a name can be, or of a user who is not there
+            path = (self.home / Path(text).expanduser()).resolve()
+            return not any(path.is_relative_to(folder) for folder in self.folders)
+        except (OSError, ValueError, RuntimeError):  # longer than a path can be, or of a user who is not there
             return text.startswith(("/", "~"))
 
     def name(self, value: Any) -> str:
@@ -92,5 +92,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     for path, folders, files in os.walk(folder):
         depth = len(Path(path).relative_to(folder).parts)
         # a run's folder has a model, and files that are no rows
-        folders[:] = [] if depth >= DEEPEST else sorted(name for name in folders if name[0] != "." and name != "checkpoints")
+        folders[:] = (
+            [] if depth >= DEEPEST else sorted(name for name in folders if name[0] != "." and name != "checkpoints")
+        )
         yield Path(path), [] if "metrics.jsonl" in files else sorted(files)

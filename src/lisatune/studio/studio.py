@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -22,10 +21,10 @@ from lisatune.settings import TrainConfig, build_config, parse_settings, read_se
 from lisatune.settings.listing import help_of, listed, spelled
 from lisatune.studio.places import Places
 from lisatune.watch.files import read_text
-from lisatune.watch.runs import MOST_CONFIG_BYTES, Runs
+from lisatune.watch.runs import MOST_CONFIG_BYTES, SUMMARY, Runs
 
 LOG_LETTERS = 4000  # of a run's own words, the last ones
-ROWS_SHOWN = 20
+ROWS_SHOWN = 12
 MOST_PLANS_BYTES = 2**20
 FORMS = {"folder": [], "bfloat16": ["--dtype", "bfloat16"], "delta": ["--delta"]}  # of an export
 GGUF_TYPES = ("f16", "bf16", "q8_0")
@@ -47,7 +46,18 @@ class Studio:
 
     def posts(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
         """What the page may ask for, by its path."""
-        deeds = (self.options, self.check, self.rows, self.plan, self.train, self.stop, self.resume, self.state, self.chat, self.export)
+        deeds = (
+            self.options,
+            self.check,
+            self.rows,
+            self.plan,
+            self.train,
+            self.stop,
+            self.resume,
+            self.state,
+            self.chat,
+            self.export,
+        )
         return {f"/studio/{deed.__name__}": deed for deed in deeds}
 
     # -- a run's settings
@@ -71,25 +81,31 @@ class Studio:
         """
         name, settings = self._read(asked)
         build_config(settings)
-        return {"config": _as_yaml(settings), "command": shlex.join(["lisatune", "train", "--config", f"runs/{name}.yaml"])}
+        return {
+            "config": _as_yaml(settings),
+            "command": shlex.join(["lisatune", "train", "--config", f"runs/{name}.yaml"]),
+        }
 
     def rows(self, asked: Mapping[str, Any]) -> Any:
         """What ``lisatune data`` tells of the rows."""
         _, settings = self._read(asked)
-        words = [f"{name}={json.dumps(value)}" for name, value in settings.items() if name not in ("data", "model", "output")]
+        words = [
+            f"{name}={json.dumps(value)}" for name, value in settings.items() if name not in ("data", "model", "output")
+        ]
         data = settings.get("data", "")
         given = data if isinstance(data, str) else json.dumps(data)
-        done = self._lisatune(["data", f"--model={settings.get('model', '')}", f"--rows={ROWS_SHOWN}", "--json", "--", given, *words])
+        done = self._lisatune(
+            ["data", f"--model={settings.get('model', '')}", f"--rows={ROWS_SHOWN}", "--json", "--", given, *words]
+        )
         return json.loads(done)
 
     def plan(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """The forecast of memory; with ``memory`` also the settings that make the run fit."""
-        from lisatune.cli.common import quiet_libraries
-
         _, settings = self._read(asked)
         settings.pop("device", None)
+        if "model" not in settings:
+            raise UserError("model is missing: choose one in the first tab")
         memory = parse_bytes(str(asked["memory"])) if asked.get("memory") else None
-        quiet_libraries()
         from lisatune.plan.ladder import forecast, pulled
 
         with self._busy:
@@ -103,7 +119,11 @@ class Studio:
     def _read(self, asked: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Name and settings of the form: texts, as one types them after ``key=``."""
         name, form = self.places.name(asked.get("name")), asked.get("settings")
-        given = {n: v.strip() for n, v in form.items() if isinstance(v, str) and v.strip()} if isinstance(form, dict) else {}
+        given = (
+            {n: v.strip() for n, v in form.items() if isinstance(v, str) and v.strip()}
+            if isinstance(form, dict)
+            else {}
+        )
         settings = read_settings(None, [f"{n}={v}" for n, v in given.items()])
         settings |= {n: given[n] for n in ("model",) if n in given} | {"output": f"runs/{name}"}
         self.places.check(settings)
@@ -140,9 +160,8 @@ class Studio:
 
     def state(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Of each run: whether it trains, has ended or can go on, and what it said last."""
-        told = {}
-        for run in self.runs.all():
-            told[run.folder.name] = "finished" if (run.folder / "summary.json").is_file() else "stopped"
+        there = {name: (self.home / "runs" / name / SUMMARY).is_file() for name in self._there()}
+        told = {name: "finished" if finished else "stopped" for name, finished in there.items()}
         told |= {name: "failed" for name, job in self._jobs.items() if job.poll() not in (None, 0) and name not in told}
         told |= {name: "trains" for name in self._jobs if self._trains(name)}
         return {"runs": [{"name": name, "state": state, "log": self._log(name)} for name, state in told.items()]}
@@ -159,10 +178,14 @@ class Studio:
         return name in self._jobs and self._jobs[name].poll() is None
 
     def _run(self, asked: Mapping[str, Any]) -> str:
-        name = self.places.name(asked.get("run"))
-        if name not in self._jobs and not (self.home / "runs" / name / "config.yaml").is_file():
-            raise UserError(f"there is no run {name}")
+        name = asked.get("run")
+        if not isinstance(name, str) or name not in [*self._jobs, *self._there()]:
+            raise UserError(f"there is no run {shown(name)}")
         return name
+
+    def _there(self) -> list[str]:
+        """Names of the runs that have a folder; not those of comparisons."""
+        return [run.folder.name for run in self.runs.all() if run.folder.parent == self.home / "runs"]
 
     def _config_of(self, name: str) -> dict[str, Any]:
         text = read_text(self.home / "runs" / name / "config.yaml", MOST_CONFIG_BYTES)
@@ -212,9 +235,13 @@ class Studio:
 
         Raises: UserError with the sentence that it ended with.
         """
-        done = subprocess.run(_command(words), cwd=self.home, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=_environment())
+        done = subprocess.run(
+            _command(words), cwd=self.home, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=_environment()
+        )
         if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"it ended with status {done.returncode}"]
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [
+                f"it ended with status {done.returncode}"
+            ]
             raise UserError(lines[-1].removeprefix("lisatune: "))
         return done.stdout
 
@@ -233,7 +260,9 @@ def _as_yaml(settings: Mapping[str, Any]) -> str:
 
 def _messages(value: Any) -> list[dict[str, str]]:
     turns = value if isinstance(value, list) else []
-    found = [{"role": str(one.get("role")), "content": str(one.get("content"))} for one in turns if isinstance(one, dict)]
+    found = [
+        {"role": str(one.get("role")), "content": str(one.get("content"))} for one in turns if isinstance(one, dict)
+    ]
     if not found or any(one["role"] not in ("user", "assistant") for one in found) or found[-1]["role"] != "user":
         raise UserError("ask something: the last message should be yours")
     return found

@@ -27,9 +27,9 @@ def routes_of(runs: Runs) -> Routes:
     }
 
 
-def asset(name: str, kind: str) -> Answer:
-    """A file of this package."""
-    return Answer((files("lisatune.watch") / name).read_bytes(), f"{kind}; charset=utf-8")
+def asset(name: str, kind: str, package: str = "lisatune.watch") -> Answer:
+    """A file of ``package``."""
+    return Answer((files(package) / name).read_bytes(), f"{kind}; charset=utf-8")
 
 
 def _known(text: str) -> dict[str, str]:

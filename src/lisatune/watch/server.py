@@ -10,8 +10,8 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
@@ -141,6 +141,18 @@ class PageServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class Refused(Exception):
+    """A request gets no answer.
+
+    Attributes:
+        status: What it gets.
+    """
+
+    def __init__(self, status: HTTPStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
@@ -151,53 +163,66 @@ class Handler(BaseHTTPRequestHandler):
     error_message_format, error_content_type = "%(code)d %(message)s\n", "text/plain; charset=utf-8"
 
     def do_GET(self) -> None:
-        """The answer of a route, or a refusal."""
-        if (asked := self.admitted()) is None:
-            return
-        path, query = asked
-        if path not in self.server.routes:
-            return self.refuse(HTTPStatus.NOT_FOUND, "no such page")
-        return self.answer(self.server.routes[path](query), brought_token="token" in query)
+        """The answer of a route."""
+        with self.refusals():
+            path, query = self.admitted()
+            if path not in self.server.routes:
+                raise Refused(HTTPStatus.NOT_FOUND, "no such page")
+            self.answer(self.server.routes[path](query), brought_token="token" in query)
 
     def do_POST(self) -> None:
         """What a function of ``posts`` returns, as JSON; of a user's mistake the sentence that says so."""
-        if (asked := self.admitted()) is None:
-            return
-        if not self.server.is_token(self.headers.get(TOKEN_HEADER, "")):
-            return self.refuse(HTTPStatus.FORBIDDEN, f"{TOKEN_HEADER} is missing")
-        post = self.server.posts.get(asked[0])
-        if post is None:
-            return self.refuse(HTTPStatus.NOT_FOUND, "no such page")
-        length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"\d{1,9}", length) or int(length) > MOST_BODY_BYTES:
-            return self.refuse(HTTPStatus.CONTENT_TOO_LARGE, "this is too long")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            return self.refuse(HTTPStatus.BAD_REQUEST, "this cannot be read")
-        try:
-            return self.answer(as_json(post(body)))
-        except UserError as error:
-            return self._send(HTTPStatus.UNPROCESSABLE_ENTITY, as_json({"error": str(error)}))
+        with self.refusals():
+            path, _ = self.admitted()
+            if not self.server.is_token(self.headers.get(TOKEN_HEADER, "")):
+                raise Refused(HTTPStatus.FORBIDDEN, f"{TOKEN_HEADER} is missing")
+            if path not in self.server.posts:
+                raise Refused(HTTPStatus.NOT_FOUND, "no such page")
+            self.answer(as_json(self.server.posts[path](self.body())))
 
-    def admitted(self) -> tuple[str, dict[str, str]] | None:
-        """Path and query of a request that may be answered; others have been refused."""
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Say why a request is refused, instead of an answer."""
+        try:
+            yield
+        except Refused as refused:
+            self._send(
+                refused.status, Answer(f"{refused.status.value} {refused}\n".encode(), "text/plain; charset=utf-8")
+            )
+        except UserError as error:
+            self._send(HTTPStatus.UNPROCESSABLE_ENTITY, as_json({"error": str(error)}))
+
+    def admitted(self) -> tuple[str, dict[str, str]]:
+        """Path and query of a request that may be answered.
+
+        Raises: Refused for any other.
+        """
         if not self.server.knows_host(self.headers.get("Host", "")):
-            return self.refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
+            raise Refused(HTTPStatus.MISDIRECTED_REQUEST, "this server goes by another name")
         try:
             parts = urlsplit(self.path)
             query = {name: values[-1] for name, values in parse_qs(parts.query, max_num_fields=20).items()}
         except ValueError:
-            return self.refuse(HTTPStatus.BAD_REQUEST, "this address cannot be read")
+            raise Refused(HTTPStatus.BAD_REQUEST, "this address cannot be read") from None
         if not self.server.lets_in(self, query):
-            return self.refuse(HTTPStatus.UNAUTHORIZED, "open the address that lisatune printed, with its token")
+            raise Refused(HTTPStatus.UNAUTHORIZED, "open the address that lisatune printed, with its token")
         return ("" if parts.netloc else parts.path), query
 
-    def refuse(self, status: HTTPStatus, reason: str) -> None:
-        """Say in a line why not."""
-        self._send(status, Answer(f"{status.value} {reason}\n".encode(), "text/plain; charset=utf-8"))
+    def body(self) -> dict[str, Any]:
+        """The object that the page sends.
+
+        Raises: Refused for anything else.
+        """
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,9}", length) or int(length) > MOST_BODY_BYTES:
+            raise Refused(HTTPStatus.BAD_REQUEST, f"send its length, at most {MOST_BODY_BYTES:,} bytes")
+        try:
+            loaded = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError):
+            loaded = None
+        if not isinstance(loaded, dict):
+            raise Refused(HTTPStatus.BAD_REQUEST, "this cannot be read")
+        return loaded
 
     def answer(self, answer: Answer, *, brought_token: bool = False) -> None:
         """Send ``answer``; who brought the token in the address gets a cookie, so that it can leave the address."""

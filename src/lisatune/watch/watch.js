@@ -10,7 +10,7 @@ const ENDED = ['finished', 'failed']
 const runs = new Map()  // id to all that is known of a run
 const hidden = new Set(), opened = new Set()  // what the reader chose
 const chosen = {x: 'step', sample: new Map()}
-const page = document.getElementById('page')
+const page = document.getElementById('page'), TITLE = document.title
 let link = '', failures = 0, timer = null, asking = false, stale = false, held = false
 
 // --- what is new
@@ -154,6 +154,7 @@ function draw() {
   const focus = document.activeElement?.dataset?.key, scrolled = [...page.querySelectorAll('.scroll')].map(one => one.scrollLeft)
   page.dataset.drawn = true
   stale = false
+  if (!runs.size) return page.replaceChildren(h('p', {id: 'link', role: 'status'}, link))
   page.replaceChildren(
     h('p', {id: 'link', role: 'status'}, link),
     ...(runs.size > 1 ? [chips()] : []),
@@ -164,7 +165,7 @@ function draw() {
     ...differences(some),
     ...about(some),
   )
-  document.title = some.length === 1 && steps(some[0]) ? `${percentDone(some[0])} ${some[0].name}` : 'lisatune watch'
+  document.title = some.length === 1 && steps(some[0]) ? `${percentDone(some[0])} ${some[0].name}` : TITLE
   page.querySelectorAll('.scroll').forEach((one, i) => { one.scrollLeft = scrolled[i] ?? 0 })
   if (focus) page.querySelector(`[data-key="${CSS.escape(focus)}"]`)?.focus()
 }
