@@ -71,9 +71,8 @@ def make_trainer(case, callbacks):
     settings |= {"max_length": 32, "train_sampling_strategy": "sequential"} | (
         UNEVEN if case["trainer"] == "sft" else {}
     )
-    model, *reference = (
-        make_llama(vocab_size=len(make_tokenizer())) for _ in range(2 if trainer is trl.DPOTrainer else 1)
-    )
+    model = make_llama(vocab_size=len(make_tokenizer()), **case.get("model", {}))
+    reference = [make_llama(vocab_size=len(make_tokenizer()))] if trainer is trl.DPOTrainer else []
     more = {"ref_model": reference[0]} if reference else {}
     arguments = config(**settings)
     if case.get("sharded"):

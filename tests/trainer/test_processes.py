@@ -54,6 +54,7 @@ REFUSED = {
         "arguments": FSDP2, "sharded": True, "lisa": {"sampler": "gradient_norm"}, "output": "sharded gradient norm"
     },
 }  # fmt: skip
+RESUMED = ["copies", "copies, DPO", "shards", "shards, DPO"]
 ON_FOUR = ["copies", "copies, SFT", "copies, DPO", "shards", "shards, SFT", "shards, DPO"]
 
 
@@ -75,7 +76,7 @@ def case(name, num_processes, folder, **more):
 def resumed_cases(name, folder):
     """Eight steps straight on; five; and the other three, begun with another model's weights."""
     arguments = CASES[name].get("arguments", {}) | {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
-    if name == "shards":
+    if CASES[name].get("sharded"):
         arguments["fsdp_config"] = FSDP2["fsdp_config"] | {"state_dict_type": "SHARDED_STATE_DICT"}
     straight = CASES[name] | {"arguments": arguments, "lisa": {"num_active": 1, "interval_steps": 3}}
     straight["output"] = str(folder / f"straight {name}")
@@ -90,7 +91,8 @@ def folder(tmp_path_factory):
     pytest.importorskip("trl", reason="the extra 'sft' is not installed")
     folder = tmp_path_factory.mktemp("two")
     cases = [case(name, 2, folder) for name in CASES]
-    cases += resumed_cases("copies", folder) + resumed_cases("shards", folder)
+    for name in RESUMED:
+        cases += resumed_cases(name, folder)
     cases += [settings | {"output": str(folder / settings["output"])} for settings in REFUSED.values()]
     in_processes_of(2, cases, folder)
     return folder
@@ -148,7 +150,7 @@ def test_frozen_layers_are_neither_sent_nor_held(folder):
         assert in_shards[step][1] == held_bytes // 2
 
 
-@pytest.mark.parametrize("name", ["copies", "shards"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_resumed_in_the_middle_of_an_interval_to_the_bit(name, folder):
     straight, resumed = weights(folder, f"straight {name}"), weights(folder, f"resumed {name}")
     assert all(torch.equal(value, resumed[weight]) for weight, value in straight.items())
