@@ -260,6 +260,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [f"| | {' | '.join(FAMILIES)} | |", "| --- | --- | --- | --- | --- |"]
     for verdict, about in VERDICTS.items():
         lines.append(f"| {verdict} | {' | '.join(str(counts[family][verdict]) for family in FAMILIES)} | {about} |")
+    seen = {(row["type"], row["family"]) for row in rows}
+    missing = {
+        family: sorted(name for name in names if (name, family) not in seen) for family, names in FAMILIES.items()
+    }
+    lines.append(f"| not reached | {' | '.join(str(len(missing[family])) for family in FAMILIES)} | not tried yet |")
     plans = collections.Counter(row.get("plan", "").partition(":")[0] for row in kinds["causal"])
     lines += [
         "",
@@ -272,7 +277,9 @@ def page(rows: list[dict[str, Any]]) -> str:
             lines += [f"## {verdict}", "", "| type | |", "| --- | --- |"]
             lines += [f"| {row['type']} | {row['note'].replace('|', '/')[:230]} |" for row in told] + [""]
     right = sorted(row["type"] for row in rows if row["verdict"] == "right")
-    return "\n".join([*lines, "## right", "", ", ".join(right)])
+    left = [f"- {family}: {', '.join(names)}" for family, names in missing.items() if names]
+    lines += ["## right", "", ", ".join(right), ""]
+    return "\n".join(lines + (["## not reached", "", *left] if left else []))
 
 
 if __name__ == "__main__":

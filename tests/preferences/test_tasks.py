@@ -4,13 +4,14 @@ import gc
 import io
 import json
 import signal
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lisatune import UserError
+from lisatune import UserError, plan_memory
 from lisatune.compare.grid import make_grid
 from lisatune.compare.results import read_run
 from lisatune.errors import Stopped
@@ -243,6 +244,15 @@ def test_slices_of_a_head_that_trl_reads_by_itself_train(tied, folder):
         rows = int((weights[name] != before).flatten(1).any(1).sum()) if before.ndim == 2 else 0
         assert rows <= -(-len(before) // 5)
         assert rows > 0 or before.ndim < 2 or "embed" in name  # of which few rows occur
+
+
+def test_without_trl_it_is_said_what_to_install(folder, monkeypatch):
+    for name in ("trl", "trl.kernels"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"task=dpo needs the package trl: pip install 'lisatune\[sft\]'"):
+        run(folder, "dpo", "without")
+    with pytest.raises(UserError, match=r"a forecast of a preference task needs the package trl: pip install"):
+        plan_memory(make_llama().config, task="dpo", max_length=8, device="cpu")
 
 
 def test_a_comparison_takes_the_rate_of_the_task(folder, tmp_path):

@@ -100,7 +100,8 @@ def log_probs(model: Any, rows: int, tokens: int) -> Tensor:
 @contextmanager
 def kernels_on_meta(device: str) -> Iterator[None]:
     """Inside, TRL's fused head holds on meta what it holds on ``device``: on a GPU its kernels work in place."""
-    from trl.kernels import chunked_logprob
+    with trl_at_hand("a forecast of a preference task"):
+        from trl.kernels import chunked_logprob
 
     def nothing(*_args: Any, **_kwargs: Any) -> None:
         pass
