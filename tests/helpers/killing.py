@@ -24,8 +24,9 @@ from lisatune.train import train_built
 from patience import wait_until
 
 SETTINGS = {
-    "num_active": 1, "interval_steps": 3, "save_steps": 1, "max_steps": 150, "learning_rate": 1e-2, "max_length": 64,
-    "per_device_train_batch_size": 4, "eval_rows": 6, "packing": True,
+    "num_active": 1, "interval_steps": 3, "save_steps": 1, "max_steps": 150, "learning_rate": 0.3, "max_length": 64,
+    "per_device_train_batch_size": 4, "eval_rows": 6, "packing": True, "eval_steps": 10, "keep_best": True,
+    "lr_scheduler_type": "constant",
 }  # fmt: skip
 
 

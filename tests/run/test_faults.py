@@ -76,6 +76,8 @@ def test_killed_at_many_moments(model_folder, data_file, tmp_path, kills):
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
+    best = [json.loads((tmp_path / n / "summary.json").read_text())["best_step"] for n in ("straight", "killed")]
+    assert best[0] == best[1] < 150, "keep_best finds the same, and has put it back"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
