@@ -13,7 +13,7 @@ from rich.console import Console
 from lisatune.common.run_folder import check_output, finished, how_to_resume, only_run
 from lisatune.common.signals import stop_signals
 from lisatune.data.examples import HeldOut, Rows
-from lisatune.errors import BadRowError, Stopped, UserError
+from lisatune.errors import BadRowError, UserError
 from lisatune.plan.ladder import explain_out_of_memory
 from lisatune.processes.collectives import gathered, num_ranks, rank, together
 from lisatune.processes.group import joined, restarted
@@ -167,14 +167,8 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
         progress.note(evaluation)
         journal.write(step + 1, batch, outcome, evaluation, learning_rate=rate, seconds=seconds, last=last)
 
-        # a checkpoint between two steps, if one is due or a signal came; after the last step the model itself is saved
-        signal, due = saving.asked(step + 1)
-        if (config.keep_best and (is_best or last)) or ((signal or due) and not last):
-            journal.settle(progress)
-            saving.save(progress)
-        if signal and not last:
-            saving.wait()
-            raise Stopped(f"stopped after step {step + 1:,} of {num_steps:,}; {how_to_resume(run.folder)}", signal)
+        # a checkpoint, if one is due; a signal stops the run after it
+        saving.between_steps(progress, journal, is_best=is_best, last=last)
     journal.settle(progress)
     saving.wait()
     return evaluation
