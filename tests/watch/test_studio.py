@@ -79,6 +79,23 @@ def test_settings_that_fit_are_found(server):
     assert "=" in told["levers"]
 
 
+def test_what_breaks_is_told_and_the_server_goes_on(server, studio, monkeypatch, capfd):
+    def breaks(asked):
+        raise MemoryError("no memory for this model")
+
+    monkeypatch.setitem(server.posts, "/studio/chat", breaks)
+    assert post(server, "chat") == (500, b"MemoryError: no memory for this model")
+    assert "Traceback" in capfd.readouterr().err
+    assert post(server, "state")[0] == 200
+
+
+def test_the_end_of_a_long_log_is_shown(server, home):
+    (home / "runs" / "done.log").write_text("a line\n" * 10**6 + "the last one\n")
+    (run,) = post(server, "state")[1]["runs"]
+    assert run["log"].endswith("a line\nthe last one\n")
+    assert len(run["log"]) < 5000
+
+
 def test_base_and_trained_model_answer(server):
     turns = [{"role": "user", "content": "What is 1 plus 1?"}]
     answers = [

@@ -24,7 +24,8 @@ def train_command(config: TrainConfig) -> str:
         "lisatune train --model m --data 'my rows.jsonl' --output o learning_rate=0.0001"
     """
     settings = {name: value for name, value in used_settings(config).items() if value is not None}
-    for name in [name for name in settings if name not in OPTIONS]:
+    # twice: whether one is so by itself may depend on others that are left out later
+    for name in [name for name in settings if name not in OPTIONS] * 2:
         rest = {other: value for other, value in settings.items() if other != name}
         try:
             needed = build_config(rest) != config

@@ -20,12 +20,11 @@ from lisatune.errors import UserError, shown
 from lisatune.settings import TrainConfig, build_config, parse_settings, read_settings
 from lisatune.settings.listing import help_of, listed, spelled
 from lisatune.studio.places import Places
-from lisatune.watch.files import read_text
+from lisatune.watch.files import read_end, read_text
 from lisatune.watch.runs import MOST_CONFIG_BYTES, SUMMARY, Runs
 
-LOG_LETTERS = 4000  # of a run's own words, the last ones
+MOST_LOG_BYTES = 4000  # of a run's own words, the last ones
 ROWS_SHOWN = 12
-MOST_PLANS_BYTES = 2**20
 FORMS = {"folder": [], "bfloat16": ["--dtype", "bfloat16"], "delta": ["--delta"]}  # of an export
 GGUF_TYPES = ("f16", "bf16", "q8_0")
 
@@ -192,8 +191,7 @@ class Studio:
         return parse_settings(text or "", f"runs/{name}/config.yaml")
 
     def _log(self, name: str) -> str:
-        path = self.home / "runs" / f"{name}.log"
-        return (read_text(path, MOST_PLANS_BYTES) or "")[-LOG_LETTERS:]
+        return read_end(self.home / "runs" / f"{name}.log", MOST_LOG_BYTES)
 
     # -- the trained model
 

@@ -41,6 +41,24 @@ def read_text(path: Path, most_bytes: int) -> str | None:
     return data.decode("utf-8", "replace") if len(data) <= most_bytes else None
 
 
+def read_end(path: Path, most_bytes: int) -> str:
+    """The last bytes of a plain file as text; empty if there is no such file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "log"
+        >>> _ = path.write_bytes(b"first line, last line")
+        >>> read_end(path, 9), read_end(path, 99), read_end(path / "gone", 9)
+        ('last line', 'first line, last line', '')
+    """
+    file = open_plain(path)
+    if file is None:
+        return ""
+    with file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+        return file.read(most_bytes).decode("utf-8", "replace")
+
+
 @dataclass(frozen=True)
 class News:
     """What a file holds after a place in it.
@@ -75,8 +93,9 @@ def news_of(path: Path, place: str, most_bytes: int) -> News:
         >>> news_of(path, first.place, 1000).lines
         [b'three']
         >>> _ = path.write_bytes(b"one\\nzwo\\n")
-        >>> news_of(path, first.place, 1000)
-        News(lines=[b'one', b'zwo'], place='8-c27ac0bf', anew=True, more=False)
+        >>> news = news_of(path, first.place, 1000)
+        >>> news.lines, news.anew
+        ([b'one', b'zwo'], True)
     """
     match = re.fullmatch(r"(\d{1,15})-([0-9a-f]{8})", place)
     offset = int(match[1]) if match else 0

@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from lisatune.errors import UserError
+from lisatune.errors import UserError, one_line
 
 PORT = 8421
 IDLE_SECONDS = 60  # that a connection may say nothing
@@ -191,6 +192,14 @@ class Handler(BaseHTTPRequestHandler):
             )
         except UserError as error:
             self._send(HTTPStatus.UNPROCESSABLE_ENTITY, as_json({"error": str(error)}))
+        except ConnectionError:
+            raise
+        except (
+            Exception
+        ) as error:  # of whatever a model's code or its memory raises: the server goes on, and the page is told
+            traceback.print_exc()
+            told = one_line(f"{type(error).__name__}: {error}")
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, Answer(told.encode(), "text/plain; charset=utf-8"))
 
     def admitted(self) -> tuple[str, dict[str, str]]:
         """Path and query of a request that may be answered.
