@@ -1,14 +1,13 @@
 """README and docs: their links lead somewhere, and the commands, options and settings that they name exist.
 
-Commands of the docs are checked here, not run: most need a model from the hub, a GPU, several hosts or a judge's key. The
-settings of each `lisatune train` go through the same check as a run's. Tests of tests/cli, tests/run and tests/processes run
-the commands themselves on small models, and `make test-slow` runs the demo.
+The settings of each `lisatune train` go through the same check as a run's. test_docs_commands.py runs the commands.
 """
 
 import re
 
 import pytest
 
+import lisatune
 from doc_pages import PAGES, ROOT, commands, faults
 from lisatune.settings import build_config
 from lisatune.settings.files import read_settings
@@ -50,3 +49,8 @@ def test_no_cell_of_a_table_is_long(path):
     rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     cells = [re.sub(r"\]\([^)]*\)", "]", cell).strip() for line in rows for cell in line.split(" | ")]
     assert [cell for cell in cells if len(cell) > 120 and path.parent.name == "docs"] == []
+
+
+def test_the_api_page_has_every_public_object_once():
+    listed = re.findall(r"^::: lisatune\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(lisatune.__all__)

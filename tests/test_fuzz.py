@@ -132,9 +132,9 @@ PART = b'{"text": "a"}'
 HOLES = {
     "half of a character": ("rows.jsonl", b'{"text": "a\\ud800b"}', r"line 1: 'text' holds \\ud800, half of a character"),
     "half of a character in a chat": ("rows.jsonl", b'{"messages": [{"role": "user", "content": "\\udfff"}]}', r"'content' holds \\udfff"),
-    "a number too long": ("rows.jsonl", PART + b'\n{"text": ' + b"9" * 5000 + b"}", "line 2: holds a number of too many digits"),
+    "a number too long": ("rows.jsonl", PART + b'\n{"text": ' + b"9" * 5000 + b"}", "line 2: a number has too many digits"),
     "a role that is a list": ("rows.jsonl", b'{"messages": [{"role": ["user"], "content": "a"}]}', "turn 1 has role a list"),
-    "a name that stands twice": ("rows.jsonl", b'{"text": "a", "text": "b"}', "line 1: 'text' stands twice"),
+    "a name that appears twice": ("rows.jsonl", b'{"text": "a", "text": "b"}', "line 1: 'text' appears twice"),
     "a name as long as a row": ("rows.jsonl", b'{"' + b"x" * 9999 + b'": 1}', r"columns x{60}\.\.\. are not recognised"),
     "a chat that nobody begins": ("rows.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an assistant turn"),
     "gzip that breaks off inside": ("rows.jsonl.gz", gzip.compress(PART * 99)[:20] + b"\xff" * 20, "is it a whole gzip file"),
@@ -168,7 +168,7 @@ def test_no_file_of_a_folder_is_passed_by_in_silence(tmp_path):
     for make, message in [
         (lambda: link("b", tmp_path / "more"), "a link to another folder is not followed"),
         (lambda: link("b.jsonl", "nowhere"), "b.jsonl: cannot be read"),
-        (lambda: os.mkfifo(tmp_path / "data" / "b.jsonl"), "b.jsonl: is not a regular file"),
+        (lambda: os.mkfifo(tmp_path / "data" / "b.jsonl"), "b.jsonl: not a regular file"),
     ]:
         make()
         with pytest.raises(UserError, match=message):
@@ -226,7 +226,7 @@ def test_names_that_no_file_can_have(tmp_path, monkeypatch, name):
         ("sampler: fixed\nsampler_options: {layers: 5}", "sampler fixed cannot be made with these options"),
         ("sampler: gradient_norm\nsampler_options: {temperature: x}", "sampler gradient_norm cannot be made"),
         ("sampler_options: {seed: 1}", "sampler_options: seed"),
-        ("sampler: fixed\nsampler_options: &a {layers: [*a]}", "nested"),
+        ("sampler: fixed\nsampler_options: &a {layers: [*a]}", "a short list of these"),
     ],
 )
 def test_settings_that_were_holes_are_refused_in_words(folder, layers, text, message):

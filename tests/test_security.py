@@ -226,7 +226,7 @@ def test_a_resumed_run_writes_through_no_link(model_folder, data_file, tmp_path,
     if link.exists():
         link.rename(link.with_name("moved"))
     link.symlink_to(outside)
-    with pytest.raises(UserError, match="is a link"):
+    with pytest.raises(UserError, match="is a symbolic link"):
         run(model_folder, data_file, tmp_path / "run", resume=True)
 
 

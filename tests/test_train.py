@@ -143,7 +143,7 @@ def test_text_rows_continue_pre_training(model_folder, tmp_path):
 
 
 def test_held_out_sets_with_names_are_told_apart(model_folder, data_file, tmp_path):
-    """Continual pre-training: what is learnt, and what may be forgotten."""
+    """Continual pre-training: what is learned, and what may be forgotten."""
     files = {}
     for name, words in {"near": "abcdefgh ", "far": "zyxwvuts "}.items():
         files[name] = tmp_path / f"{name}.jsonl"
@@ -163,7 +163,7 @@ def test_held_out_sets_with_names_are_told_apart(model_folder, data_file, tmp_pa
     assert lines["held-out loss, far"].startswith(f"{summary['eval_far_loss_before']:.4f} -> ")
     with pytest.raises(UserError, match="no.rows.jsonl"):
         run(model_folder, files["near"], tmp_path / "no", eval_data={"near": "no.rows.jsonl"}, eval_rows=0)
-    with pytest.raises(UserError, match="a set .*a b.*: give it a word"):
+    with pytest.raises(UserError, match="a b.*must be one word"):
         run(model_folder, files["near"], tmp_path / "no", eval_data={"a b": named["far"]}, eval_rows=0)
 
 

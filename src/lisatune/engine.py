@@ -71,13 +71,15 @@ class LisaEngine:
         train_outside: bool = False,
     ) -> None:
         if interval_steps < 1:
-            raise UserError(f"interval_steps is {interval_steps}: a set of layers lives at least 1 step")
+            raise UserError(f"interval_steps is {interval_steps}: choose at least 1")
         if state_policy not in get_args(StatePolicy):
             raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
         if layers.tied and train_embedding != train_head:
-            raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
+            raise UserError(
+                "embedding and head are one tensor in this model: give train_embedding and train_head the same value"
+            )
         if not isinstance(sampler, Sampler):
-            raise UserError(f"{type(sampler).__name__} is no sampler: let its class inherit from lisatune.Sampler")
+            raise UserError(f"{type(sampler).__name__} is not a sampler: let its class inherit from lisatune.Sampler")
         self.pool = layers.pool(train_embedding=train_embedding, train_head=train_head)
         if sampler.num_layers != len(self.pool):
             sampled = ", ".join(part for part in self.pool if not part.startswith("layers."))
@@ -183,7 +185,8 @@ class LisaEngine:
             self.sampler.load_state_dict(sampler_state)
         if drawn != self.sampler(interval):
             raise UserError(
-                f"the layers active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
+                f"the layers active at step {num_steps} were {drawn}, but the sampler now draws "
+                f"{self.sampler(interval)}: give it the seed and the settings that it had"
             )
         assert drawn is not None
         self._train(interval, drawn)

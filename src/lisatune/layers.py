@@ -28,18 +28,17 @@ class Layers:
 
     Every parameter of the model belongs to exactly one part:
 
-    ======================  ==================================================================================
-    ``embedding``           the input embedding, and position embeddings beside it; of a tied pair it owns the tensor
-    ``layers.0``, ...       the decoder layers, each with everything inside it (a mixture's experts too)
-    ``norm``                the rest of the text model: final norm, projections, transforms before the head
-    ``head``                the output embedding, empty when tied; of a model without one whatever comes after the text
-                            model: ``score``, ``qa_outputs``
-    ``outside``             what is not of the text model (a vision tower and its projector)
-    ``fixed``               what the model's authors keep frozen (a router's bias, sinusoids); only if there is any
-    ======================  ==================================================================================
+    - ``embedding``: the input embedding and the position embeddings. If the head is tied to it, it owns the tensor.
+    - ``layers.0``, ...: the decoder layers, each with everything inside it (a mixture's experts too).
+    - ``norm``: the rest of the text model, such as the final norm, projections, and transforms before the head.
+    - ``head``: the output embedding. It is empty if tied. A model without one has here what follows the text model
+      (``score``, ``qa_outputs``).
+    - ``outside``: what does not belong to the text model (a vision tower and its projector).
+    - ``fixed``: what the model's authors keep frozen (a router's bias, sinusoids). It exists only if there is any.
 
-    LISA trains the decoder layers by turns, ``norm`` always, embedding and head always unless told otherwise,
-    ``outside`` only if told so, and ``fixed`` never. Of an encoder-decoder the layers of both are ``decoder``, the encoder's first.
+    LISA samples decoder layers and trains ``norm`` always. It trains embedding and head always, unless you say otherwise.
+    It trains ``outside`` only if you say so, and ``fixed`` never. In an encoder-decoder, ``decoder`` holds the layers of
+    both, the encoder's first.
     """
 
     model: nn.Module
@@ -237,7 +236,9 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
     """
     embedding = embedding_of(model, "get_input_embeddings")
     if embedding is None:
-        raise UserError(f"{type(model).__name__} names no input embedding: LISA needs a causal language model")
+        raise UserError(
+            f"{type(model).__name__} has no get_input_embeddings(): LISA needs a language model that names its embedding"
+        )
     names = {id(module): name for name, module in model.named_modules()}
     if id(embedding) not in names:
         raise UserError(f"the input embedding of {type(model).__name__} is not a module of it: LISA cannot train it")
@@ -247,7 +248,7 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
         found = modules.get(name)
         if not isinstance(found, nn.ModuleList) or len(found) == 0:
             raise UserError(
-                f"'{name}' is no list of layers in {type(model).__name__}: give decoder_name=<its dotted path>"
+                f"'{name}' is not a list of layers in {type(model).__name__}: give decoder_name=<its dotted path>"
             )
         decoder += found
     trunk_module = owner_of_forward(model, common_parent(names[id(embedding)], *lists))

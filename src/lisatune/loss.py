@@ -65,9 +65,13 @@ def linear_cross_entropy(
         True
     """
     if hidden.shape[:1] != labels.shape:
-        raise ValueError(f"hidden has {hidden.shape[0]} tokens, but labels have shape {tuple(labels.shape)}")
+        raise ValueError(
+            f"hidden has {hidden.shape[0]} tokens, but labels have shape {tuple(labels.shape)}: give one label for each token"
+        )
     if row_gradients is not None and not weight.is_leaf:
-        raise UserError("the head's weight is computed from other tensors: train it without row gradients")
+        raise UserError(
+            "the head's weight is computed from other tensors, so its gradient cannot be made in blocks: leave vocabulary_blocks out, or do not give row_gradients"
+        )
     if labels.is_meta:
         labelled = torch.arange(len(labels), device=labels.device)
     else:

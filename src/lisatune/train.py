@@ -112,8 +112,8 @@ def _saved_before(error: UserError, run: Run, progress: Progress, journal: Journ
     saving.save(progress)
     saving.wait()
     return UserError(
-        f"{error}; stopped after step {progress.step:,} of {run.data.num_steps:,}, with a checkpoint. To leave bad rows out "
-        f"{how_to_resume(Path(run.config.output))} on_bad_row=skip; if you mend the row, add --allow-changes instead"
+        f"{error}; stopped after step {progress.step:,} of {run.data.num_steps:,}, with a checkpoint. To leave bad rows out, "
+        f"{how_to_resume(Path(run.config.output))} on_bad_row=skip; if you fix the row, add --allow-changes instead"
     )
 
 

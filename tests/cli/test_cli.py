@@ -95,7 +95,7 @@ def test_model_folder_that_is_no_model(refused, tmp_path):
 def test_output_that_already_holds_a_run(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("precious")
-    assert "already holds a run that was stopped early: go on with it by adding --resume" in refused()
+    assert "already holds a run that was stopped before its first checkpoint: add --resume to resume it" in refused()
     assert (tmp_path / "run" / "config.yaml").read_text() == "precious"
 
 
@@ -167,9 +167,9 @@ def test_plan_puts_methods_side_by_side_and_finds_what_fits(model_folder):
     ("words", "message"),
     [
         (["--gpu-memory", "1KiB"], "nothing fits into 0.0 MiB"),
-        (["--gpu-memory", "much"], "'much' is no amount of memory: write it as 24GiB or 24GB"),
+        (["--gpu-memory", "much"], "'much' is not an amount of memory: write it as 24GiB or 24GB"),
         (["--method", "lsia"], "method='lsia': input should be 'lisa', 'fixed', 'badam', 'lora', 'full' or 'mezo'"),
-        (["--device", "tpu"], "device=tpu: a plan is made for cuda or for cpu"),
+        (["--device", "tpu"], "device=tpu: choose cuda or cpu"),
         (["--method", "lora", "vocabulary_blocks=true"], "vocabulary_blocks has no effect with method=lora"),
     ],
 )
@@ -264,7 +264,7 @@ def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
         return done
 
     refused = answer("n\n")
-    assert "holds a run that was stopped early. Go on with it? [Y/n]" in refused.stderr
+    assert "holds a run that was stopped before its first checkpoint. Resume it? [Y/n]" in refused.stderr
     assert refused.returncode == 2
     accepted = answer("y\n")
     assert accepted.returncode == 0, accepted.stderr

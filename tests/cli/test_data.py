@@ -84,7 +84,7 @@ def test_files_are_told_by_their_place_in_the_folder_and_what_was_saved_to_disk_
     assert "saved " in text
 
 
-def test_a_terminal_without_colours_has_marks_around_what_is_learnt(folder, monkeypatch):
+def test_a_terminal_without_colours_has_marks_around_what_is_learned(folder, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = data(folder, "--rows", "2")
     assert "⟦It is <|im_end|>⟧" in text
@@ -100,6 +100,6 @@ def test_a_page_shows_every_row_with_its_text_escaped(folder, tmp_path):
     data(folder, "--html", str(page))
     text = page.read_text()
     assert text.count("<div class=row>") == 23
-    assert "<span class=learnt>It is so <span class=special>&lt;|im_end|&gt;</span></span>" in text
+    assert "<span class=learned>It is so <span class=special>&lt;|im_end|&gt;</span></span>" in text
     assert "max_length 90" in text
     assert "left out: split test" in text

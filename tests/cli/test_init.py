@@ -31,7 +31,7 @@ def test_nothing_is_overwritten(tmp_path):
     done = typed("init", "gsm8k", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,
-        "lisatune: gsm8k.yaml is there already, and nothing is overwritten: choose another --output\n",
+        "lisatune: gsm8k.yaml exists already, and nothing is overwritten: choose another --output\n",
     )
     assert (tmp_path / "gsm8k.yaml").read_text() == "precious"
 
@@ -40,7 +40,7 @@ def test_nothing_is_overwritten(tmp_path):
     ("words", "message"),
     [
         (["instruction"], "choose one of continue, gsm8k, instructions, pubmedqa; did you mean 'instructions'?"),
-        (["../recipes/gsm8k"], "is no recipe"),
+        (["../recipes/gsm8k"], "is not a recipe"),
         (["gsm8k", "--output", "nowhere/run.yaml"], "nowhere/run.yaml cannot be written (No such file or directory)"),
     ],
 )

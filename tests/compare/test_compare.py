@@ -184,17 +184,17 @@ def test_names_are_of_files_anywhere():
     ("grid", "message"),
     [
         ({"method": ["lisa", "lora"], "learning_rate": [1e-4, 1e-3], "lora": {"learning_rate": [1e-3]}},
-         r"different numbers of runs \(lisa: 2, lora: 1\): give each as many values of learning_rate"),
+         r"different numbers of runs \(lisa: 2, lora: 1\): give each the same number of values of learning_rate"),
         ({"learning_rat": [1]}, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
-        ({"learning_rate": [1e-4, 0.0001]}, "the grid holds one run twice"),
+        ({"learning_rate": [1e-4, 0.0001]}, "is in the grid twice"),
         ({"method": "lsia"}, "method='lsia': input should be"),
         ({"method": "full", "num_active": [1, 2]}, "num_active has no effect with method=full: leave it out, or add lisa"),
-        ({"max_length": [64, 128]}, "max_length holds several values: losses are compared within one"),
-        ({"lora": {"learning_rate": 1e-3}}, "settings of lora alone have no effect"),
-        ({"lisa": {"seed": 3}}, "lisa.seed: contenders are compared within one seed"),
-        ({"search": "seed"}, "search=seed: no setting that can be searched"),
+        ({"max_length": [64, 128]}, "max_length has several values, and their losses cannot be compared"),
+        ({"lora": {"learning_rate": 1e-3}}, "settings for lora alone have no effect"),
+        ({"lisa": {"seed": 3}}, "lisa.seed: all methods must have the same seed"),
+        ({"search": "seed"}, "search=seed is not a setting that can be searched"),
         ({"eval_rows": 0}, "needs held-out rows: give eval_rows"),
-        ({"num_active": []}, "num_active holds no value"),
+        ({"num_active": []}, "num_active has no value"),
         ({"num_active": [1, 0]}, "num_active is 0"),
     ],
 )  # fmt: skip
@@ -392,7 +392,7 @@ def test_a_comparison_may_grow_and_runs_nothing_twice(faked, tmp_path):
 def test_another_comparison_is_refused_with_what_differs(faked, tmp_path):
     faked(lambda t: final(2.0), "learning_rate=1e-4,1e-3", "seed=0,1")
     before = (tmp_path / "cmp" / "comparison.yaml").read_text()
-    with pytest.raises(UserError, match=r"of 4 runs, of which 2 would be left out: seed=1 \(was \[0, 1\]\). Put back"):
+    with pytest.raises(UserError, match=r"of 4 runs, and this grid lacks 2 of them: seed=1 \(was \[0, 1\]\). Put back"):
         faked(lambda t: final(2.0), "learning_rate=1e-4,1e-3", "seed=1")
     with pytest.raises(UserError, match=r"4 would be left out: warmup_steps=1 \(was not given\)"):
         faked(lambda t: final(2.0), "learning_rate=1e-4,1e-3", "seed=0,1", "warmup_steps=1")
@@ -403,7 +403,7 @@ def test_changed_data_are_refused(faked, data_file):
     faked(lambda t: final(2.0))
     with data_file.open("a") as file:
         file.write('{"prompt": "And one?", "completion": "More."}\n')
-    with pytest.raises(UserError, match="the data are no longer those that the comparison began with"):
+    with pytest.raises(UserError, match="the data have changed since the comparison began"):
         faked(lambda t: final(2.0))
 
 
@@ -417,7 +417,7 @@ def test_what_is_wrong_is_told_before_the_first_run(faked, tmp_path, data_file):
     (tmp_path / "cmp" / "precious").write_text("x")
     with pytest.raises(UserError, match="is not empty, and holds no comparison"):
         faked(lambda t: final(2.0))
-    with pytest.raises(UserError, match="holds no comparison to go on with"):
+    with pytest.raises(UserError, match="holds no comparison to resume"):
         compare({}, tmp_path / "nothing", console=quiet())
 
 
@@ -577,7 +577,7 @@ def test_interrupted_with_children_of_its_own(model_folder, data_file, memory_pa
         os.killpg(parent.pid, signal.SIGINT)  # as a terminal does
         said = parent.communicate(timeout=HANG_SECONDS)[1]
     assert parent.returncode == 130, said
-    assert "stopped after 0 of 1 runs; go on with: lisatune compare --output" in said
+    assert "stopped after 0 of 1 runs; resume with: lisatune compare --output" in said
     assert "stopped after step" in run.with_name(run.name + ".log").read_text()
     done = subprocess.run(start, stderr=subprocess.PIPE, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr

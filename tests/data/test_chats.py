@@ -39,7 +39,7 @@ THOUGHTS = [
 
 
 def encoded(columns, template=CHATML, max_length=1000, tokenizer=None, **options):
-    """The row's documents with what is learnt in brackets, and what the encoder counted."""
+    """The row's documents with what is learned in brackets, and what the encoder counted."""
     tokenizer = tokenizer or make_tokenizer(template)
     encoder = Encoder(tokenizer, max_length, **options)
     documents = list(encoder([parse_row(Row("here", columns))]))
@@ -107,7 +107,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "argumen
 @pytest.mark.parametrize(
     "tools", [[{"type": "function", "function": WEATHER}], [WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)]]
 )
-def test_tools_are_shown_and_calls_learnt_but_not_their_replies(content, call, tools):
+def test_tools_are_shown_and_calls_learned_but_not_their_replies(content, call, tools):
     turns = [
         {"role": "user", "content": "Oslo?"},
         {"role": "assistant", "content": content, **call},
@@ -162,7 +162,7 @@ def test_arguments_are_text_for_a_template_that_writes_them_as_they_are():
         (OPENS_THOUGHT, "<think>\n⟦they add up\n</think>\n\n4>⟧"),
     ],
 )
-def test_reasoning_is_learnt_where_the_template_shows_it(key, template, answer):
+def test_reasoning_is_learned_where_the_template_shows_it(key, template, answer):
     turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", key: "they add up"}]
     (text,), counts = encoded({"messages": turns}, template)
     assert text == f"<user\n2+2?>\n<assistant\n{answer}"
@@ -175,7 +175,7 @@ def test_reasoning_may_stand_in_a_column_beside_question_and_answer(key):
     assert encoded(columns, SHOWS_REASONING)[0] == ["<user\n2+2?>\n<assistant\n⟦[two and two]4>⟧"]
 
 
-def test_thoughts_that_a_template_drops_are_named_where_the_whole_chat_is_learnt():
+def test_thoughts_that_a_template_drops_are_named_where_the_whole_chat_is_learned():
     _, counts = encoded({"messages": THOUGHTS}, FORGETS_THOUGHTS, completion_only_loss=False)
     assert counts.left_out == {"thoughts of an answer (not shown by the chat template)": 1}
     assert not encoded({"messages": THOUGHTS}, FORGETS_THOUGHTS)[1].left_out
@@ -192,16 +192,16 @@ def test_reasoning_that_the_template_does_not_show_is_named():
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"weight": 0.0, "train": True}]
 )
-def test_a_turn_that_is_not_to_be_learnt_stays_in_the_context(mark):
+def test_a_turn_that_is_not_to_be_learned_stays_in_the_context(mark):
     turns = [TWO_TURNS[0], TWO_TURNS[1] | mark, *TWO_TURNS[2:]]
     assert encoded({"messages": turns})[0] == [
         "<user\nOne?>\n<assistant\nUno.>\n<user\nTwo?>\n<assistant\n⟦Dos.>⟧",
     ]
     _, counts = encoded({"messages": [turns[0], TWO_TURNS[1] | mark]})
-    assert counts.reasons == {"no turn is to be learnt": 1}
+    assert counts.reasons == {"no turn is to be learned": 1}
 
 
-def test_answers_in_a_prompt_are_shown_and_not_learnt_unless_prompts_are():
+def test_answers_in_a_prompt_are_shown_and_not_learned_unless_prompts_are():
     columns = {"system": "S", "prompt": TWO_TURNS[:3], "completion": [TWO_TURNS[3]]}
     context = "<system\nS>\n<user\nOne?>\n<assistant\nUno.>\n<user\nTwo?>\n<assistant\n"
     assert encoded(columns)[0] == [f"{context}⟦Dos.>⟧"]
@@ -214,8 +214,8 @@ def test_answers_in_a_prompt_are_shown_and_not_learnt_unless_prompts_are():
 def test_a_weight_scales_its_turn():
     turns = [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.25}, *TWO_TURNS[2:]]
     (document,) = Encoder(make_tokenizer(), 1000)([parse_row(Row("here", {"messages": turns}))])
-    learnt = [weight for weight, label in zip(document.weights, document.labels, strict=True) if label != -100]
-    assert learnt == [0.25] * 5 + [1.0] * 5
+    learned = [weight for weight, label in zip(document.weights, document.labels, strict=True) if label != -100]
+    assert learned == [0.25] * 5 + [1.0] * 5
 
 
 @pytest.mark.parametrize("weight", [-1, "1", True, float("nan")])
@@ -253,7 +253,7 @@ def test_a_template_that_moves_the_system_prompt_gives_a_row_for_each_answer():
 @pytest.mark.parametrize("template", [CHATML, FORGETS_THOUGHTS, OPENS_THOUGHT, MOVES_SYSTEM, NO_END, TOOLS, None])
 @pytest.mark.parametrize("adds_space", [False, True])
 @pytest.mark.parametrize("turns", [TWO_TURNS, THOUGHTS, [{"role": "system", "content": "S"}, *TWO_TURNS]])
-def test_every_answer_is_learnt_once_after_the_very_prompt_of_generation(template, adds_space, turns):
+def test_every_answer_is_learned_once_after_the_very_prompt_of_generation(template, adds_space, turns):
     tokenizer = make_tokenizer(template, adds_bos=adds_space, adds_space=adds_space)
     documents = list(Encoder(tokenizer, 1000)([parse_row(Row("here", {"messages": turns}))]))
     prompts = []
@@ -300,18 +300,18 @@ def test_a_prompt_that_ends_inside_a_token_is_shown_as_generation_tokenizes_it()
 
 
 @pytest.mark.parametrize("option", [{"completion_only_loss": False}, {"loss_on": "all"}])
-def test_all_is_learnt_on_request_though_answers_cannot_be_told_apart(option):
+def test_all_is_learned_on_request_though_answers_cannot_be_told_apart(option):
     (text,) = encoded({"messages": TWO_TURNS}, FORGETS_THOUGHTS, **option)[0]
     assert text == "⟦<user\nOne?>\n<assistant\nUno.>\n<user\nTwo?>\n<assistant\n<think>\n\n</think>\n\nDos.>⟧"
     (text,) = encoded({"messages": TWO_TURNS}, CHATML, **option)[0]
     assert text == "⟦<user\nOne?>\n<assistant\nUno.>\n<user\nTwo?>\n<assistant\nDos.>⟧"
-    with pytest.raises(UserError, match="weights of turns cannot be kept"):
+    with pytest.raises(UserError, match="weights of turns do not work with"):
         encoded(
             {"messages": [TWO_TURNS[0], TWO_TURNS[1] | {"weight": 0.5}, *TWO_TURNS[2:]]}, FORGETS_THOUGHTS, **option
         )
 
 
-def test_the_last_answer_alone_is_learnt_on_request():
+def test_the_last_answer_alone_is_learned_on_request():
     (text,) = encoded({"messages": TWO_TURNS}, loss_on="last")[0]
     assert text == "<user\nOne?>\n<assistant\nUno.>\n<user\nTwo?>\n<assistant\n⟦Dos.>⟧"
 
@@ -327,7 +327,7 @@ def test_a_template_without_an_end_is_given_one():
     assert text == "user: Poem?\nassistant: ⟦a\nb\n\n</s>⟧"
 
 
-def test_an_empty_answer_inside_a_chat_keeps_its_end_and_is_not_learnt():
+def test_an_empty_answer_inside_a_chat_keeps_its_end_and_is_not_learned():
     turns = [TWO_TURNS[0], {"role": "assistant", "content": ""}, *TWO_TURNS[2:]]
     assert encoded({"messages": turns})[0] == ["<user\nOne?>\n<assistant\n>\n<user\nTwo?>\n<assistant\n⟦Dos.>⟧"]
     assert encoded({"prompt": "a", "completion": " \n"})[1].reasons == {"the answer is empty": 1}
@@ -436,7 +436,7 @@ def test_other_names_are_given_by_the_settings():
     assert both.left_out == ("messages (dialog stands for it)",)
     missing = RowParser({"messages": "dialog"})(Row("here", {"messages": TWO_TURNS}))
     assert missing.left_out == ("dialog (which columns asks for) is not there",)
-    with pytest.raises(UserError, match="columns: 'mesages' is none of .*did you mean 'messages'"):
+    with pytest.raises(UserError, match="columns: 'mesages' is not one of .*did you mean 'messages'"):
         RowParser({"mesages": "dialog"})
     with pytest.raises(UserError, match="roles: bot cannot be 'asistant'; choose one of"):
         RowParser({}, {"bot": "asistant"})

@@ -37,7 +37,7 @@ def test_held_out_data_have_a_split_and_a_number_of_rows(folder):
     own = {"near": {"path": str(folder), "split": "validation"}, "far": str(folder / "test.jsonl")}
     _, held_out = read(folder, eval_data=own, eval_rows=5)
     assert {name: len(rows) for name, rows in held_out.items()} == {"near": 5, "far": 5}
-    with pytest.raises(UserError, match="eval_data: 'spilt' is none of path, split, config, rows"):
+    with pytest.raises(UserError, match="eval_data: 'spilt' is not one of path, split, config, rows"):
         read(folder, eval_data={"path": str(folder), "spilt": "test"})
 
 
@@ -54,7 +54,7 @@ def test_several_data_sets_have_shares(folder):
         read(folder, data=[{"path": str(folder)}, {"path": str(folder)}])
     with pytest.raises(UserError, match="^data: give each of several data sets a share, as in "):
         read(folder, data=["a.jsonl", "b.jsonl"])
-    with pytest.raises(UserError, match="dataset_split has no effect where data lists several"):
+    with pytest.raises(UserError, match="dataset_split has no effect if data is a list"):
         read(folder, data=parts, dataset_split="test")
     with pytest.raises(UserError, match="eval_rows cannot hold rows out of several data sets"):
         read(folder, data=parts, eval_rows=3)

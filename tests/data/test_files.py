@@ -118,9 +118,9 @@ def test_the_card_of_a_repository_says_which_files_are_of_a_split(tmp_path):
 @pytest.mark.parametrize("name", ["rows.jsonl", "folder"])
 def test_a_split_of_data_that_has_none_is_refused(tmp_path, name):
     write(tmp_path, ["rows.jsonl", "folder/a.jsonl"])
-    with pytest.raises(UserError, match="dataset_split=test is of a hub data set or a folder with splits"):
+    with pytest.raises(UserError, match="dataset_split=test needs a hub data set or a folder with splits"):
         texts(str(tmp_path / name), split="test")
-    with pytest.raises(UserError, match="dataset_config=main is of a hub data set or a folder with several"):
+    with pytest.raises(UserError, match="dataset_config=main needs a hub data set or a folder with several"):
         texts(str(tmp_path / name), config="main")
 
 
@@ -167,8 +167,8 @@ def test_a_cell_is_the_text_that_it_is(tmp_path, text, cell):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1\n", "row 1: has 1 cells, the first line 2"),
-        ("a,a\n1,2\n", "the column 'a' stands twice"),
+        ("a,b\n1\n", "row 1: has 1 cells, but the first line has 2"),
+        ("a,a\n1,2\n", "the column 'a' appears twice"),
         ('a,b\n1,"2\n', "line 2: not valid CSV"),
         ("prompt;completion\na;b\n", "cells must be separated by commas, not by ';'"),
         ("prompt\tcompletion\na\tb\n", r"cells must be separated by commas, not by '\\t'"),
@@ -206,7 +206,7 @@ def test_one_object_is_one_row_and_other_objects_are_not_taken_for_rows(tmp_path
     path.write_text(json.dumps(INSTANCES[0] | {"data": [{"a": 1}]}, indent=1))
     assert len(list(read_rows(str(path)))) == 1
     path.write_text(json.dumps({"left": [{"a": 1}], "right": [{"a": 1}]}, indent=1))
-    with pytest.raises(UserError, match="holds one object with rows under left, right"):
+    with pytest.raises(UserError, match="is one object with lists of rows under left, right"):
         list(read_rows(str(path)))
 
 

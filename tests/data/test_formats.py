@@ -35,7 +35,7 @@ def test_every_row_format_becomes_the_same_chat(columns):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_configuration_is_of_the_hub_alone(tmp_path, streaming):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match="dataset_config=main is of a hub data set.*leave it out"):
+    with pytest.raises(UserError, match="dataset_config=main needs a hub data set.*leave it out"):
         list(read_rows(str(tmp_path / "rows.jsonl"), config="main", streaming=streaming))
 
 

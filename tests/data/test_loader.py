@@ -12,11 +12,11 @@ from lisatune.loss import batch_loss
 from tiny import make_llama
 
 
-def document(*ids, learnt_from=0):
-    return Encoded(array("i", ids), array("i", [IGNORED if i < learnt_from else t for i, t in enumerate(ids)]))
+def document(*ids, learned_from=0):
+    return Encoded(array("i", ids), array("i", [IGNORED if i < learned_from else t for i, t in enumerate(ids)]))
 
 
-DOCUMENTS = [document(*range(10 * n, 10 * n + 3 + n % 4), learnt_from=1) for n in range(1, 12)]
+DOCUMENTS = [document(*range(10 * n, 10 * n + 3 + n % 4), learned_from=1) for n in range(1, 12)]
 
 
 def loader(documents=DOCUMENTS, **options):
@@ -62,7 +62,7 @@ def test_endless_and_seeded():
     first = [b.input_ids.tolist() for b, _ in islice(loader(seed=1).batches(), 20)]
     assert first == [b.input_ids.tolist() for b, _ in islice(loader(seed=1).batches(), 20)]
     assert first != [b.input_ids.tolist() for b, _ in islice(loader(seed=2).batches(), 20)]
-    with pytest.raises(ValueError, match="nothing to learn"):
+    with pytest.raises(ValueError, match="no token to learn"):
         next(loader([]).batches())
 
 
@@ -98,7 +98,7 @@ def test_going_on_from_any_position_gives_what_would_have_followed(documents, pa
 def test_loss_and_gradients_do_not_depend_on_how_documents_are_laid_out(layout):
     """To rounding: other shapes, other order of sums; 1e-6 of a loss near 5, 1e-5 of gradients near 0.1."""
     documents = [
-        document(*torch.randint(3, 128, (n,)).tolist(), learnt_from=k) for n, k in [(5, 0), (9, 4), (3, 1), (7, 6)]
+        document(*torch.randint(3, 128, (n,)).tolist(), learned_from=k) for n, k in [(5, 0), (9, 4), (3, 1), (7, 6)]
     ]
 
     def loss_and_gradients(batches, num_labelled):
@@ -126,7 +126,7 @@ def test_loss_and_gradients_do_not_depend_on_how_documents_are_laid_out(layout):
 
 def test_a_batch_with_nothing_labelled_has_loss_zero_and_zero_gradients():
     model = make_llama()
-    batch = collate([[document(5, 6, 7, learnt_from=9)]], 0)
+    batch = collate([[document(5, 6, 7, learned_from=9)]], 0)
     for linear_head in (True, False):
         model.zero_grad()
         loss = batch_loss(find_layers(model), batch, 0, linear_head=linear_head)

@@ -51,7 +51,7 @@ TOKENIZER = make_tokenizer(SHOWS_ALL)
 
 
 def played_a_part(columns, name, plain):
-    """Whether ``name`` shows in the ids, or changes what is learnt, or is named, or the row is refused."""
+    """Whether ``name`` shows in the ids, or changes what is learned, or is named, or the row is refused."""
     encoder = Encoder(TOKENIZER, 10_000)
     try:
         documents = list(encoder([parse_row(Row("here", columns))]))
@@ -59,8 +59,8 @@ def played_a_part(columns, name, plain):
         return name in str(error)
     text = "".join(TOKENIZER.decode(document.ids) for document in documents)
     named = any(name == left.split(" ")[0] for left in encoder.counts.left_out)
-    learnt = sum(label != -100 for document in documents for label in document.labels)
-    return MARK in text or named or learnt < plain
+    learned = sum(label != -100 for document in documents for label in document.labels)
+    return MARK in text or named or learned < plain
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -75,5 +75,5 @@ def test_every_key_of_a_turn_is_used_or_named_or_refused(chat, turn):
     for name in {*TURN_KEYS, *FOREIGN_KEYS, "anything"} - CHATS[chat][chat][turn].keys():
         turns = [dict(one) for one in CHATS[chat][chat]]
         turns[turn][name] = VALUES.get(name, MARK)
-        already_so = turn == 0 and not turns[turn][name]  # a question is not learnt anyway
+        already_so = turn == 0 and not turns[turn][name]  # a question is not learned anyway
         assert already_so or played_a_part({chat: turns}, name, plain=2), name

@@ -44,20 +44,20 @@ def test_every_call_of_the_tools_set_has_its_right_reply():
     assert num_calls > 20
 
 
-def test_calls_and_answers_of_the_sets_are_learnt_and_nothing_else():
+def test_calls_and_answers_of_the_sets_are_learned_and_nothing_else():
     tokenizer = make_tokenizer(CHATML_TEMPLATE)
     for name in ("tools.jsonl", "multi_turn.jsonl"):
         encoder = Encoder(tokenizer, 4000)
         examples = [parse_row(row) for row in read_rows(str(EXAMPLES / name))]
         for example, document in zip(examples, encoder(examples), strict=True):
-            learnt = tokenizer.decode([label for label in document.labels if label != IGNORED])
+            learned = tokenizer.decode([label for label in document.labels if label != IGNORED])
             answers = [turn for turn in example.messages if turn["role"] == "assistant"]
-            assert learnt.count("<|im_end|>") == len(answers)
+            assert learned.count("<|im_end|>") == len(answers)
             for turn in answers:
-                assert turn["content"] in learnt
+                assert turn["content"] in learned
                 for call in turn.get("tool_calls", ()):
-                    assert json.dumps(call["function"]["arguments"]) in learnt
-            assert not any(turn["content"] in learnt for turn in example.messages if turn["role"] == "user")
+                    assert json.dumps(call["function"]["arguments"]) in learned
+            assert not any(turn["content"] in learned for turn in example.messages if turn["role"] == "user")
         assert not encoder.counts.left_out or set(encoder.counts.left_out) <= {"name (not shown by the chat template)"}
 
 
@@ -80,8 +80,8 @@ def words_tokenizer(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tools.jsonl", "multi_turn.jsonl"])
-def test_a_model_that_learnt_a_set_by_heart_says_it_in_chat(name, tmp_path):
-    """Four rows, learnt by a tiny model until it knows them; every answer and call comes back to the letter."""
+def test_a_model_that_learned_a_set_by_heart_says_it_in_chat(name, tmp_path):
+    """Four rows, learned by a tiny model until it knows them; every answer and call comes back to the letter."""
     from lisatune.models.chat import Chat
     from lisatune.models.load import load_trained
     from lisatune.settings import build_config

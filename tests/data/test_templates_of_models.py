@@ -53,43 +53,43 @@ CHATS = {
 }  # fmt: skip
 
 
-def learnt_of(name, chat):
-    """What is learnt in each row, what is in front of it, and what is named as left out."""
+def learned_of(name, chat):
+    """What is learned in each row, what is in front of it, and what is named as left out."""
     template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer = make_tokenizer(template)
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(MARKS.findall(template)))})
     encoder = Encoder(tokenizer, 20_000)
     documents = list(encoder([parse_row(Row("here", CHATS[chat]))]))
     spans = [
-        (before, learnt)
+        (before, learned)
         for document in documents
-        for before, learnt in re.findall("([^⟦⟧]*)⟦([^⟧]*)⟧", marked(tokenizer, document))
+        for before, learned in re.findall("([^⟦⟧]*)⟦([^⟧]*)⟧", marked(tokenizer, document))
     ]
     return spans, set(encoder.counts.left_out)
 
 
 @pytest.mark.skipif(not NAMES, reason="needs trl")
 @pytest.mark.parametrize("name", NAMES)
-def test_answers_thoughts_and_calls_are_learnt_or_named_or_refused(name):
-    spans, left_out = learnt_of(name, "chat")
-    assert ["Uno." in learnt for _, learnt in spans] == [True, False]
+def test_answers_thoughts_and_calls_are_learned_or_named_or_refused(name):
+    spans, left_out = learned_of(name, "chat")
+    assert ["Uno." in learned for _, learned in spans] == [True, False]
     assert "Dos." in spans[1][1]
-    assert not any(question in learnt for _, learnt in spans for question in ("One?", "Two?"))
+    assert not any(question in learned for _, learned in spans for question in ("One?", "Two?"))
     assert not left_out
-    ends = {learnt[learnt.index(answer) + 4 :] for (_, learnt), answer in zip(spans, ("Uno.", "Dos."), strict=True)}
+    ends = {learned[learned.index(answer) + 4 :] for (_, learned), answer in zip(spans, ("Uno.", "Dos."), strict=True)}
     assert len(ends) == 1, ends  # every answer ends in the same way
     assert "\n" not in ends.pop()
 
-    spans, left_out = learnt_of(name, "thoughts")
-    assert ["Uno." in learnt for _, learnt in spans] == [True, False]
-    shown = all(thought in learnt for (_, learnt), thought in zip(spans, ("FIRST", "SECOND"), strict=True))
+    spans, left_out = learned_of(name, "thoughts")
+    assert ["Uno." in learned for _, learned in spans] == [True, False]
+    shown = all(thought in learned for (_, learned), thought in zip(spans, ("FIRST", "SECOND"), strict=True))
     assert left_out == (set() if shown else {"reasoning_content (not shown by the chat template)"})
 
     if "tool_calls" not in (FOLDER / f"{name}.jinja").read_text() or name == "deepseek_r1_distill":
         with pytest.raises(UserError, match="shows no tool calls|does not show all tool calls"):
-            learnt_of(name, "calls")
+            learned_of(name, "calls")
         return
-    spans, left_out = learnt_of(name, "calls")
+    spans, left_out = learned_of(name, "calls")
     (_, call), (reply, answer) = spans
     assert "weather" in call
     assert "Oslo" in call
@@ -109,4 +109,4 @@ def test_templates_with_habits_of_their_own(name):
         "qwen3_5_nothink": ("thoughts", "Uno.<|im_end|>"),
     }  # fmt: skip
     chat, begins = expected[name]
-    assert learnt_of(name, chat)[0][0][1].startswith(begins)
+    assert learned_of(name, chat)[0][0][1].startswith(begins)

@@ -21,13 +21,13 @@ def encoder(tokenizer):
     return Encoder(tokenizer, 100)
 
 
-def learnt(tokenizer, encoded):
+def learned(tokenizer, encoded):
     return tokenizer.decode([label for label in encoded.labels if label != IGNORED])
 
 
 def test_loss_is_on_the_answers_and_their_end_alone(encoder, tokenizer):
     (encoded,) = encoder([chat("Hi", "Hello", "Bye", "See you")])
-    assert learnt(tokenizer, encoded) == "Hello</s>See you</s>"
+    assert learned(tokenizer, encoded) == "Hello</s>See you</s>"
     assert (
         tokenizer.decode(encoded.ids)
         == "<s>user:Hi</s>\n<s>assistant:Hello</s>\n<s>user:Bye</s>\n<s>assistant:See you</s>"
@@ -45,13 +45,13 @@ def test_prompt_ids_are_those_of_generation(encoder, tokenizer):
     assert encoded.labels[len(prompt) - 1] == IGNORED != encoded.labels[len(prompt)]
 
 
-def test_prompts_can_be_learnt_too(tokenizer):
+def test_prompts_can_be_learned_too(tokenizer):
     tokenizer.chat_template = CHATML
     (encoded,) = Encoder(tokenizer, 100, completion_only_loss=False)([chat("Hi", "Hello")])
     assert encoded.labels == encoded.ids
 
 
-def test_text_is_learnt_whole_and_split(tokenizer):
+def test_text_is_learned_whole_and_split(tokenizer):
     encoder = Encoder(tokenizer, 4)
     documents = list(encoder([Example("here", text="abcdefghi")]))
     assert "".join(tokenizer.decode(d.ids) for d in documents) == "abcdefghi</s>"
@@ -73,7 +73,7 @@ def test_nothing_is_dropped_in_silence(tokenizer):
 
 def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="^row 9: the chat template changes earlier turns"):
+    with pytest.raises(UserError, match="^row 9: the chat template rewrites earlier turns"):
         list(Encoder(tokenizer, 50)([chat("Hi", "Hello", "Bye", "Ciao", where="row 9")]))
 
 
@@ -87,4 +87,4 @@ def test_tokenizer_without_a_template_gets_a_plain_one(tokenizer):
     tokenizer.chat_template = None
     (encoded,) = Encoder(tokenizer, 100)([chat("Hi", "Hello")])
     assert tokenizer.decode(encoded.ids) == "### User:\nHi\n\n### Assistant:\nHello</s>"
-    assert learnt(tokenizer, encoded) == "Hello</s>"
+    assert learned(tokenizer, encoded) == "Hello</s>"

@@ -75,7 +75,7 @@ def make_tokenizer(template: str | None = CHATML, *, adds_bos: bool = False, add
 
 
 def marked(tokenizer: Any, document: Any) -> str:
-    """A document's text, what is learnt of it in brackets."""
+    """A document's text, what is learned of it in brackets."""
     text, on = "", False
     for token, label in zip(document.ids, document.labels, strict=True):
         if (label != -100) != on:

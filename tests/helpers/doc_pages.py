@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -15,14 +16,65 @@ OF_COMPARE = ("methods", "search", "trials")  # words of a grid that are no sett
 OTHERS = ("key", "use_cache")  # other words with an equals sign: an example of the form, an argument of transformers
 
 
-def code_lines(text):
-    """Lines of code blocks, joined where one goes on after a backslash, without comments."""
-    lines, fenced = [], False
-    for line in text.replace("\\\n", " ").splitlines():
-        fenced ^= line.startswith("```")
+PROGRAMS = ("lisatune", "python", "torchrun", "accelerate", "srun", "pip", "make", "cp", "ls", ".")
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code of a page.
+
+    Attributes:
+        line: Number of its first line in the page, from 1.
+        language: What stands after the backticks; empty for an indented block.
+        lines: Its lines, joined where one goes on after a backslash, without comments.
+        why_not_run: The reason in the comment ``<!-- not run: REASON -->`` above it; empty if there is none.
+    """
+
+    line: int
+    language: str
+    lines: tuple[str, ...]
+    why_not_run: str
+
+    @property
+    def is_run(self):
+        """Whether a reader would run it: it has a command or is Python, and it has no reason not to be run."""
+        runnable = self.language in ("python", "diff") or any(line.split()[:1][0] in PROGRAMS for line in self.lines)
+        return runnable and not self.why_not_run
+
+
+def blocks(text):
+    """The blocks of code of a page, indented and fenced."""
+    found, lines = [], text.splitlines()
+    number, reason = 0, ""
+    while number < len(lines):
+        line = lines[number]
+        fenced = line.startswith("```")
         if fenced or line.startswith("    "):
-            lines.append(re.sub(r"\s#\s.*", "", line).strip())
-    return lines
+            start = number + 1 if fenced else number
+            end = start
+            while end < len(lines) and not (lines[end].startswith("```") if fenced else lines[end][:4].strip()):
+                end += 1
+            code = "\n".join(line if fenced else line[4:] for line in lines[start:end]).replace("\\\n", " ")
+            plain = (
+                code.splitlines()
+                if line[3:] == "python"
+                else [re.sub(r"(^|\s)# .*", "", one) for one in code.splitlines()]
+            )
+            found.append(
+                Block(start + 1, line[3:] if fenced else "", tuple(one for one in plain if one.strip()), reason)
+            )
+            number, reason = end + fenced, ""
+            continue
+        if line.strip():
+            match = NOT_RUN.fullmatch(line)
+            reason = match[1] if match else ""
+        number += 1
+    return found
+
+
+def code_lines(text):
+    return [line.strip() for block in blocks(text) for line in block.lines]
 
 
 def commands(text):
@@ -33,9 +85,12 @@ def commands(text):
 
 
 def anchors(path):
-    """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The anchors of a page's headings, as GitHub makes them, and of objects that mkdocstrings describes."""
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return set(re.findall(r"^::: (.+)$", text, re.MULTILINE)) | {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 def options_of(command):

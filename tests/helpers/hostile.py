@@ -22,14 +22,14 @@ from lisatune.settings import LAYERWISE, TrainConfig, build_config, read_setting
 
 # what a refusal is counted as: the first of these that its message holds
 REFUSALS = (
-    "not valid JSON", "nested too deep", "too many digits", "stands twice", "not UTF-8", "whole gzip file",
+    "not valid JSON", "nested too deep", "too many digits", "appears twice", "not UTF-8", "whole gzip file",
     "a row must be a JSON object", "are not recognised; expected messages", "must be a string", "half of a character",
     "a chat must be a list of turns", "that is a string", "; expected one of", "has no assistant turn", "begins with an assistant turn",
     "chat template", "not valid YAML", "must hold 'name: value' lines", "cannot be read", "of the form key=value",
-    "unknown setting", "has no effect", "cannot be printed", "is too large", "leaves nothing of", "user name or password",
+    "unknown setting", "has no effect", "cannot be printed", "is too large", "leaves nothing of", "must be smaller than", "user name or password",
     ": input should be", ": string should", "needs", "cannot", "is missing", "choose at least",
-    "base model is not", "does not fit", "of no part of this model", "of another parameter", "not in that part", "active at step", "there is no sampler", "has no option", "cannot be made", "sampler_options", "decoder layers",
-    "draw of layers", "is not the name of a checkpoint's file", "SHA-256 differs", "bytes instead of", "is a link", "is of step",
+    "base model is not", "does not fit", "of no part of this model", "that was saved for this model", "not in that part", "active at step", "there is no sampler", "has no option", "cannot be made", "sampler_options", "decoder layers",
+    "draw of layers", "is not the name of a checkpoint's file", "SHA-256 differs", "bytes instead of", "is a link", "is a symbolic link", "is of step",
     f"names no {STATE}", "is not a folder", "holds no JSON object", f"{MANIFEST}: ", f"{STATE}: ",
 )  # fmt: skip
 

@@ -137,7 +137,7 @@ def test_a_bfloat16_step_is_stretched_from_where_it_was_rounded_to():
 def test_refuses_what_is_no_chance_of_an_active_parameter(chance):
     weight = torch.nn.Parameter(torch.ones(4))
     correction = ChanceCorrection(torch.optim.SGD([weight], lr=1.0))
-    with pytest.raises(UserError, match="an active parameter has chance"):
+    with pytest.raises(UserError, match="an active parameter has the chance"):
         correction.set({weight: chance})
 
 
@@ -146,5 +146,5 @@ def test_refuses_updates_made_in_the_backward_pass(llama):
     StepInBackward(optimizer)
     ChanceCorrection(optimizer).set(active_chances(layers, layers.pool(), (0,), (0.25,) * 4))
     backward(llama)
-    with pytest.raises(UserError, match="do not go with steps in the backward pass"):
+    with pytest.raises(UserError, match="take no steps in the backward pass"):
         optimizer.step()

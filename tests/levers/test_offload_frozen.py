@@ -321,7 +321,7 @@ def test_refusals():
     stream(model)
     with pytest.raises(UserError, match="streamed already"):
         HostLayers(find_layers(model).decoder, CPU)
-    with pytest.raises(UserError, match=r"of decoder layer 0 trains, but lies in host memory: call HostLayers.place"):
+    with pytest.raises(UserError, match=r"of decoder layer 0 trains, but is in host memory: call HostLayers.place"):
         model(input_ids=torch.arange(3, 11)[None])
 
 

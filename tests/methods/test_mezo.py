@@ -426,9 +426,9 @@ def test_on_meta_it_holds_what_it_holds_on_a_cpu(dtype):
 
 def test_what_cannot_be_is_refused():
     model = make_llama()
-    with pytest.raises(UserError, match="epsilon is 0: a probe has to go some way"):
+    with pytest.raises(UserError, match="epsilon is 0: choose a number above 0"):
         learner_of(model, epsilon=0)
-    with pytest.raises(UserError, match="num_directions is 0: a step needs at least 1"):
+    with pytest.raises(UserError, match="num_directions is 0: choose at least 1"):
         learner_of(model, num_directions=0)
     learner, whole = learner_of(model), batch(0)
     model.model.layers = model.model.layers[:3]
@@ -438,5 +438,5 @@ def test_what_cannot_be_is_refused():
     assert same(before, weights(model))
     model.requires_grad_(False)
     learner = learner_of(model)
-    with pytest.raises(UserError, match="no parameter asks for a gradient"):
+    with pytest.raises(UserError, match="no parameter requires a gradient"):
         learner.step(0, [whole], whole.num_labelled)

@@ -94,10 +94,10 @@ def test_a_delta_of_another_base_is_refused(run, model_folder, tmp_path):
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     about = json.loads((tmp_path / "delta" / "delta.json").read_text())
     (tmp_path / "delta" / "delta.json").write_text(json.dumps(about | {"base": str(other)}))
-    with pytest.raises(UserError, match="no longer the model"):
+    with pytest.raises(UserError, match="has changed since the delta was made"):
         export_model(str(tmp_path / "delta"), tmp_path / "again")
     (tmp_path / "delta" / "delta.json").write_text("{")
-    with pytest.raises(UserError, match="is no delta"):
+    with pytest.raises(UserError, match="is not a delta"):
         export_model(str(tmp_path / "delta"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -157,8 +157,8 @@ def test_what_the_converter_does_not_know_is_told(model_folder, tmp_path):
     ("words", "said"),
     [
         (["./no-such-run", "x"], "no such model"),
-        (["RUN", "RUN"], "is there already"),
-        (["RUN", "no/such/x"], "is no folder"),
+        (["RUN", "RUN"], "exists already"),
+        (["RUN", "no/such/x"], "is not a folder"),
         (["MODEL", "x", "--delta"], "holds no run"),
         (["RUN", "x", "--delta", "--gguf", "f16"], "cannot go together"),
         (["RUN", "x.gguf", "--gguf", "q3"], "choose one of f32"),

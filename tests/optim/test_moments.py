@@ -194,5 +194,5 @@ def test_all_of_it_runs_on_meta(bits, on_host):
 
 
 def test_other_bits_are_refused():
-    with pytest.raises(UserError, match="cannot have 4 bits: choose 32, 16 or 8"):
+    with pytest.raises(UserError, match="state_bits is 4: choose 32, 16 or 8"):
         Moments(4)

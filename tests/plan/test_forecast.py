@@ -181,7 +181,7 @@ def test_a_smaller_micro_batch_keeps_the_step():
 def test_a_memory_that_nothing_fits_into():
     config = plan_config({"max_length": 256, "num_active": 1}, "cpu")
     with pytest.raises(
-        UserError, match=r"nothing fits into 1\.0 MiB .* the smallest peak of method=lisa .* so take a device of"
+        UserError, match=r"nothing fits into 1\.0 MiB .* the smallest peak of method=lisa .* Take a device of"
     ):
         climb(config, TINY, 2**20, "cpu")
 

@@ -121,7 +121,7 @@ def test_a_stopped_run_is_resumed_to_the_bit(straight, folder, stop_in_mid_inter
     with pytest.raises(Stopped, match=f"stopped after step {STOPPED_AFTER} of {STEPS}"):
         run(folder, task, name)
     stop_in_mid_interval()
-    with pytest.raises(UserError, match=r"did not begin like this: .*seed=1 \(was 0\)"):
+    with pytest.raises(UserError, match=r"began differently: .*seed=1 \(was 0\)"):
         run(folder, task, name, resume=True, seed=1)
     _, told = run(folder, task, name, resume=True)
     assert f"going on after step {STOPPED_AFTER} of {STEPS}" in told

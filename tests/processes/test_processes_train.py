@@ -239,8 +239,8 @@ def test_ranks_that_were_given_different_things_stop_at_the_start(model_folder, 
     other = tmp_path / "other.jsonl"
     other.write_text(data_file.read_text().replace("What", "Who"))
     for word, sentence in {
-        "learning_rate=0.5": "the ranks were not given the same: learning_rate is 0.5 on rank 1, but 0.01 on rank 0;",
-        f"data={other}": "the ranks were not given the same: the train data is 60 documents of 3,",
+        "learning_rate=0.5": "the processes have different input: learning_rate is 0.5 on rank 1, but 0.01 on rank 0;",
+        f"data={other}": "the processes have different input: the train data is 60 documents of 3,",
         "data=nowhere.jsonl": "lisatune: on rank 1 of 2: nowhere.jsonl",
     }.items():
         words = command(tmp_path, model_folder, data_file, word)

@@ -84,7 +84,7 @@ def test_later_ones_that_were_passed_over_go_with_the_next(tmp_path):
     told = []
     resumed = Checkpoints(tmp_path)
     assert resumed.latest(told.append).manifest.step == 4
-    assert "checkpoint-6/a.safetensors is missing; passed over" in told[0]
+    assert "checkpoint-6/a.safetensors is missing; skipped" in told[0]
     resumed.save(5, tensors(5, "a"), set(), {})
     assert names(tmp_path / "checkpoints") == {"checkpoint-4", "checkpoint-5"}
 

@@ -89,7 +89,9 @@ print(mkl_mode())
 @with_mkl
 def test_in_a_process_that_has_multiplied_already_it_is_refused():
     refused = python("-c", LATE.format(multiplied=True))
-    assert "UserError: full_determinism=true comes too late: this process has multiplied already" in refused.stderr
+    assert (
+        "UserError: full_determinism=true comes too late, because this process has multiplied already" in refused.stderr
+    )
     assert "set MKL_CBWR=COMPATIBLE in the environment before Python starts" in refused.stderr
     for multiplied, environment in ((False, {}), (True, {"MKL_CBWR": "COMPATIBLE"})):
         done = python("-c", LATE.format(multiplied=multiplied), **environment)
@@ -119,14 +121,14 @@ def test_another_processor_is_told_of(model_folder, data_file, tmp_path, elsewhe
     run(model_folder, data_file, tmp_path / "run", 3)
     elsewhere()
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True)
-    assert "now it is Another, AVX2: weights equal to the bit need the same" in said
+    assert "now it is Another, AVX2: bit-identical weights need the same" in said
 
 
 @pytest.mark.usefixtures("_as_before")
 def test_another_processor_is_refused_where_equal_bits_were_asked_for(model_folder, data_file, tmp_path, elsewhere):
     run(model_folder, data_file, tmp_path / "run", 3, full_determinism=True)
     elsewhere()
-    with pytest.raises(UserError, match="did not begin like this: processor was .*, now it is Another, AVX2"):
+    with pytest.raises(UserError, match="began differently: processor was .*, now it is Another, AVX2"):
         run(model_folder, data_file, tmp_path / "run", resume=True, full_determinism=True)
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True, full_determinism=True, allow_changes=True)
     assert "now it is Another, AVX2" in said

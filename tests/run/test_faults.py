@@ -92,10 +92,10 @@ def test_a_signal_saves_and_says_how_to_go_on(model_folder, data_file, tmp_path,
     assert "Traceback" not in said
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = saved.name.removeprefix("checkpoint-")
-    assert f"lisatune: stopped after step {step} of 120; go on with: lisatune train --resume --config" in said
+    assert f"lisatune: stopped after step {step} of 120; resume with: lisatune train --resume --config" in said
     if number == signal.SIGINT:
         return
-    told = said.partition("go on with: lisatune train ")[2].split()
+    told = said.partition("resume with: lisatune train ")[2].split()
     done = subprocess.run([*words[:4], *told], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     straight = subprocess.run(
@@ -128,7 +128,7 @@ def test_full_disk(model_folder, data_file, tmp_path):
         filler = disk / "filler"
         filler.write_bytes(bytes(700_000))
         with pytest.raises(
-            UserError, match=r"cannot be written \(No space left on device\), so the run was stopped; go on"
+            UserError, match=r"cannot be written \(No space left on device\), so the run was stopped; resume"
         ):
             run(model_folder, data_file, disk / "run", **SETTINGS)
         left = sorted(p.name for p in (disk / "run" / "checkpoints").iterdir())
@@ -137,7 +137,7 @@ def test_full_disk(model_folder, data_file, tmp_path):
         filler.unlink()
         _, said = run(model_folder, data_file, disk / "run", resume=True, **SETTINGS)
         assert "going on after step" in said
-        assert "passed over" not in said
+        assert "; skipped" not in said
         a, b = weights(tmp_path / "straight"), weights(disk / "run")
         assert all(torch.equal(a[name], b[name]) for name in a)
         assert metrics(tmp_path / "straight") == metrics(disk / "run")
@@ -160,7 +160,7 @@ def test_a_folder_that_becomes_read_only(model_folder, data_file, tmp_path):
     folder.chmod(0o755)
     assert process.returncode == 2, said
     assert "Traceback" not in said
-    assert "cannot be written (Permission denied), so the run was stopped; go on with" in said
+    assert "cannot be written (Permission denied), so the run was stopped; resume with" in said
     assert Checkpoints(tmp_path / "run").latest(pytest.fail) is not None
 
 
@@ -216,7 +216,7 @@ def with_one_bad_row(model_folder, data_file, tmp_path, tokenizer):
 def test_a_bad_batch_is_named_and_stops_the_run(with_one_bad_row, data_file, tmp_path):
     some = {"per_device_train_batch_size": 2, "max_steps": 40, "save_steps": 1, "eval_rows": None}
     with pytest.raises(
-        UserError, match=r"the loss is nan and the gradient norm nan with the rows .*line 21.*try a lower"
+        UserError, match=r"the loss is nan and the gradient norm nan with the rows .*line 21.*lower learning_rate"
     ):
         run(with_one_bad_row, data_file, tmp_path / "run", **some)
     bad = metrics(tmp_path / "run")[-1]["step"]

@@ -12,7 +12,7 @@ from tiny import make_llama
 
 @pytest.mark.parametrize("settings", [{}, {"method": "full", "packing": True, "gradient_accumulation_steps": 2}])
 def test_on_a_cpu_the_forecast_stands_beside_the_tensors_that_were_held(data_file, tmp_path, tokenizer, settings):
-    """Every token is learnt here, as the forecast takes it; a row is a little shorter than the longest that there may be."""
+    """Every token is learned here, as the forecast takes it; a row is a little shorter than the longest that there may be."""
     make_llama(**WIDE | {"vocab_size": 4000}).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     more = {"max_length": 50, "completion_only_loss": False, "max_steps": 4}

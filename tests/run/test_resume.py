@@ -119,9 +119,7 @@ def test_a_checkpoint_costs_what_changed(model_folder, data_file, tmp_path):
 
 def test_a_changed_setting_is_refused_unless_asked_for(model_folder, data_file, tmp_path):
     run(model_folder, data_file, tmp_path / "run", 3)
-    with pytest.raises(
-        UserError, match=r"did not begin like this: learning_rate=0\.02 \(was 0\.01\); seed=1 \(was 0\)"
-    ):
+    with pytest.raises(UserError, match=r"began differently: learning_rate=0\.02 \(was 0\.01\); seed=1 \(was 0\)"):
         run(model_folder, data_file, tmp_path / "run", resume=True, learning_rate=2e-2, seed=1)
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True, learning_rate=2e-2, allow_changes=True)
     assert "changed since the run began: learning_rate=0.02 (was 0.01)" in said
@@ -134,7 +132,7 @@ def test_changed_data_are_refused(model_folder, data_file, tmp_path, streaming):
     run(model_folder, data_file, tmp_path / "run", 3, **some)
     text = data_file.read_text()
     data_file.write_text(text.replace("It is 8.", "It is 9."))
-    with pytest.raises(UserError, match=r"did not begin like this: train data: .* \(was "):
+    with pytest.raises(UserError, match=r"began differently: train data: .* \(was "):
         run(model_folder, data_file, tmp_path / "run", resume=True, **some)
     data_file.write_text(text)
     run(model_folder, data_file, tmp_path / "run", resume=True, **some)
@@ -161,9 +159,7 @@ def test_another_base_model_is_refused(model_folder, data_file, tmp_path):
 def test_the_same_command_without_resume_says_how_to_go_on(model_folder, data_file, tmp_path):
     run(model_folder, data_file, tmp_path / "run", 3)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(
-        UserError, match=r"a run that was stopped after step 3 or later: go on with it by adding --resume"
-    ):
+    with pytest.raises(UserError, match=r"a run that was stopped after step 3 or later: add --resume to resume it"):
         run(model_folder, data_file, tmp_path / "run")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     run(model_folder, data_file, tmp_path / "run", resume=True)
@@ -205,7 +201,7 @@ def test_a_damaged_checkpoint_is_passed_over(model_folder, data_file, tmp_path, 
         file.unlink()
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True, save_steps=4)
     assert f"{newest}" in said
-    assert "passed over" in said
+    assert "skipped" in said
     assert "going on after step 8" in said
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "run")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -216,7 +212,7 @@ def test_no_whole_checkpoint_is_no_silent_new_beginning(model_folder, data_file,
     run(model_folder, data_file, tmp_path / "run", 10, save_steps=4)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "state.json").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole .*start anew with another output"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole .*start again with another output"):
         run(model_folder, data_file, tmp_path / "run", resume=True, save_steps=4)
 
 
@@ -231,4 +227,4 @@ def test_other_processes_and_versions_are_told_of(model_folder, data_file, tmp_p
     monkeypatch.setattr("lisatune.run.snapshot.environment", lambda device: {"torch": "0.1"})
     monkeypatch.setattr("lisatune.run.resume.environment", lambda device: {"torch": "0.1"})
     _, said = run(model_folder, data_file, tmp_path / "run", resume=True)
-    assert f"torch was {torch.__version__}, now it is 0.1: weights equal to the bit need the same" in said
+    assert f"torch was {torch.__version__}, now it is 0.1: bit-identical weights need the same" in said

@@ -37,8 +37,8 @@ def test_ratio_is_the_papers_p():
 
 
 @pytest.mark.parametrize(("lora", "full", "message"), [
-    ({"head": 1.0}, {"head": 1.0, "layers.0": 1.0}, r"a norm of layers\.0 in one of the two runs only"),
-    ({"head": 1.0, "layers.0": 1.0}, {"head": 1.0}, r"a norm of layers\.0 in one of the two runs only"),
+    ({"head": 1.0}, {"head": 1.0, "layers.0": 1.0}, r"only one of the two runs has a norm of layers\.0"),
+    ({"head": 1.0, "layers.0": 1.0}, {"head": 1.0}, r"only one of the two runs has a norm of layers\.0"),
     ({"head": 1.0}, {"head": 0.0}, "the norm of head in the full run is 0"),
 ])  # fmt: skip
 def test_ratio_refuses_runs_that_do_not_go_together(lora, full, message):

@@ -117,7 +117,7 @@ def test_a_class_of_ones_own_is_found_by_its_module(own_module):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("own_samplers:Bottom", "cannot be imported .*has no attribute 'Bottom'.*: install its package, or set PYTHONPATH"),
-    ("own_samplers:Nothing", "is no sampler: write a dataclass that inherits from lisatune.Sampler"),
+    ("own_samplers:Nothing", "is not a sampler: write a dataclass that inherits from lisatune.Sampler"),
     ("broken_samplers:Top", "cannot be imported .division by zero."),
     ("no_such_module:Top", "cannot be imported .No module named 'no_such_module'."),
     (":Top", "cannot be imported"),
@@ -138,5 +138,5 @@ def test_the_planner_learns_from_the_sampler_which_draws_are_largest():
 
 
 def test_an_engine_wants_a_sampler_that_declares_what_it_can():
-    with pytest.raises(UserError, match="function is no sampler: let its class inherit from lisatune.Sampler"):
+    with pytest.raises(UserError, match="function is not a sampler: let its class inherit from lisatune.Sampler"):
         LisaEngine(find_layers(make_llama()), lambda interval: (0,))

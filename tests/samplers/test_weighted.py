@@ -79,7 +79,7 @@ def test_layer_1_is_not_layer_10():
     ('{"layers.0": 1, "layers.1": 1, "layers.2": 1, "layer.1": 1}', r"no 'layer\.1' to give a weight; did you mean"),
     ('{"x": 1}', r"no 'x' to give a weight: name layers\.0 to layers\.2"),
     ("3", "holds 3: give a list of weights, or an object"),
-    ("[1, 2", "are no JSON: "),
+    ("[1, 2", "are not valid JSON: "),
 ])  # fmt: skip
 def test_a_file_of_another_form_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / "weights.json"

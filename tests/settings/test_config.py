@@ -19,11 +19,11 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
         ({"sampler": "swep"}, "there is no sampler 'swep'; did you mean 'sweep'\\?"),
         ({"sampler": "round_robin", "sampler_options": {"layers": [0]}}, "sampler round_robin has no option 'layers'"),
         ({"sampler": "weighted"}, "sampler weighted needs weights: a list, or the path of a JSON file"),
-        ({"sampler_options": {"seed": 1}}, "sampler_options: seed is none of them"),
+        ({"sampler_options": {"seed": 1}}, "sampler_options: seed is not an option, but a setting"),
         ({"sampler": "no_such_package:Sampler"}, "cannot be imported .*: install its package, or set PYTHONPATH"),
         (
             {"sampler": "lisatune.errors:UserError"},
-            "is no sampler: write a dataclass that inherits from lisatune.Sampler",
+            "is not a sampler: write a dataclass that inherits from lisatune.Sampler",
         ),
         ({"method": "lsia"}, "method='lsia': input should be 'lisa', 'fixed', 'badam', 'lora', 'full' or 'mezo'"),
         ({"method": "full", "num_active": 2}, "num_active has no effect with method=full"),
@@ -67,15 +67,15 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
             {"on_bad_step": "skip", "optimizer_in_backward": True, "max_grad_norm": 0},
             "on_bad_step=skip cannot go with optimizer_in_backward",
         ),
-        ({"frozen_learning_rate": 1, "gradient_accumulation_steps": 2}, "micro-batches would meet other weights"),
+        ({"frozen_learning_rate": 1, "gradient_accumulation_steps": 2}, "the next micro-batch would see other weights"),
         (
             {"frozen_learning_rate": 1, "on_bad_step": "skip"},
             "on_bad_step=skip cannot go with frozen_learning_rate",
         ),
         ({"eval_steps": 5}, "eval_steps has no effect without held-out rows"),
         ({"streaming": True}, "streaming needs max_steps"),
-        ({"max_steps": 5, "num_train_epochs": 2}, "num_train_epochs has no effect beside max_steps"),
-        ({"max_steps": 5, "warmup_steps": 5}, "warmup_steps=5 leaves nothing of max_steps=5"),
+        ({"max_steps": 5, "num_train_epochs": 2}, "num_train_epochs has no effect with max_steps"),
+        ({"max_steps": 5, "warmup_steps": 5}, "warmup_steps=5 must be smaller than max_steps=5"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(settings, message):

@@ -166,7 +166,7 @@ def test_what_cannot_work_is_refused(message, folder):
     [
         ("DEEPSPEED", None, "DeepSpeed copies all weights into flat tensors when it starts"),
         ("FSDP", 1, "FSDP1 joins the parameters of a layer into one flat tensor.* set fsdp_version: 2"),
-        ("MEGATRON_LM", None, "does not know processes joined by MEGATRON_LM"),
+        ("MEGATRON_LM", None, "does not work with MEGATRON_LM"),
     ],
 )
 def test_what_needs_a_gpu_to_begin_is_refused_by_name(kind, version, message):

@@ -59,7 +59,7 @@ def test_a_checkpoint_made_without_lisa_is_no_obstacle(tmp_path):
 
 
 def test_two_callbacks_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has 2 LisaCallbacks, which undo each other"):
+    with pytest.raises(UserError, match="has 2 LisaCallbacks, which would undo each other"):
         fit(make_llama(), tmp_path, LisaCallback(**LISA), LisaCallback(**LISA))
 
 

@@ -92,7 +92,7 @@ def check_options(words: list[str]) -> None:
         for word in words[1:]:
             name = word.partition("=")[0]
             if name.startswith("--") and (hint := hint_for(name)):
-                raise UserError(f"no such option: {name}{hint}; settings are written as in max_length=512")
+                raise UserError(f"no such option: {name}{hint}; write settings as in max_length=512")
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         if num_started() > 1 and sys.argv[1:2] != ["train"]:
-            raise UserError("several processes can only train: start this command once, without torchrun")
+            raise UserError("only lisatune train works on several processes: start this command once, without torchrun")
         check_options(sys.argv[1:])
         app()
     except UserError as error:

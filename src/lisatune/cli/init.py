@@ -33,7 +33,7 @@ def init(
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise UserError(f"{path} is there already, and nothing is overwritten: choose another --output") from error
+        raise UserError(f"{path} exists already, and nothing is overwritten: choose another --output") from error
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --output") from error
     tell(console, f"wrote {path}; its first lines say what to run")

@@ -21,7 +21,9 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run or of a com
     """
     compared = (run / "comparison.json").is_file()
     if not compared and not (run / "summary.json").is_file():
-        raise UserError(f"{run}: holds no finished run (no summary.json)")
+        raise UserError(
+            f"{run}: holds no finished run (no summary.json): give the folder of a finished run or of a comparison"
+        )
     quiet_libraries()
     try:
         if compared:

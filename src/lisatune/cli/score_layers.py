@@ -69,9 +69,11 @@ def score_layers(
     """
     quiet_libraries()
     if len(models) > 2:
-        raise UserError(f"{len(models)} models were given: give one model, or a run of LoRA and one of full")
+        raise UserError(
+            f"{len(models)} models were given: give one model, or a run with method=lora and a run with method=full"
+        )
     if len(models) == 2 and data is not None:
-        raise UserError("--data has no effect on two runs, whose norms are recorded: leave it out")
+        raise UserError("--data has no effect on two runs, because their norms are recorded already: leave it out")
     from lisatune.study.layer_scores import as_dict, outliers_of, ratios_of, show, write_scores
 
     if len(models) == 2:

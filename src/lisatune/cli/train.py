@@ -163,9 +163,7 @@ def offer_to_go_on(folder: Path) -> bool:
         return False
     if not (folder / "config.yaml").is_file() or (folder / "summary.json").is_file():
         return False
-    return typer.confirm(
-        f"{folder} holds {describe_run(folder).partition(':')[0]}. Go on with it?", default=True, err=True
-    )
+    return typer.confirm(f"{folder} holds {describe_run(folder).partition(':')[0]}. Resume it?", default=True, err=True)
 
 
 def print_summary(summary: dict[str, Any], output: str) -> None:
@@ -185,4 +183,4 @@ def print_summary(summary: dict[str, Any], output: str) -> None:
     if summary.get("task") == "reward":
         tell(console, f"load it: AutoModelForSequenceClassification.from_pretrained('{output}/model')")
     else:
-        tell(console, f"speak with it: lisatune chat {output}")
+        tell(console, f"chat with it: lisatune chat {output}")

@@ -53,7 +53,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)(b?)\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UserError(f"'{text}' is no amount of memory: write it as 24GiB or 24GB")
+        raise UserError(f"'{text}' is not an amount of memory: write it as 24GiB or 24GB")
     number, prefix, binary, byte = match.groups()
     decimal = byte and not binary and prefix
     power = "kmgt".index((prefix or "g").lower()) + 1

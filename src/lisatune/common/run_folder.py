@@ -31,7 +31,9 @@ def _check_output(folder: Path, resume: bool, held: bool) -> None:
     if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         link = next((path for path in folder.iterdir() if path.is_symlink()), None)
         if link is not None:
-            raise UserError(f"{link} is a link, which a run would write through: put the file or folder itself there")
+            raise UserError(
+                f"{link} is a symbolic link, and a run does not write through links: put the file or folder itself there"
+            )
         if not (folder / "config.yaml").is_file():
             raise UserError(
                 f"output folder {folder} is not empty, and holds no run: choose another, or remove it first"
@@ -53,13 +55,17 @@ def describe_run(folder: Path) -> str:
     if (folder / "summary.json").is_file():
         return "a finished run: report on it with lisatune report"
     steps = checkpoint_steps(folder)
-    stopped = f"a run that was stopped after step {steps[0]:,} or later" if steps else "a run that was stopped early"
-    return f"{stopped}: go on with it by adding --resume"
+    stopped = (
+        f"a run that was stopped after step {steps[0]:,} or later"
+        if steps
+        else "a run that was stopped before its first checkpoint"
+    )
+    return f"{stopped}: add --resume to resume it"
 
 
 def how_to_resume(folder: Path) -> str:
     """What to type, for the end of a message."""
-    return f"go on with: lisatune train --resume --config {folder / 'config.yaml'}"
+    return f"resume with: lisatune train --resume --config {folder / 'config.yaml'}"
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -73,7 +79,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     try:
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it to go on with the run") from error
+        raise UserError(f"{path} cannot be read ({error}): remove it to resume the run") from error
     return summary
 
 

@@ -164,18 +164,18 @@ def make_grid(
     for name in search:
         if name not in TrainConfig.model_fields or name in (*ONE_VALUE, "method", "seed"):
             raise UserError(
-                f"search={name}: no setting that can be searched{did_you_mean(name, TrainConfig.model_fields)}"
+                f"search={name} is not a setting that can be searched{did_you_mean(name, TrainConfig.model_fields)}"
             )
     shared = {n: v for n, v in given.items() if n not in (*METHODS, "search", "method", "trials")}
     for method in METHODS:
         of_method = given.get(method, {})
         if method in given and (method not in methods or not isinstance(of_method, Mapping)):
             raise UserError(
-                f"settings of {method} alone have no effect: write {method}.name=value, and method={method} too"
+                f"settings for {method} alone have no effect: write them as {method}.name=value, and add {method} to methods"
             )
         for name in of_method:
             if name in (*ONE_VALUE, "method", "seed", "search"):
-                raise UserError(f"{method}.{name}: contenders are compared within one {name}, so give it for all")
+                raise UserError(f"{method}.{name}: all methods must have the same {name}: write {name}=value")
     _check_names(shared, methods)
 
     # a trial for each combination, with a name of its own
@@ -189,7 +189,9 @@ def make_grid(
     trials, taken = [], set[str]()
     for trial in map(made, frames):
         if trial.name.casefold() in taken:
-            raise UserError(f"{trial.contender}: the grid holds one run twice ({trial.name}): leave a value out")
+            raise UserError(
+                f"{trial.contender}: the run {trial.name} is in the grid twice: leave out the value that repeats"
+            )
         taken.add(trial.name.casefold())
         trials.append(trial)
 
@@ -201,7 +203,7 @@ def make_grid(
     if len(set(counts.values())) > 1:
         numbers = ", ".join(f"{contender}: {count}" for contender, count in counts.items())
         raise UserError(
-            f"contenders would get different numbers of runs ({numbers}): give each as many values of {', '.join(search)}"
+            f"methods would get different numbers of runs ({numbers}): give each the same number of values of {', '.join(search)}"
         )
     return Grid(given, search, tuple(trials), len(trials))
 
@@ -268,7 +270,7 @@ def _check_names(shared: Mapping[str, Any], methods: Sequence[Any]) -> None:
             raise UserError(f"unknown setting '{name}'{did_you_mean(str(name), TrainConfig.model_fields)}")
         if name in ONE_VALUE and len(_values(name, value)) > 1:
             raise UserError(
-                f"{name} holds several values: losses are compared within one, so make a comparison of each"
+                f"{name} has several values, and their losses cannot be compared: make one comparison for each value"
             )
         takers = ROWS[name].methods
         if takers and not set(takers) & set(methods):
@@ -306,7 +308,7 @@ def _values(name: str, value: Any) -> list[Any]:
         if any(get_origin(kind) is list for kind in (annotation, *get_args(annotation))):
             return [value]
     if not value:
-        raise UserError(f"{name} holds no value: give at least one")
+        raise UserError(f"{name} has no value: give at least one")
     return value
 
 

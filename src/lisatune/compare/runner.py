@@ -129,7 +129,7 @@ def compare(
     record = output / "comparison.yaml"
     if not given:
         if not record.is_file():
-            raise UserError(f"{output} holds no comparison to go on with: give --model, --data and a grid")
+            raise UserError(f"{output} holds no comparison to resume: give --model, --data and a grid")
         given = read_grid(str(record), [])
     _check_folder(output, record)
     known = {identity(build_config(read_settings(str(path), []))): path.stem for path in _run_files(output)}
@@ -185,8 +185,8 @@ def _refuse_other(grid: Grid, known: Mapping[str, str], record: Path) -> None:
     names = [n for n in dict.fromkeys([*was, *grid.given]) if was.get(n) != grid.given.get(n)]
     changes = "; ".join(f"{n}={grid.given.get(n, 'not given')} (was {was.get(n, 'not given')})" for n in names)
     raise UserError(
-        f"{record.parent} holds a comparison of {len(known)} runs, of which {len(missing)} would be left out: {changes or 'defaults'}. Put "
-        "back what has changed (values may be added), or choose another output"
+        f"{record.parent} holds a comparison of {len(known)} runs, and this grid lacks {len(missing)} of them: {changes or 'defaults'}. Put "
+        "back what has changed (you may add values), or choose another output"
     )
 
 
@@ -205,7 +205,7 @@ def _check_inputs(grid: Grid, before: Mapping[str, Any]) -> str:
     data = f"{count}{sum(map(len, held_out.values())):,} held out ({digest})"
     if before.get("data", data) != data:
         raise UserError(
-            f"the data are no longer those that the comparison began with: {data} (was {before['data']}). Put them back, or "
+            f"the data have changed since the comparison began: {data} (was {before['data']}). Put the old data back, or "
             "choose another output"
         )
     return data
@@ -294,7 +294,7 @@ def _run_all(session: _Session, console: Console, run_one: Runner, drop_models: 
                 number = stop.received
                 done = len(session.publish()["finished"])
                 raise Stopped(
-                    f"stopped after {done} of {num_runs} runs; go on with: "
+                    f"stopped after {done} of {num_runs} runs; resume with: "
                     f"lisatune compare --output {shlex.quote(str(folder))}",
                     number,
                 )
@@ -380,7 +380,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it, and it is made anew from the runs") from error
+        raise UserError(f"{path} cannot be read ({error}): remove it, and it is made again from the runs") from error
     return loaded
 
 

@@ -95,7 +95,9 @@ def read_examples(config: TrainConfig) -> tuple[list[Rows], HeldOut]:
         large = rows.is_large() and config.task == "sft"  # TRL holds all rows
         kept = large or config.dataset_prepared_path
         if not config.streaming and not kept and not rows.hold().examples:
-            raise UserError(f"{rows.name}: holds no rows{_all_bad(rows)}, so there is nothing to train on")
+            raise UserError(
+                f"{rows.name}: holds no rows{_all_bad(rows)}, so there is nothing to train on: give other data"
+            )
     if config.eval_data:
         return train, {name: _held_out(config, name, given) for name, given in eval_sets(config).items()}
     if config.eval_rows:
@@ -116,7 +118,9 @@ def number_held_out(num_examples: int, wanted: float, name: str) -> int:
     """
     count = max(1, round(wanted * num_examples)) if isinstance(wanted, float) else wanted
     if count >= num_examples:
-        raise UserError(f"eval_rows={wanted} leaves nothing of the {num_examples} rows of {name} to train on")
+        raise UserError(
+            f"eval_rows={wanted} leaves nothing of the {num_examples} rows of {name} to train on: choose fewer"
+        )
     return count
 
 
@@ -136,12 +140,12 @@ def data_parts(config: TrainConfig) -> list[dict[str, Any]]:
 
 def _part(setting: str, given: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     if unknown := [key for key in given if key not in keys]:
-        raise UserError(f"{setting}: '{shown(unknown[0])}' is none of {', '.join(keys)}")
+        raise UserError(f"{setting}: '{shown(unknown[0])}' is not one of {', '.join(keys)}")
     if not isinstance(given.get("path"), str):
         raise UserError(f"{setting}: a data set needs a path, as in {{path: a.jsonl}}")
     for key in ("split", "config"):
         if given.get(key) is not None and not isinstance(given[key], str):
-            raise UserError(f"{setting}: {key} {shown(given[key])} is no name")
+            raise UserError(f"{setting}: {key} must be a name, not {shown(given[key])}")
     return dict(given)
 
 
@@ -173,7 +177,7 @@ def _held_out(config: TrainConfig, name: str, given: Any) -> Rows:
     source = find_source(part["path"], split=part.get("split") or HELD_OUT_SPLITS, config=part.get("config"))
     rows = Rows(part["path"], source, parser_of(config), config.on_bad_row).hold()
     if not rows.examples:
-        raise UserError(f"{part['path']}: holds no rows to evaluate on{_all_bad(rows)}")
+        raise UserError(f"{part['path']}: holds no rows to evaluate on{_all_bad(rows)}: give another eval_data")
     wanted: Any = part.get("rows", config.eval_rows)
     if (
         not isinstance(wanted, int | float)

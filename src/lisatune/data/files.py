@@ -192,12 +192,12 @@ def _refuse_parts(data: str, split: str | Sequence[str], config: str | None, why
     """Refuse a split or configuration of data that have none."""
     if isinstance(split, str) and split != "train":
         raise UserError(
-            f"dataset_split={shown(split)} is of a hub data set or a folder with splits, but {data} {why}: leave it out, "
-            "or give the split's file as the data"
+            f"dataset_split={shown(split)} needs a hub data set or a folder with splits, but {data} {why}: "
+            "leave it out, or give the split's file"
         )
     if config is not None:
         raise UserError(
-            f"dataset_config={shown(config)} is of a hub data set or a folder with several, but {data} {why}: leave it out"
+            f"dataset_config={shown(config)} needs a hub data set or a folder with several, but {data} {why}: leave it out"
         )
 
 
@@ -246,7 +246,9 @@ def _walk(folder: Path) -> list[Path]:
     for place, subfolders, names in os.walk(folder, onerror=refuse):
         for name in subfolders:
             if (link := Path(place, name)).is_symlink():
-                raise UserError(f"{link}: a link to another folder is not followed; remove it, or give that folder")
+                raise UserError(
+                    f"{link}: a link to another folder is not followed; remove it, or give that folder as the data"
+                )
         files += [Path(place, name) for name in names]
         files += [Path(place, name) for name in subfolders if name.startswith(".")]  # told, not walked
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -349,7 +351,9 @@ def _choose_config(data: str, files: Sequence[DataFile], declared: Sequence[_Con
     if config not in there:
         if not there or there == [""]:
             _refuse_parts(data, "train", config, "is on this machine and has none")
-        raise UserError(f"{data}: has no configuration {shown(config)}, but {', '.join(map(shown, there))}")
+        raise UserError(
+            f"{data}: has no configuration {shown(config)}, but {', '.join(map(shown, there))}: set dataset_config={shown(there[0])}"
+        )
     for file in files:
         if file.config != config:
             file.left_out = f"configuration {shown(file.config)}" if file.config else "of no configuration"

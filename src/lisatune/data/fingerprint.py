@@ -15,7 +15,7 @@ ENDS_BYTES = 2**20
 def of_documents(documents: Sequence[Encoded]) -> str:
     """Number, size and SHA-256 of the documents, token by token, labels included.
 
-    So whatever changes what is learnt changes it: rows, the tokenizer, the chat template, a limit of length.
+    So whatever changes what is learned changes it: rows, the tokenizer, the chat template, a limit of length.
 
     Example:
         >>> from array import array

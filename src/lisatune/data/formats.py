@@ -65,8 +65,8 @@ class Example:
         messages: The chat's turns; empty for text.
         text: The text; None for a chat.
         tools: The tools that the chat may call, as JSON schemas.
-        weights: What each turn's loss counts; 0 is not learnt. Empty: 1 for the assistant's turns, 0 for others.
-        num_prompt: How many first turns are a prompt, whose answers are not learnt: those of a ``prompt`` column.
+        weights: What each turn's loss counts; 0 is not learned. Empty: 1 for the assistant's turns, 0 for others.
+        num_prompt: How many first turns are a prompt, whose answers are not learned: those of a ``prompt`` column.
         template_kwargs: Further arguments of the chat template.
         call_texts: Turn to the text that stood for its tool calls, for a template that shows no calls.
         left_out: Columns of the row and keys of its turns that play no part.
@@ -85,13 +85,13 @@ class Example:
     source: int = 0
 
     def __repr__(self) -> str:
-        """What is learnt: comparisons recognise their data by it, and must not see a column that plays no part."""
+        """What is learned: comparisons recognise their data by it, and must not see a column that plays no part."""
         parts = {name: getattr(self, name) for name in ("tools", "weights", "num_prompt", "template_kwargs", "source")}
         told = "".join(f", {name}={value!r}" for name, value in parts.items() if value)
         return f"Example(where={self.where!r}, messages={self.messages!r}, text={self.text!r}{told})"
 
     def weight(self, turn: int) -> float:
-        """What the loss of ``turn`` counts, if it is learnt."""
+        """What the loss of ``turn`` counts, if it is learned."""
         if self.weights:
             return self.weights[turn]
         return float(self.messages[turn]["role"] == "assistant")
@@ -109,7 +109,7 @@ def parse_row(row: Row) -> Example:
     question, answer                  the same; so do problem, solution
     instruction, input, output        the same; the input, if any, follows after an empty line
     instruction, context, response    the same
-    text                              text, all of it learnt
+    text                              text, all of it learned
     query, response; input, output    a question and an answer; so do question or prompt with response
     ================================  =================================================================
 
@@ -157,7 +157,7 @@ class RowParser:
         for name in self.columns:
             if name not in known:
                 raise UserError(
-                    f"columns: '{shown(name)}' is none of {', '.join(known)}{did_you_mean(name, known)}; write our name "
+                    f"columns: '{shown(name)}' is not one of {', '.join(known)}{did_you_mean(name, known)}; write our name "
                     "first, as in columns={messages: dialog}"
                 )
         for role, ours in self.roles.items():
@@ -238,7 +238,7 @@ class RowReader:
         return next((self._pair(*names) for names in OTHER_PAIRS if there >= set(names)), None)
 
     def _two_lists(self, question: str, answer: str) -> tuple[list[Message], list[float]]:
-        """A prompt of several turns; answers in it are not learnt."""
+        """A prompt of several turns; answers in it are not learned."""
         prompt = self._as_turns(question, "user")
         messages, weights = self._chat([*prompt, *self._as_turns(answer, "assistant")])
         for number, turn in enumerate(prompt):
@@ -342,7 +342,7 @@ class RowReader:
         if content is None:
             if isinstance(turn.get(content_key), list):
                 raise self._error(
-                    f"turn {number} has parts in '{content_key}' that are not text; a text model learns text alone"
+                    f"turn {number} has parts in '{content_key}' that are not text; a text model learns only text, so remove them"
                 )
             raise self._error(f"turn {number} has no '{content_key}' that is a string")
         if role == "function_call":
@@ -428,7 +428,9 @@ class RowReader:
 
     def _check_chat(self, messages: Sequence[Message]) -> None:
         if not any(message["role"] == "assistant" for message in messages):
-            raise self._error("the chat has no assistant turn, so there is nothing to learn")
+            raise self._error(
+                "the chat has no assistant turn, so there is nothing to learn; add one, or remove the row"
+            )
         if messages[0]["role"] == "assistant":
             raise self._error(
                 "the chat begins with an assistant turn, which answers nothing; put a user or system turn first"
@@ -454,7 +456,7 @@ class RowReader:
         if isinstance(value, str) and value.strip():
             parsed = from_json(value)
             if isinstance(parsed, str):
-                raise self._error(f"'{column}' is text that is not JSON; mend or remove it")
+                raise self._error(f"'{column}' is text that is not JSON; fix or remove it")
             return parsed
         return None if isinstance(value, str) else value
 
@@ -470,7 +472,7 @@ class RowReader:
             text.encode()
         except UnicodeEncodeError as error:
             raise self._error(
-                f"'{name}' holds {ascii(text[error.start])[1:-1]}, half of a character, which is no text; mend or remove it"
+                f"'{name}' holds {ascii(text[error.start])[1:-1]}, half of a character, which is not valid text; fix or remove it"
             ) from error
         return text
 

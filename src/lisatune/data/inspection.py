@@ -23,9 +23,9 @@ class ShownRow:
 
     Attributes:
         where: The place of its row.
-        pieces: Parts of the text, each with whether it is learnt.
+        pieces: Parts of the text, each with whether it is learned.
         ids: Its tokens.
-        labels: The tokens that are learnt, -100 for others.
+        labels: The tokens that are learned, -100 for others.
     """
 
     where: str
@@ -135,7 +135,7 @@ def _chosen(documents: Sequence[Encoded], number: int) -> Iterator[Encoded]:
 
 
 def shown_row(document: Encoded, tokenizer: Any) -> ShownRow:
-    """``document`` as text, cut where learnt and other tokens meet; the parts together are the whole text.
+    """``document`` as text, cut where learned and other tokens meet; the parts together are the whole text.
 
     A part is what its tokens add to the text before it, as a tokenizer may write the same token otherwise at a beginning.
     """

@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def num_labelled(self) -> int:
-        """Tokens that are learnt: the divisor of the step's loss."""
+        """Tokens that are learned: the divisor of the step's loss."""
         return int((self.labels != IGNORED).sum())
 
     @property
@@ -187,7 +187,7 @@ class Loader:
                 empty = False
                 yield batch, position
             if empty:
-                raise UserError("the data holds nothing to learn: is it empty, or max_length too small?")
+                raise UserError("the data holds no token to learn: give rows with answers, or raise max_length")
             start = Position(start.epoch + 1)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:

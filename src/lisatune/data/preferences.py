@@ -32,7 +32,7 @@ class Judged(Example):
     margin: float | None = None
 
     def __repr__(self) -> str:
-        """What is learnt, as of any example."""
+        """What is learned, as of any example."""
         return f"{super().__repr__()[:-1]}, answers={self.answers!r}, label={self.label!r}, margin={self.margin!r})"
 
     def as_row(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def read_file(file: DataFile, on_bad: OnBadRow = stop, *, split: str = "train") 
     if suffix is None:
         raise UserError(f"{path}: expected a file ending in {', '.join(SUFFIXES)}")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is not a regular file; give one that holds rows")  # a pipe would be waited for
+        raise UserError(f"{path}: not a regular file; give a file that holds rows")  # a pipe would be waited for
     if suffix == ".parquet":
         yield from _parquet(path)
         return
@@ -211,8 +211,8 @@ def _rows_in_object(file: DataFile, text: str, split: str) -> list[Any] | None:
         return list(lists[name])
     if lists:
         raise UserError(
-            f"{file.path}: holds one object with rows under {', '.join(map(shown, lists))}: put the rows to be read under 'data', "
-            "in a list, or one a line"
+            f"{file.path}: is one object with lists of rows under {', '.join(map(shown, lists))}: put the rows to read under "
+            "'data', or write one row per line"
         )
     return [found]
 
@@ -247,14 +247,14 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {(line or 1) + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); mend or remove it"
+            f"{path}, line {(line or 1) + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}); fix or remove it"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deep to read; mend or remove it") from error
+        raise UserError(f"{where}: JSON nested too deep to read; fix or remove it") from error
     except _Twice as error:
-        raise UserError(f"{where}: '{shown(error)}' stands twice in one object; remove one of them") from error
+        raise UserError(f"{where}: '{shown(error)}' appears twice in one object; remove one of them") from error
     except ValueError as error:  # of int(), which reads no more than 4,300 digits
-        raise UserError(f"{where}: holds a number of too many digits to read; mend or remove it") from error
+        raise UserError(f"{where}: a number has too many digits to read; fix or remove it") from error
 
 
 class _Twice(Exception):
@@ -289,7 +289,7 @@ def _csv(path: Path, on_bad: OnBadRow) -> Iterator[Row]:
             names = next(cells, [])
             twice = next((name for name, count in Counter(names).items() if count > 1), None)
             if twice is not None:
-                raise UserError(f"{path}: the column '{shown(twice)}' stands twice in the first line; rename one")
+                raise UserError(f"{path}: the column '{shown(twice)}' appears twice in the first line; rename one")
             if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
                 raise UserError(
                     f"{path}: cells must be separated by commas, not by {mark!r}; save it so, or as JSON lines"
@@ -297,11 +297,15 @@ def _csv(path: Path, on_bad: OnBadRow) -> Iterator[Row]:
             for number, row in enumerate((row for row in cells if row), start=1):
                 where = f"{path}, row {number}"
                 if len(row) != len(names):
-                    on_bad(UserError(f"{where}: has {len(row)} cells, the first line {len(names)}; mend or remove it"))
+                    on_bad(
+                        UserError(
+                            f"{where}: has {len(row)} cells, but the first line has {len(names)}; fix or remove it"
+                        )
+                    )
                     continue
                 yield Row(where, dict(zip(names, row, strict=True)))
         except csv.Error as error:
-            raise UserError(f"{path}, line {cells.line_num}: not valid CSV ({error}); mend it") from error
+            raise UserError(f"{path}, line {cells.line_num}: not valid CSV ({error}); fix it") from error
 
 
 # -- by way of datasets ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Chats to text in a chat template, cut where the answers that are learnt begin and end."""
+"""Chats to text in a chat template, cut where the answers that are learned begin and end."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _begun(tokenizer: Any, template: str) -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a rendered chat; ``weight`` is what its loss counts, 0 for what is not learnt."""
+    """A part of a rendered chat; ``weight`` is what its loss counts, 0 for what is not learned."""
 
     text: str
     weight: float = 0.0
@@ -104,7 +104,7 @@ class Renderer:
     """Chats in a tokenizer's template.
 
     The prompt of an answer is what generation would be given: the earlier turns with ``add_generation_prompt``. What
-    follows in the rendering of the chat up to the answer is learnt. Answers share a row as far as each one's prompt is
+    follows in the rendering of the chat up to the answer is learned. Answers share a row as far as each one's prompt is
     the beginning of that row; others get a row of their own.
 
     Args:
@@ -136,22 +136,22 @@ class Renderer:
         if self.loss_on == "all":
             rows = [self._all_of(example, chat, answers)]
             return Rendered(rows, self._missing(example, chat, answers, rows))
-        learnt = [i for i in answers[-1:] if self.loss_on == "last"] or answers
-        learnt = [i for i in learnt if example.weight(i) and i >= example.num_prompt]
-        if not learnt:
-            return Rendered([], why="no turn is to be learnt")
-        rows = list(self._rows(example, chat, learnt))
-        return Rendered(rows[::-1], self._missing(example, chat, learnt, rows))
+        learned = [i for i in answers[-1:] if self.loss_on == "last"] or answers
+        learned = [i for i in learned if example.weight(i) and i >= example.num_prompt]
+        if not learned:
+            return Rendered([], why="no turn is to be learned")
+        rows = list(self._rows(example, chat, learned))
+        return Rendered(rows[::-1], self._missing(example, chat, learned, rows))
 
-    def _rows(self, example: Example, chat: list[Message], learnt: list[int]) -> Iterator[list[Piece]]:
+    def _rows(self, example: Example, chat: list[Message], learned: list[int]) -> Iterator[list[Piece]]:
         """Rows from the last answer back; each takes the earlier answers that it shows as generation would."""
-        while learnt:
-            pieces, covered = self._row(example, chat, learnt)
+        while learned:
+            pieces, covered = self._row(example, chat, learned)
             yield pieces
-            learnt = [i for i in learnt if i not in covered]
+            learned = [i for i in learned if i not in covered]
 
-    def _row(self, example: Example, chat: list[Message], learnt: list[int]) -> tuple[list[Piece], set[int]]:
-        *earlier, last = learnt
+    def _row(self, example: Example, chat: list[Message], learned: list[int]) -> tuple[list[Piece], set[int]]:
+        *earlier, last = learned
         last_prompt, last_answer = self._located(example, chat, last)
         text = last_prompt + last_answer
         pieces, covered, done = [], {last}, 0
@@ -220,7 +220,7 @@ class Renderer:
         return content if own else stripped
 
     def _all_of(self, example: Example, chat: list[Message], answers: list[int]) -> list[Piece]:
-        """Prompts and answers, all learnt; in one piece where they cannot be told apart."""
+        """Prompts and answers, all learned; in one piece where they cannot be told apart."""
         try:
             pieces, covered = self._row(example, chat, answers)
         except UserError:
@@ -229,8 +229,8 @@ class Renderer:
             return [Piece(piece.text, piece.weight if k % 2 else 1.0) for k, piece in enumerate(pieces)]
         if any(example.weight(i) != 1 for i in answers):
             raise UserError(
-                f"{example.where}: the chat template changes earlier turns as the chat goes on, so weights of turns cannot be "
-                "kept with completion_only_loss=false; leave one of them out"
+                f"{example.where}: the chat template rewrites earlier turns, so weights of turns do not work with "
+                "completion_only_loss=false; leave that out, or remove the weights"
             )
         return [Piece(self._closed(self.render(example, chat[: answers[-1] + 1]), chat[answers[-1]]), 1.0)]
 
@@ -243,7 +243,9 @@ class Renderer:
         try:
             text: str = self.tokenizer.apply_chat_template(list(chat), **options)
         except Exception as error:  # templates raise what they like, by jinja
-            raise UserError(f"{example.where}: the chat template refuses this chat ({error})") from error
+            raise UserError(
+                f"{example.where}: the chat template refuses this chat ({error}); fix or remove the row, or give another chat_template"
+            ) from error
         return text
 
     # -- what a template can show ------------------------------------------------------------------------------------
@@ -282,8 +284,8 @@ class Renderer:
         if turn.get("tool_calls") and "tool_calls" not in self.source:
             if i not in example.call_texts:
                 raise UserError(
-                    f"{example.where}: turn {i + 1} calls a tool, but the chat template shows no tool calls; give one "
-                    "that does by chat_template=<file>, or remove the row"
+                    f"{example.where}: turn {i + 1} calls a tool, but the chat template shows no tool calls; set "
+                    "chat_template=<file> to one that does, or remove the row"
                 )
             turn["content"] = example.call_texts[i]
             del turn["tool_calls"]
@@ -295,14 +297,14 @@ class Renderer:
         return turn
 
     def _missing(
-        self, example: Example, chat: Sequence[Message], learnt: Sequence[int], rows: Sequence[Sequence[Piece]]
+        self, example: Example, chat: Sequence[Message], learned: Sequence[int], rows: Sequence[Sequence[Piece]]
     ) -> tuple[str, ...]:
-        """What the rows do not hold of the chat up to its last answer, and of the reasoning of learnt answers."""
+        """What the rows do not hold of the chat up to its last answer, and of the reasoning of learned answers."""
         text = "".join(piece.text for row in rows for piece in row)
         answers = "".join(piece.text for row in rows for piece in row if piece.weight)
         missing = dict.fromkeys(_not_in(text, chat))
         for i, turn in enumerate(chat):
-            if turn["role"] == "assistant" and _thought_of(turn)[0] not in (answers if i in learnt else text):
+            if turn["role"] == "assistant" and _thought_of(turn)[0] not in (answers if i in learned else text):
                 missing["reasoning_content" if turn.get("reasoning_content") else "thoughts of an answer"] = None
         if any(tool["function"]["name"] not in text for tool in example.tools):
             missing["tools"] = None

@@ -1,6 +1,6 @@
 """Encoded rows on the disk, memory-mapped: encoded once, by all cores, and never held whole.
 
-A token takes 2 bytes, or 4 where the vocabulary has more than 65,536; what is learnt is kept as spans.
+A token takes 2 bytes, or 4 where the vocabulary has more than 65,536; what is learned is kept as spans.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FILES = {
     "ids": None,  # uint16 or uint32: all ids, one document after the other
     "lengths": np.uint32,  # of each document
     "num_spans": np.uint32,  # of each document
-    "spans": np.uint32,  # begin and end of each span that is learnt
+    "spans": np.uint32,  # begin and end of each span that is learned
     "span_weights": np.float32,  # what the loss of each span counts
     "places": np.uint32,  # of each document: which place's text, and the row's number in it, and the answer's
     "examples": np.uint32,  # of each document: the number of its example

@@ -25,7 +25,7 @@ MAX_TOLD = 5  # bad rows that are named one by one
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one document and which of them are learnt; both of length T, ``labels[t]`` is ``ids[t]`` or -100.
+    """Token ids of one document and which of them are learned; both of length T, ``labels[t]`` is ``ids[t]`` or -100.
 
     ``where`` is the place of its row: ``file, line 3``. ``weights`` are what each label's loss counts; None: 1 each.
     ``source`` is the number of its data set, where there are several.
@@ -49,7 +49,7 @@ class Counts:
         reasons: Why rows were refused, each with their number.
         left_out: Columns and keys that play no part, each with the number of rows that have them.
         bad: Messages of the first rows that ``on_bad_row=skip`` left out.
-        ends: The tokens that end learnt answers and texts.
+        ends: The tokens that end learned answers and texts.
         cut_tokens: Tokens that rows lost at max_length.
         chats: Rows used that are chats.
         documents: Documents that the rows used became.
@@ -101,7 +101,7 @@ class Counts:
 
     def describe(self) -> str:
         """The counts, in one line."""
-        text = f"{self.read:,} rows read, {self.used:,} used, {self.tokens:,} tokens, {self.labelled_tokens:,} of them learnt"
+        text = f"{self.read:,} rows read, {self.used:,} used, {self.tokens:,} tokens, {self.labelled_tokens:,} of them learned"
         if self.truncated:
             text += f"; {self.truncated:,} rows cut at max_length, of {self.cut_tokens:,} tokens"
         if self.refused:
@@ -121,9 +121,9 @@ def _counted(counter: Counter[str], *, rows: bool = False) -> str:
 class Encoder:
     """Examples to ``Encoded`` documents of at most ``max_length`` tokens.
 
-    A chat is rendered by the tokenizer's own template and cut where the answers that are learnt begin and end, so the
+    A chat is rendered by the tokenizer's own template and cut where the answers that are learned begin and end, so the
     prompt's ids are those that generation will see. Learnt are the assistant's turns with their end-of-turn token; where
-    the template has none, the end-of-text token follows. Text is learnt whole, with the beginning- and end-of-text
+    the template has none, the end-of-text token follows. Text is learned whole, with the beginning- and end-of-text
     tokens that the tokenizer has, once each. A chat that is too long loses its end; text that is too long becomes several
     documents.
 
@@ -131,7 +131,7 @@ class Encoder:
         tokenizer: A Hugging Face tokenizer; one without a chat template is given a plain one with the first chat.
         max_length: Tokens of a document at most, at least 2.
         completion_only_loss: False learns the prompts of chats too, as ``loss_on="all"`` does.
-        loss_on: What is learnt of a chat: all answers, the last one, or all.
+        loss_on: What is learned of a chat: all answers, the last one, or all.
         too_long: What is done with a chat of more tokens than ``max_length``.
         num_embeddings: Rows of the model's embedding; a row with a token beyond them is bad. None: not looked at.
         today: What a chat template is told as the date; the day's own, if not given.
@@ -347,7 +347,7 @@ class Encoder:
                 token = self.tokenizer.convert_ids_to_tokens(max(ids))
                 raise UserError(
                     f"{example.where}: holds the token '{token}' ({max(ids)}), but the model has embeddings for {limit:,} "
-                    "tokens alone; remove it from the row, or take a model and a tokenizer that belong together"
+                    "tokens only; remove it from the row, or use the tokenizer of this model"
                 )
 
     def _documents(self, ids: list[int], weights: list[float], example: Example, ending: str) -> Iterator[Encoded]:

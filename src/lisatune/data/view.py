@@ -19,14 +19,14 @@ from lisatune.data.inspection import Inspection, ShownRow, histogram
 from lisatune.pages.html import html_page, html_table
 
 BAR = 40  # letters of the longest bar
-LEARNT, CONTEXT = "bold green", "dim"
-SPECIAL = (" magenta", " underline")  # a special token in the context, and a learnt one
-MARKS = "⟦⟧"  # around what is learnt, where there are no colours
+LEARNED, CONTEXT = "bold green", "dim"
+SPECIAL = (" magenta", " underline")  # a special token in the context, and a learned one
+MARKS = "⟦⟧"  # around what is learned, where there are no colours
 MOST_LETTERS = 1500  # of a row in the terminal
 
 STYLE = """<style>
-:root { --learnt: #1a7f37; --over: #cf222e; --special: #8250df }
-@media (prefers-color-scheme: dark) { :root { --learnt: #4ac26b; --over: #ff7b72; --special: #d2a8ff } }
+:root { --learned: #1a7f37; --over: #cf222e; --special: #8250df }
+@media (prefers-color-scheme: dark) { :root { --learned: #4ac26b; --over: #ff7b72; --special: #d2a8ff } }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; padding: 0; list-style: none }
 .tiles li { border: 1px solid #8884; border-radius: .5rem; padding: .5rem .8rem; font-size: .85rem; line-height: 1.3 }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.4; font-variant-numeric: tabular-nums }
@@ -34,29 +34,29 @@ STYLE = """<style>
   font-variant-numeric: tabular-nums }
 .lengths .range { text-align: right }
 .lengths .bar { display: inline-block; height: .85em; margin-right: .5em; vertical-align: -.05em; border-radius: 2px;
-  background: var(--learnt) }
+  background: var(--learned) }
 .lengths .over { background: var(--over) }
 .lengths .limit { grid-column: 1 / -1; border-top: 2px dashed var(--over); color: var(--over); font-size: .85rem }
 .row { margin: 1.4rem 0 } .row pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0; line-height: 1.5 }
 .where { display: flex; justify-content: space-between; gap: 1rem; font-size: .85rem }
-.learnt { background: #2da44e33; box-shadow: 0 2px var(--learnt); border-radius: 2px }
+.learned { background: #2da44e33; box-shadow: 0 2px var(--learned); border-radius: 2px }
 .special { color: var(--special) }
 .ids { font-size: .8rem; overflow-wrap: anywhere }
 </style>"""
 
 
 def show(found: Inspection, *, ids: bool = False, marks: bool = False) -> RenderableType:
-    """The inspection for a terminal: files, rows, lengths, and a few rows with what is learnt in green.
+    """The inspection for a terminal: files, rows, lengths, and a few rows with what is learned in green.
 
     Args:
         found: What to show.
         ids: Show the tokens of each row.
-        marks: Put what is learnt between brackets too, for a terminal without colours.
+        marks: Put what is learned between brackets too, for a terminal without colours.
     """
     parts: list[RenderableType] = [Rule(", ".join(found.names), style="cyan")]
     parts += [_files(found), _rows(found), _lengths(found)]
-    learnt = "learnt".join(MARKS) if marks else "learnt"
-    legend = Text.assemble((learnt, LEARNT), (" and ", ""), ("context", CONTEXT), (f", {len(found.rows)} rows", ""))
+    learned = "learned".join(MARKS) if marks else "learned"
+    legend = Text.assemble((learned, LEARNED), (" and ", ""), ("context", CONTEXT), (f", {len(found.rows)} rows", ""))
     parts += [Rule(legend, style="cyan"), *(_panel(row, found.special, ids=ids, marks=marks) for row in found.rows)]
     return Group(*parts)
 
@@ -92,7 +92,7 @@ def _rows(found: Inspection) -> RenderableType:
         table.add_row(f"{number:,}", Text(f"have {name}, which is not used", style="yellow"))
     table.add_row(f"{counts.tokens:,}", "tokens")
     share = counts.labelled_tokens / max(1, counts.tokens)
-    table.add_row(f"{counts.labelled_tokens:,}", Text(f"of them learnt, {share:.0%}", style=LEARNT))
+    table.add_row(f"{counts.labelled_tokens:,}", Text(f"of them learned, {share:.0%}", style=LEARNED))
     bad = [Text(message, style="red") for message in counts.bad]
     return Padding(Group(table, *bad), (0, 0, 1, 0))
 
@@ -125,12 +125,12 @@ def _bar(count: int, most: int) -> str:
 
 def _panel(row: ShownRow, special: Sequence[str], *, ids: bool, marks: bool) -> Panel:
     text, room = Text(), MOST_LETTERS
-    for part, learnt in row.pieces:
+    for part, learned in row.pieces:
         shown = part if len(part) <= room else part[:room] + " ..."
-        text.append(MARKS[0] * (marks and learnt))
+        text.append(MARKS[0] * (marks and learned))
         for one, is_special in set_apart(shown, special):
-            text.append(one, style=(LEARNT if learnt else CONTEXT) + SPECIAL[learnt] * is_special)
-        text.append(MARKS[1] * (marks and learnt))
+            text.append(one, style=(LEARNED if learned else CONTEXT) + SPECIAL[learned] * is_special)
+        text.append(MARKS[1] * (marks and learned))
         room -= len(shown)
         if room <= 0:
             break
@@ -138,7 +138,7 @@ def _panel(row: ShownRow, special: Sequence[str], *, ids: bool, marks: bool) -> 
     if ids:
         numbers = Text()
         for token, label in zip(row.ids, row.labels, strict=True):
-            numbers.append(f"{token} ", style=LEARNT if label != -100 else CONTEXT)
+            numbers.append(f"{token} ", style=LEARNED if label != -100 else CONTEXT)
         body = Group(text, Text(), numbers)
     return Panel(
         body, title=Text(row.where), title_align="left", subtitle=_size(row), subtitle_align="right", border_style="dim"
@@ -146,7 +146,7 @@ def _panel(row: ShownRow, special: Sequence[str], *, ids: bool, marks: bool) -> 
 
 
 def _size(row: ShownRow) -> str:
-    return f"{len(row.ids):,} tokens, {sum(label != -100 for label in row.labels):,} learnt"
+    return f"{len(row.ids):,} tokens, {sum(label != -100 for label in row.labels):,} learned"
 
 
 def set_apart(text: str, special: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -181,7 +181,7 @@ def _page(found: Inspection, *, ids: bool) -> Iterator[str]:
         yield "<h2>Not used</h2>" + html_table(["", ""], left_out)
     yield "<h2>Files</h2>" + html_table(["file", "rows", "split", ""], list(_file_cells(found)))
     yield "<h2>Tokens of a row</h2>" + _bars(found)
-    yield f"<h2>{len(found.rows):,} rows</h2><p>What is learnt is <span class=learnt>marked</span>.</p>"
+    yield f"<h2>{len(found.rows):,} rows</h2><p>What is learned is <span class=learned>marked</span>.</p>"
     yield from (_html_row(row, found.special, ids=ids) for row in found.rows)
 
 
@@ -190,7 +190,7 @@ def _tiles(found: Inspection) -> str:
     tiles = [
         (f"{counts.used:,}", f"of {counts.read:,} rows used"),
         (f"{counts.tokens:,}", "tokens"),
-        (f"{counts.labelled_tokens / max(1, counts.tokens):.0%}", f"learnt, {counts.labelled_tokens:,} tokens"),
+        (f"{counts.labelled_tokens / max(1, counts.tokens):.0%}", f"learned, {counts.labelled_tokens:,} tokens"),
         (f"{max(found.lengths, default=0):,}", f"tokens in the longest row, max_length is {found.max_length:,}"),
         (f"{counts.truncated:,}", f"rows cut, {counts.cut_tokens:,} tokens lost"),
         (f"{found.padding[0]:.0%}", f"padding, {found.padding[1]:.0%} with packing=true"),
@@ -243,12 +243,12 @@ def _bars(found: Inspection) -> str:
 
 def _html_row(row: ShownRow, special: Sequence[str], *, ids: bool) -> str:
     text = ""
-    for part, learnt in row.pieces:
+    for part, learned in row.pieces:
         inside = "".join(
             f"<span class=special>{escape(one)}</span>" if is_special else escape(one)
             for one, is_special in set_apart(part, special)
         )
-        text += f"<span class=learnt>{inside}</span>" if learnt else inside
+        text += f"<span class=learned>{inside}</span>" if learned else inside
     numbers = f"<div class=ids>{' '.join(map(str, row.ids))}</div>" if ids else ""
     return (
         f"<div class=row><div class=where><span>{escape(row.where)}</span><span>{_size(row)}</span></div>"

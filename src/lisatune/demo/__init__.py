@@ -73,7 +73,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
         highlight=False,
     )
     _rewrite_report(output, console)
-    tell(console, f"speak with it: lisatune chat {output}")
+    tell(console, f"chat with it: lisatune chat {output}")
     return summary
 
 

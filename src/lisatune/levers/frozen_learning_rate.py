@@ -96,7 +96,7 @@ class FrozenUpdates:
         modules = [m for m in modules if m.weight.is_floating_point()]
         if not modules:
             raise UserError(
-                "no decoder layer holds an nn.Linear, so inactive layers cannot take small steps: leave that out"
+                "no decoder layer holds an nn.Linear, so frozen layers cannot take small steps: leave frozen_learning_rate out"
             )
         for place, module in enumerate(modules):
             module.forward = partial(self._forward, module, place)  # type: ignore[method-assign]

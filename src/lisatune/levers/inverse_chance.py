@@ -86,7 +86,7 @@ class ChanceCorrection:
         for chance in chances.values():
             if not 0 < chance <= 1:
                 raise UserError(
-                    f"an active parameter has chance {chance} to be active: give the chance it was drawn with"
+                    f"an active parameter has the chance {chance}: give the chance with which it was sampled, above 0 and at most 1"
                 )
         self.chances = {p: chance for p, chance in chances.items() if chance < 1}
 
@@ -100,8 +100,8 @@ class ChanceCorrection:
         rows: Container[Tensor] = optimizer.row_gradients if isinstance(optimizer, AdamW) else ()
         if self.chances and not any(p.grad is not None or p in rows for p in self.chances):
             raise UserError(
-                "no sampled parameter has a gradient when the optimizer steps: updates divided by chance do not go "
-                "with steps in the backward pass"
+                "no sampled parameter has a gradient when the optimizer steps: take no steps in the backward "
+                "pass, or leave inverse_chance out"
             )
         self._before = {p: p.detach().clone() for p in self.chances}
 

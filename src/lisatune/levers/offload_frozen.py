@@ -137,7 +137,7 @@ class HostLayers:
         trained = [name for name, p in streamed.items() if p.requires_grad]
         if trained and torch.is_grad_enabled():
             raise UserError(
-                f"{trained[0].removeprefix('layer.')} of decoder layer {index} trains, but lies in host memory: call "
+                f"{trained[0].removeprefix('layer.')} of decoder layer {index} trains, but is in host memory: call "
                 "HostLayers.place() whenever requires_grad has changed"
             )
         return streamed

@@ -30,8 +30,8 @@ class VocabularyBlocks(Lever):
         """
         if not learner.linear_head:
             raise UserError(
-                f"vocabulary_blocks: the logits of {type(learner.layers.model).__name__} are more than a product with its "
-                "head, so the head's gradient cannot be made in blocks: leave vocabulary_blocks out"
+                f"vocabulary_blocks does not work with {type(learner.layers.model).__name__}, which changes the logits after its "
+                "head: leave vocabulary_blocks out"
             )
         assert isinstance(learner.optimizer, AdamW)
         learner.rows = learner.optimizer.row_gradients

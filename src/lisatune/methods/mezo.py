@@ -176,9 +176,9 @@ class ZerothOrder:
         linear_head: bool | None = None,
     ) -> None:
         if epsilon <= 0:
-            raise UserError(f"epsilon is {epsilon}: a probe has to go some way, for example 1e-3")
+            raise UserError(f"epsilon is {epsilon}: choose a number above 0, for example 1e-3")
         if num_directions < 1:
-            raise UserError(f"num_directions is {num_directions}: a step needs at least 1")
+            raise UserError(f"num_directions is {num_directions}: choose at least 1")
         self.layers = layers
         self.linear_head = layers.head_is_linear() if linear_head is None else linear_head
         self.epsilon = epsilon
@@ -218,7 +218,9 @@ class ZerothOrder:
         Raises: UserError if no parameter asks for a gradient, or a module whose parameters do is not called.
         """
         if not any(p.requires_grad for p in self.optimizer.places):
-            raise UserError("no parameter asks for a gradient, so there is nothing to learn: thaw some before the step")
+            raise UserError(
+                "no parameter requires a gradient, so nothing would train: set requires_grad for some before the step"
+            )
         self.optimizer.number = number
         batches = list(micro_batches)
         losses, slopes = [], []
@@ -269,7 +271,9 @@ class ZerothOrder:
                 swap.undo()
         for swap in swaps:
             if not swap.done and any(p.requires_grad for p in swap.parameters):
-                raise UserError(f"{swap.name} was not called in the forward pass, so its parameters cannot be probed")
+                raise UserError(
+                    f"{swap.name} was not called in the forward pass, so its parameters cannot be probed: set requires_grad=False for them"
+                )
 
     def _held_by(self, module: nn.Module) -> list[Tensor]:
         return [p for p in module.parameters() if p in self.optimizer.places]

@@ -120,7 +120,9 @@ def check_ids(model: Any, tokenizer: Any, ids: torch.Tensor) -> None:
     largest, limit = int(ids.max()), model.get_input_embeddings().num_embeddings
     if largest >= limit:
         token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(f"the model has no embedding for the token '{token}' ({largest} of {limit:,}): leave it out")
+        raise UserError(
+            f"the model has no embedding for the token '{token}' ({largest} of {limit:,}): remove it from your message"
+        )
 
 
 def _read_line(console: Console) -> str:

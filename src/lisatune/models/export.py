@@ -70,7 +70,9 @@ def export_delta(run: str, output: Path, *, trust_remote_code: bool = False) -> 
     base, _ = load_model(base_name, next(trained.parameters()).dtype, trust_remote_code=trust_remote_code)
     before, after = _weights(base), _weights(trained)
     if {n: t.shape for n, t in before.items()} != {n: t.shape for n, t in after.items()}:
-        raise UserError(f"{run} and the model it began with, {base_name}, differ in shape: export the whole model")
+        raise UserError(
+            f"{run} and its base model {base_name} differ in shape: leave --delta out, which exports the whole model"
+        )
     changed = {name: weight for name, weight in after.items() if not torch.equal(weight, before[name])}
     kept = {name: weight for name, weight in after.items() if name not in changed}
     about = {
@@ -121,7 +123,9 @@ def export_gguf(source: str, output: Path, kind: str, *, trust_remote_code: bool
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not new.exists():
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise UserError(f"{source}: llama.cpp's converter cannot write it as GGUF ({lines[-1].strip()[:300]})")
+            raise UserError(
+                f"{source}: llama.cpp's converter cannot write it as GGUF ({lines[-1].strip()[:300]}): leave --gguf out, which exports a plain folder"
+            )
         new.replace(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +166,9 @@ def _apply_delta(folder: Path, dtype: str | None, trust_remote_code: bool) -> tu
         base_name, digest, stored = (str(about[key]) for key in ("base", "unchanged_sha256", "dtype"))
         of_delta = getattr(torch, stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: is no delta as lisatune export --delta writes it ({error})") from error
+        raise UserError(
+            f"{folder}: is not a delta that lisatune export --delta wrote ({error}): export it again"
+        ) from error
     model, tokenizer = load_model(base_name, of_delta, trust_remote_code=trust_remote_code)
     if (folder / "chat_template.jinja").is_file():
         tokenizer.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -170,10 +176,10 @@ def _apply_delta(folder: Path, dtype: str | None, trust_remote_code: bool) -> tu
     weights = _weights(model)
     if unknown := changed.keys() - weights.keys():
         raise UserError(
-            f"{folder}: {base_name} has no weight {min(unknown)}, so it is not what the delta was made from"
+            f"{folder}: {base_name} has no weight {min(unknown)}, so the delta was made from another model: put that one back"
         )
     if _digest({name: weight for name, weight in weights.items() if name not in changed}) != digest:
-        raise UserError(f"{folder}: {base_name} is no longer the model that the delta was made from: put that one back")
+        raise UserError(f"{folder}: {base_name} has changed since the delta was made: put the old model back")
     with torch.no_grad():
         for name, weight in changed.items():
             weights[name].copy_(weight)
@@ -198,9 +204,7 @@ def _take_generation_settings(model: Any, folder: Path) -> None:
 def _base_of(run: str) -> str:
     settings = Path(run).expanduser() / "config.yaml"
     if not settings.is_file():
-        raise UserError(
-            f"{run}: holds no run (no config.yaml), so what it began with is not known: export the whole model"
-        )
+        raise UserError(f"{run}: holds no run (no config.yaml), so its base model is not known: leave --delta out")
     return str(read_settings(str(settings), [])["model"])
 
 
@@ -240,10 +244,10 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
 
 def _refuse_existing(output: Path) -> None:
     if output.exists() or output.is_symlink():
-        raise UserError(f"{output} is there already, and nothing is overwritten: choose another")
+        raise UserError(f"{output} exists already, and nothing is overwritten: choose another name")
     parent = output.absolute().parent
     if not parent.is_dir():
-        raise UserError(f"{parent} is no folder: make it first, or choose another output")
+        raise UserError(f"{parent} is not a folder: make it first, or choose another output")
 
 
 def _write(output: Path, write: Any) -> None:

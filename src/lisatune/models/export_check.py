@@ -18,6 +18,8 @@ def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, 
     if delta and gguf is not None:
         raise UserError("--delta and --gguf cannot go together: a GGUF file is a whole model")
     if dtype is not None and (delta or gguf is not None):
-        raise UserError("--dtype is of a plain folder: leave it out; a delta has the run's, and --gguf names its own")
+        raise UserError(
+            "--dtype has an effect on a plain folder only: leave it out; a delta keeps the run's type, and --gguf names one"
+        )
     if push_to is not None and gguf is not None:
         raise UserError("--push-to uploads a folder: leave out --gguf")

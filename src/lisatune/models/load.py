@@ -99,8 +99,8 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:  # tokens added to it may not occur
         raise UserError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model only "
-            f"{model.get_input_embeddings().num_embeddings:,}: they do not belong together"
+            f"{name}: the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only "
+            f"{model.get_input_embeddings().num_embeddings:,}: give a model with its own tokenizer"
         )
     return model, tokenizer
 
@@ -248,5 +248,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: not to be had on this machine; leave it out, or use device=cpu") from error
+        raise UserError(f"device={name}: not available on this machine; leave it out, or use device=cpu") from error
     return device

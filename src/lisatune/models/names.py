@@ -68,7 +68,7 @@ def _check_model_name(name: str) -> None:
             )
         return
     if path.is_file():
-        raise UserError(f"{name}: a model is a Hugging Face folder, a .gguf file or a hub name, not such a file")
+        raise UserError(f"{name}: not a model: give a Hugging Face folder, a .gguf file or a hub name")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".gguf"):
         nearby = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{name}: no such model folder or file{did_you_mean(path.name, nearby)}")
@@ -166,8 +166,8 @@ def check_max_length(name: str, max_length: int) -> None:
         positions, key = settings.get("max_seq_len"), "max_seq_len"
     if isinstance(positions, int) and max_length > positions:
         raise UserError(
-            f"max_length={max_length} is more than the {positions} positions of the model ({key} in {file}), which is not made for "
-            f"longer rows: set max_length={positions}"
+            f"max_length={max_length} is more than the {positions} positions of the model ({key} in {file}): set "
+            f"max_length={positions}"
         )
 
 

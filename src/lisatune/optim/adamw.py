@@ -263,15 +263,15 @@ class AdamW(torch.optim.Optimizer):
         """
         if saved["exp_avg"].dtype != self.moments.dtypes()["exp_avg"]:
             raise UserError(
-                f"the saved moments are {saved['exp_avg'].dtype}, which state_bits={self.moments.bits} does not "
-                "hold: make the optimizer with the state_bits that the state was saved with"
+                f"the saved moments are {saved['exp_avg'].dtype}, but state_bits is {self.moments.bits}: give the "
+                "optimizer the state_bits with which they were saved"
             )
         state = {"step": torch.zeros(())} | self.moments.zeros(local(p))
         for name, entry in state.items():
             if local(saved[name]).shape != entry.shape:
                 raise UserError(
-                    f"the saved {name} has the shape {tuple(saved[name].shape)} instead of {tuple(entry.shape)}: it is of "
-                    "another parameter"
+                    f"the saved {name} has the shape {tuple(saved[name].shape)} instead of {tuple(entry.shape)}: load the "
+                    "state that was saved for this model"
                 )
             entry.copy_(local(saved[name]))
         self.state[p] = state

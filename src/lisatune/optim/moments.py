@@ -67,7 +67,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         if self.bits not in get_args(StateBits):
-            raise UserError(f"the optimizer's state cannot have {self.bits} bits: choose 32, 16 or 8")
+            raise UserError(f"state_bits is {self.bits}: choose 32, 16 or 8")
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Names of the tensors that hold the moments, to their types."""

@@ -36,8 +36,12 @@ def _check_shapes(optimizer: torch.optim.Optimizer, parameter: Tensor, saved: di
     if not isinstance(optimizer, torch.optim.AdamW):
         return
     if saved.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-        raise UserError(f"the saved state of a parameter holds {', '.join(sorted(saved))[:200]}, which is not AdamW's")
+        raise UserError(
+            f"the saved state of a parameter holds {', '.join(sorted(saved))[:200]}, which is not AdamW's: resume with the optimizer that saved it"
+        )
     for name, value in saved.items():
         shape = torch.Size() if name == "step" else parameter.shape
         if not isinstance(value, Tensor) or value.shape != shape:
-            raise UserError(f"the saved {name[:80]} is not of the shape {tuple(shape)}, so it is of another parameter")
+            raise UserError(
+                f"the saved {name[:80]} does not have the shape {tuple(shape)}: load the state that was saved for this model"
+            )

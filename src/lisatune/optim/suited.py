@@ -25,13 +25,13 @@ def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
     """
     name = type(optimizer).__name__
     if not hasattr(optimizer, "param_groups"):
-        raise UserError(f"{name} is no optimizer: give one torch.optim.Optimizer, or a list of several")
+        raise UserError(f"{name} is not an optimizer: give one torch.optim.Optimizer, or a list of several")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError("LBFGS moves all parameters along one direction, frozen ones too: use AdamW or SGD with LISA")
     if any("weight_sum" in group for group in optimizer.param_groups):
         raise UserError(
-            f"{name} counts steps for all parameters together, so a layer that is sampled late makes steps many times "
-            "too long: use AdamW with a learning rate schedule"
+            f"{name} counts steps for all parameters together, so a layer that is sampled late would take huge "
+            "steps: use AdamW with a learning rate schedule"
         )
     if isinstance(optimizer, torch.optim.RAdam) and state_policy != "keep":
         raise UserError(

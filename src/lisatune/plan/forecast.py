@@ -141,7 +141,7 @@ def plan_memory(model: str | Any, *, device: str = "cuda", nproc: int = 1, **set
 def plan_config(settings: dict[str, Any], device: str = "cuda") -> TrainConfig:
     """``settings`` as those of a run on ``device`` whose model, data and output do not matter."""
     if device not in LEFT_OUT:
-        raise UserError(f"device={device}: a plan is made for cuda or for cpu")
+        raise UserError(f"device={device}: choose cuda or cpu")
     config = build_config({"model": "-", "data": "-", "output": "-", "device": device} | settings)
     check_num_ranks(config, num_ranks())
     return config
@@ -157,12 +157,12 @@ def model_config(model: str | Any, *, trust_remote_code: bool = False) -> Any:
     if not (path.is_file() and path.suffix == ".json"):
         check_model_name(model)
     if path.suffix == ".gguf":
-        raise UserError(f"{model}: a plan is made from a config.json; give a folder, a config.json or a hub name")
+        raise UserError(f"{model}: not a model that can be planned; give a folder, a config.json or a hub name")
     try:
         return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, none of them ours
         raise UserError(
-            f"{model}: no config of a model can be read there ({' '.join(str(error).split())[:200]})"
+            f"{model}: no config.json of a model can be read ({' '.join(str(error).split())[:200]}); check the name"
         ) from error
 
 

@@ -152,9 +152,9 @@ def climb(
         smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
         levers = pulled(rungs[0], smallest) or "no lever is left to pull"
         raise UserError(
-            f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} after what is not counted): the smallest peak "
+            f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} without what a plan does not count): the smallest peak "
             f"of method={config.method} with rows of {smallest.plan.tokens} tokens is {gib(smallest.plan.peak_bytes)} "
-            f"({levers}), so take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
+            f"({levers}). Take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
             "max_length, or a smaller model"
         )
     if last.lever == "gradient_checkpointing=true":
@@ -179,8 +179,8 @@ def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, toke
             raise
         if num_ranks() > 1:  # the others would wait for a forecast that they take no part in
             raise UserError(
-                f"out of memory on {device} of rank {rank()} ({text.splitlines()[0][:200] if text else 'no more to be had'}): "
-                f"lisatune plan --nproc {num_ranks()} --gpu-memory MEMORY, with the same settings, tells what fits; "
+                f"out of memory on {device} of rank {rank()} ({text.splitlines()[0][:200] if text else 'no memory is left'}): "
+                f"lisatune plan --nproc {num_ranks()} --gpu-memory MEMORY finds settings that fit; "
                 "dp_shard_size and gradient_checkpointing=true save most"
             ) from error
         first, *more = ladder(config, hf_config, device, tokens=tokens)
@@ -195,7 +195,7 @@ def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, toke
             else "no lever is left"
         )
         raise UserError(
-            f"out of memory on {device} ({text.splitlines()[0][:200] if text else 'no more to be had'}); predicted was a peak "
+            f"out of memory on {device} ({text.splitlines()[0][:200] if text else 'no memory is left'}); predicted was a peak "
             f"of {gib(first.plan.peak_bytes)}: {advice}; or give --fit the memory that there is, or take a smaller max_length"
         ) from error
 

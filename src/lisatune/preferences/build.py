@@ -53,7 +53,7 @@ class TaskRun:
 
     Args:
         config: The settings.
-        task: What is learnt.
+        task: What is learned.
         tokenizer: The model's, with the template as it is saved.
         trainer: TRL's.
         lisa: LISA, if the method samples.

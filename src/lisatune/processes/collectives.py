@@ -100,7 +100,7 @@ def check_alike(facts: dict[str, Any]) -> None:
         if others:
             theirs = values[others[0]][name]
             raise UserError(
-                f"the ranks were not given the same: {name} is {theirs} on rank {_listed(others)}, but {first} on rank 0; "
+                f"the processes have different input: {name} is {theirs} on rank {_listed(others)}, but {first} on rank 0; "
                 "start them all with the same settings and files"
             )
 

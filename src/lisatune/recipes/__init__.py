@@ -25,6 +25,6 @@ def text_of(name: str, path: Path) -> str:
     Raises: UserError for a name that is not in ``names()``.
     """
     if name not in names():
-        raise UserError(f"'{name}' is no recipe: choose one of {', '.join(names())}{did_you_mean(name, names())}")
+        raise UserError(f"'{name}' is not a recipe: choose one of {', '.join(names())}{did_you_mean(name, names())}")
     text = (files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
     return text.replace(f"examples/{name}.yaml", shlex.quote(one_line(str(path))))

@@ -34,7 +34,7 @@ def skip_or_stop(run: Run, progress: Progress, batch: Batch, outcome: Outcome, c
     again = f" for the {MOST_SKIPPED_IN_A_ROW}th time in a row" if config.on_bad_step == "skip" else ""
     with together():
         raise UserError(
-            f"{text}{again}, so the run was stopped, with its last checkpoint as it was; try a lower learning_rate, "
-            f"warmup_steps or on_bad_step=skip; {how_to_resume(run.folder)} --allow-changes, with the settings "
-            "that change"
+            f"{text}{again}, so the run was stopped; its last checkpoint is unchanged; lower learning_rate, raise "
+            f"warmup_steps, or set on_bad_step=skip; {how_to_resume(run.folder)} --allow-changes, and add the "
+            "settings that you change"
         )

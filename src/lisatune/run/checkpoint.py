@@ -160,11 +160,11 @@ class Checkpoints:
                 return self._read(step)
             except Damaged as error:
                 damage = error
-                tell(f"{error}; passed over")
+                tell(f"{error}; skipped")
         if damage is not None:
             raise Damaged(
-                f"no checkpoint of {self._run} is whole (the oldest: {damage}): start anew with another output, or put a "
-                "copy of a checkpoint back"
+                f"no checkpoint of {self._run} is whole (the oldest: {damage}): start again with another output, or put "
+                "back a copy of a checkpoint"
             )
         return None
 
@@ -222,7 +222,7 @@ class Checkpoints:
         barrier()
         if not new.is_dir():
             raise UserError(
-                f"{self.folder} is not seen by all processes: choose an output in a folder that hosts share"
+                f"{self.folder} is not visible to all processes: choose an output in a folder that all hosts share"
             )
         return new
 

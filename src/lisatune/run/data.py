@@ -50,7 +50,7 @@ class Data:
     streamed: bool
 
     def ends(self) -> list[int]:
-        """The tokens that end what is learnt, the most frequent first."""
+        """The tokens that end what is learned, the most frequent first."""
         ends = sum((counts.ends for counts in self.counts), start=Counts().ends)
         return [token for token, _ in ends.most_common()]
 

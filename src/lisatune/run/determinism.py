@@ -41,14 +41,14 @@ def be_deterministic(device: torch.device) -> None:
         mode = mkl_mode()
         if mode != EQUAL_SUMS and not (mode is None and was_set):
             raise UserError(
-                "full_determinism=true comes too late: this process has multiplied already, with other kernels of MKL; set "
+                "full_determinism=true comes too late, because this process has multiplied already; set "
                 f"{VARIABLE}={EQUAL_SUMS} in the environment before Python starts"
             )
     uneven = next(uneven_products(), None)
     if uneven is not None:
         raise UserError(
-            f"full_determinism=true: with {blas()} on {processor_name()} the bits of the product {uneven} depend on where its "
-            "factors are in memory; leave full_determinism out, or train on another machine"
+            f"full_determinism=true does not work here: with {blas()} on {processor_name()}, the bits of the product {uneven} "
+            "depend on memory addresses; leave it out, or train on another machine"
         )
 
 

@@ -77,7 +77,7 @@ def data_shares(run: Run, progress: Progress) -> dict[str, float]:
 def card_of(run: Run, summary: dict[str, Any]) -> str:
     """The model card of the run."""
     names, counts = run.data.names, run.data.counts
-    sizes = [f"{c.used:,} rows, {c.tokens:,} tokens, {c.labelled_tokens:,} of them learnt" for c in counts]
+    sizes = [f"{c.used:,} rows, {c.tokens:,} tokens, {c.labelled_tokens:,} of them learned" for c in counts]
     if len(counts) < len(names):  # a stream of several data sets is counted as one
         names, sizes = [*names, "all of them"], [*("" for _ in names), *sizes]
     versions = {"lisatune": __version__, "Python": platform.python_version(), **environment(run.device)}

@@ -33,8 +33,8 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
     changes = _changes(run, state) + (elsewhere if run.config.full_determinism else [])
     if changes and not allow_changes:
         raise UserError(
-            f"{folder} did not begin like this: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
-            "to go on with it, to other results"
+            f"the run in {folder} began differently: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
+            "to resume it with other results"
         )
     for change in changes:
         warn(console, f"changed since the run began: {change}")
@@ -42,13 +42,13 @@ def go_on(run: Run, snapshots: Snapshots, console: Console, *, allow_changes: bo
     # nothing was saved yet
     if checkpoint is None or state is None:
         if (folder / "model").exists() or (folder / "adapter").exists():
-            raise UserError(f"{folder} holds a trained model, but no checkpoint to go on from: choose another output")
-        console.print("no checkpoint was written yet: the run begins anew")
+            raise UserError(f"{folder} holds a trained model, but no checkpoint to resume from: choose another output")
+        console.print("no checkpoint was written yet: the run starts from the beginning")
         return Progress()
 
     # from the checkpoint on; a finished run that goes on is finished no more
     for change in [] if run.config.full_determinism else elsewhere:
-        warn(console, f"{change}: weights equal to the bit need the same")
+        warn(console, f"{change}: bit-identical weights need the same")
     (folder / "summary.json").unlink(missing_ok=True)
     progress = snapshots.restore(checkpoint)
     check_best(run, progress, state, snapshots, console, allow_changes=allow_changes)

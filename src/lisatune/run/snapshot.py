@@ -144,8 +144,8 @@ class Snapshots:
         other = [part for part, digest in state.base.items() if self._base.get(part) != digest]
         if other:
             raise UserError(
-                f"the base model is not the one that the run began with: its {other[0]} has other weights; put the model "
-                f"back that {checkpoint.folder} was made from"
+                f"the base model is not the one that the run began with: its {other[0]} has other weights; put back the "
+                f"model that {checkpoint.folder} was made from"
             )
 
         # the files of the parts that train here
@@ -263,7 +263,9 @@ def _scalars_of(state: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     unknown = [key for key, value in found.items() if not isinstance(value, int | float | bool | None)]
     if unknown:
-        raise UserError(f"the optimizer's state '{unknown[0]}' is neither a tensor nor a number, so it cannot be saved")
+        raise UserError(
+            f"the optimizer's state '{unknown[0]}' is neither a tensor nor a number, so it cannot be saved: use another optim"
+        )
     return found
 
 

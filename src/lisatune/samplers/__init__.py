@@ -65,7 +65,9 @@ def make_sampler(
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
         # an option of another kind, from a file of settings
-        raise UserError(f"sampler {name} cannot be made with these options ({error}): see what it takes") from error
+        raise UserError(
+            f"sampler {name} cannot be made with these options ({error}): give the options of its class"
+        ) from error
 
 
 def find_sampler(name: str) -> type[Sampler]:
@@ -86,7 +88,7 @@ def find_sampler(name: str) -> type[Sampler]:
             f"sampler {name} cannot be imported ({error}): install its package, or set PYTHONPATH to its folder"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Sampler) and is_dataclass(found)):
-        raise UserError(f"sampler {name} is no sampler: write a dataclass that inherits from lisatune.Sampler")
+        raise UserError(f"sampler {name} is not a sampler: write a dataclass that inherits from lisatune.Sampler")
     return found
 
 
@@ -98,7 +100,9 @@ def check_options(name: str, options: Iterable[str]) -> None:
     known = {field.name: field for field in fields(find_sampler(name)) if field.init and field.name not in COMMON}  # type: ignore[arg-type]
     for option in options:
         if option in (*COMMON, "name"):
-            raise UserError(f"sampler_options: {option} is none of them, give it as a setting of its own or not at all")
+            raise UserError(
+                f"sampler_options: {option} is not an option, but a setting: write it outside sampler_options, or leave it out"
+            )
         if option not in known:
             hint = did_you_mean(str(option), known) or f": it has {', '.join(known) or 'no options'}"
             raise UserError(f"sampler {name} has no option '{option}'{hint}")

@@ -78,7 +78,7 @@ class Sampler(ABC):
         """Take in, after optimizer step ``step``, the mean square of the gradient's elements of each active layer."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was learnt, as JSON can hold it without loss."""
+        """All that was learned, as JSON can hold it without loss."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027

@@ -130,7 +130,7 @@ class GradientNormSampler(Sampler):
             self._counts[layer] += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was learnt: lists of numbers, which JSON holds without loss."""
+        """All that was learned: lists of numbers, which JSON holds without loss."""
         return {
             "scores": list(self._scores),
             "sums": list(self._sums),

@@ -24,7 +24,7 @@ def weight_norm_ratio(lora_norms: Mapping[str, float], full_norms: Mapping[str, 
     to gamma / N_L. And its LoRA norms, read off the figure, are those that adapters have before any training, to within
     a few percent (Llama-2-7B at rank 128: 724, 17.3 and 6.5 for embedding, decoder layer and head by initialisation
     alone; 715 to 750, 16.9 and 6.5 in the figure). A ratio of such norms tells the shapes of the modules and how
-    adapters are initialised, hardly what was learnt: compare norms of step 0 before trusting one.
+    adapters are initialised, hardly what was learned: compare norms of step 0 before trusting one.
 
     Args:
         lora_norms: Part to mean norm in a LoRA run (w~), as a run with ``norm_steps=1`` records it (``mean_norm``).
@@ -37,9 +37,7 @@ def weight_norm_ratio(lora_norms: Mapping[str, float], full_norms: Mapping[str, 
         {'embedding': 3.693877551020408, 'layers.0': 0.06343283582089553}
     """
     for part in lora_norms.keys() ^ full_norms.keys():
-        raise UserError(
-            f"there is a norm of {part} in one of the two runs only: give both runs' norms of the same parts"
-        )
+        raise UserError(f"only one of the two runs has a norm of {part}: give two runs with the same parts")
     for part, norm in full_norms.items():
         if norm == 0:
             raise UserError(f"the norm of {part} in the full run is 0, so there is no ratio to it")

@@ -95,7 +95,7 @@ def read_weights(path: str | PathLike[str], num_layers: int, names: Sequence[str
     except OSError as error:
         raise UserError(f"the weights cannot be read from {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"the weights in {path} are no JSON: {error}") from error
+        raise UserError(f"the weights in {path} are not valid JSON: {error}") from error
     if not isinstance(content, list | dict):
         raise UserError(f'{path} holds {content!r}: give a list of weights, or an object such as {{"layers.0": 1.0}}')
     try:

@@ -66,7 +66,7 @@ def _of_data(config: TrainConfig, given: Mapping[str, Any]) -> str:
     if not isinstance(config.data, str):
         for name in ("dataset_split", "dataset_config"):
             if name in given:
-                return f"{name} has no effect where data lists several: give each its own split and config"
+                return f"{name} has no effect if data is a list: give each data set its own split and config"
         if config.task != "sft":
             return f"task={config.task} takes one data set: put all rows into one file or folder"
         if config.eval_rows and not config.eval_data:
@@ -93,11 +93,13 @@ def _refuse_unusable(name: str, value: Any, depth: int = 0) -> None:
             _refuse_unusable(name, inner, depth + 1)
     elif isinstance(value, str):
         if any(unicodedata.category(letter) in UNPRINTED for letter in value):
-            raise UserError(f"{name}={shown(value)} holds a character that cannot be printed: leave it out")
+            raise UserError(f"{name}={shown(value)} holds a character that cannot be printed: remove it")
         if re.search(r"://[^/\s]*@", value):
             raise UserError(
-                f"{name} holds a user name or password, which would be written into the run's folder: give a local path "
-                "or a hub name, and log in to the hub beforehand"
+                f"{name} holds a user name or password, and a run writes its settings into its folder: give a local path "
+                "or a hub name, and log in to the hub first"
             )
     elif value is not None and not (isinstance(value, int | float) and -(2**63) <= value < 2**63):
-        raise UserError(f"{name}={shown(value)}: input should be finite numbers, words, true or false, nested a little")
+        raise UserError(
+            f"{name}={shown(value)}: input should be a finite number, a word, true or false, or a short list of these"
+        )

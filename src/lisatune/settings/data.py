@@ -58,12 +58,12 @@ class Data(BaseModel):
     )
     completion_only_loss: bool = row(
         True,
-        "Learn answers only. False learns prompts too. Plain text is always learnt whole.",
+        "Learn answers only. False learns prompts too. Plain text is always learned whole.",
         one_value=True,
         tasks=SFT,
     )
     loss_on: Literal["answers", "last", "all"] = row(
-        "answers", "What is learnt of a chat: all answers, the last answer, or prompts too.", one_value=True,
+        "answers", "What is learned of a chat: all answers, the last answer, or prompts too.", one_value=True,
         never_with={"completion_only_loss=false": "which learns prompts too"}, tasks=SFT,
     )  # fmt: skip
     excess_length_strategy: Literal["truncate", "drop", "refuse"] = row(

@@ -45,8 +45,8 @@ class Evaluation(BaseModel):
         None, "Tasks of lm-evaluation-harness on which the model is scored, for example gsm8k,mmlu.",
         one_value=True, one_process=True,
         never_with={
-            "offload_frozen": "whose layers are not on the device when an answer is made: leave one of them out, and score the "
-            "trained model with lisatune eval",
+            "offload_frozen": "which keeps layers off the device: leave one of them out, and score the trained model with "
+            "lisatune eval",
         }, tasks=SFT,
     )  # fmt: skip
     eval_tasks_steps: int | None = row(
@@ -88,7 +88,5 @@ class Evaluation(BaseModel):
         if isinstance(eval_data, dict) and "path" not in eval_data:
             bad = next((name for name in eval_data or [""] if not re.fullmatch(r"[A-Za-z][\w-]*", name)), None)
             if bad is not None:
-                raise UserError(
-                    f"eval_data names a set {shown(bad)}: give it a word, as in {{math: FILE, general: FILE}}"
-                )
+                raise UserError(f"eval_data: {shown(bad)} must be one word, as in {{math: FILE, general: FILE}}")
         return eval_data

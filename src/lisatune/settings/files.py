@@ -51,7 +51,7 @@ def parse_settings(text: str, name: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"config file {name}{place}: not valid YAML ({getattr(error, 'problem', None) or error}); mend it"
+            f"config file {name}{place}: not valid YAML ({getattr(error, 'problem', None) or error}); fix it"
         ) from error
     if not isinstance(loaded, dict):
         raise UserError(f"config file {name} must hold 'name: value' lines")

@@ -67,7 +67,7 @@ class Memory(BaseModel):
     offload_optimizer: bool = row(
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS | {
-            NOT_FORGOTTEN: "has no effect with slices that train for one step, of which no optimizer state is held: leave it out",
+            NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no optimizer state: leave it out",
             "optim!=sign": "has no effect with optim=sign, which has no state: leave it out",
         }, tasks=SFT,
     )  # fmt: skip
@@ -78,7 +78,7 @@ class Memory(BaseModel):
             "method=full": "where no layer is frozen",
             "sampled_unit=slices": "where no layer is frozen",
         },
-        never_with={"state_policy=keep": "whose moments follow layers that have not moved yet: choose another"},
+        never_with={"state_policy=keep": "which moves optimizer state before the layers: choose another state_policy"},
         needs={
             "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer on "
             "the device",

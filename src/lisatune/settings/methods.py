@@ -56,10 +56,10 @@ class Sampling(BaseModel):
         f"How layers are sampled: {', '.join(SAMPLERS)}; or MODULE:CLASS, a class of your own.",
         methods=LAYERWISE, choices=find_sampler,
         never_with={
-            "optimizer_in_backward and sampler.learns": "after which no gradient is left to look at",
+            "optimizer_in_backward and sampler.learns": "which leaves no gradient to look at",
         },
         needs={
-            "sampled_unit!=slices or sampler.for_slices": "cannot draw slices, of which each matrix needs the same number: "
+            "sampled_unit!=slices or sampler.for_slices": "cannot sample slices: "
             f"choose {', '.join(name for name, kind in SAMPLERS.items() if kind.for_slices)}",
         },
     )  # fmt: skip
@@ -111,7 +111,7 @@ class Sampling(BaseModel):
         gt=0, methods=LAYERWISE, one_process=True, was="inactive_learning_rate",
         never_with={"offload_frozen": "", "optimizer_in_backward": ""} | NO_SLICES,
         needs={
-            "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so micro-batches would meet other "
+            "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so the next micro-batch would see other "
             "weights: set gradient_accumulation_steps=1, or leave it out",
         }, tasks=SFT,
     )  # fmt: skip

@@ -30,7 +30,7 @@ class Optim(BaseModel):
         ladder=3, pulled="adamw_8bit",
         needs={
             f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": "has no effect with slices that train for "
-            "one step, of which no optimizer state is held: leave it out",
+            "one step, because they hold no optimizer state: leave it out",
         },
     )  # fmt: skip
     momentum: float | None = row(
@@ -54,8 +54,7 @@ class Optim(BaseModel):
     warmup_steps: int = row(
         0, "Steps of linear warm-up.", ge=0,
         needs={
-            "max_steps=null or warmup_steps<max_steps": "={warmup_steps} leaves nothing of max_steps={max_steps}: make it "
-            "smaller",
+            "max_steps=null or warmup_steps<max_steps": "={warmup_steps} must be smaller than max_steps={max_steps}: lower it",
         },
     )  # fmt: skip
     weight_decay: float = row(0.0, "Decoupled weight decay. It acts on matrices only.", ge=0)

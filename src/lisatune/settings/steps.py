@@ -42,7 +42,7 @@ class Steps(BaseModel):
     max_steps: int | None = row(None, "Optimizer steps. Without it, num_train_epochs decides.", ge=1)
     num_train_epochs: float = row(
         1.0, "Passes over the data, if max_steps is not given.", gt=0,
-        only_with={"max_steps=null": "has no effect beside max_steps: give one of them"},
+        only_with={"max_steps=null": "has no effect with max_steps: give one of them"},
     )  # fmt: skip
     per_device_train_batch_size: int = row(8, "Rows of a micro-batch.", ge=1, ladder=6, pulled=None)
     gradient_accumulation_steps: int = row(1, "Micro-batches of an optimizer step.", ge=1)

@@ -17,7 +17,7 @@ class Task(BaseModel):
 
     task: Annotated[str, OneOf(TASKS)] = row(
         "sft",
-        "What is learnt. sft: answers. dpo and orpo: which of two answers is better. kto: whether an answer is good. "
+        "What is learned. sft: answers. dpo and orpo: which of two answers is better. kto: whether an answer is good. "
         "reward: a model that gives answers a score. All but sft use TRL.",
         choices=TASKS.__getitem__, one_value=True,
         never_with={"method=mezo": "which has a loss of its own"},

@@ -79,16 +79,16 @@ class SliceEngine:
         slow: bool = False,
     ) -> None:
         if interval_steps < 1:
-            raise UserError(f"interval_steps is {interval_steps}: a set of blocks lives at least 1 step")
+            raise UserError(f"interval_steps is {interval_steps}: choose at least 1")
         if state_policy not in get_args(StatePolicy):
             raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
         if layers.tied and train_embedding != train_head:
-            raise UserError("embedding and head are one tensor in this model: set train_embedding and train_head alike")
+            raise UserError(
+                "embedding and head are one tensor in this model: give train_embedding and train_head the same value"
+            )
         if not (isinstance(sampler, Sampler) and sampler.for_slices):
             choices = ", ".join(kind.__name__ for kind in SAMPLERS.values() if kind.for_slices)
-            raise UserError(
-                f"{type(sampler).__name__} cannot draw slices, of which each tensor needs the same number: choose {choices}"
-            )
+            raise UserError(f"{type(sampler).__name__} cannot sample slices: choose {choices}")
 
         # what was asked for
         self.layers = layers
@@ -182,7 +182,7 @@ class SliceEngine:
         return True
 
     def release(self) -> None:
-        """Let the model be as it was before the first step, but for what it learnt; for the end of a training."""
+        """Let the model be as it was before the first step, but for what it learned; for the end of a training."""
         for parameter, asked in self._asked.items():
             parameter.requires_grad_(asked)
         self._asked.clear()
@@ -211,7 +211,8 @@ class SliceEngine:
         interval = (num_steps - 1) // self.interval_steps
         if drawn != self.sampler(interval):
             raise UserError(
-                f"the slices active at step {num_steps} were {drawn}, but now {self.sampler(interval)} are drawn"
+                f"the slices active at step {num_steps} were {drawn}, but the sampler now draws "
+                f"{self.sampler(interval)}: give it the seed and the settings that it had"
             )
         self._place(interval)
 
@@ -245,8 +246,8 @@ class SliceEngine:
         if missing:
             raise UserError(
                 f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "
-                "train: make the optimizer over model.parameters() before anything is frozen, or give all of several in a "
-                "list"
+                "train: make the optimizer over model.parameters() before anything is frozen; if there are several, give a list "
+                "of all"
             )
 
     def states(

@@ -106,7 +106,7 @@ class NormRecorder:
         if updates is None and num_steps:
             if not kept or kept[-1]["step"] != num_steps:
                 raise UserError(
-                    f"{self._file.path} does not tell how often each layer had trained at step {num_steps}: go on without "
+                    f"{self._file.path} does not say how often each layer had trained at step {num_steps}: resume without "
                     "norm_steps, or choose another output"
                 )
             updates = {part: values["updates"] for part, values in kept[-1]["parts"].items()}

@@ -67,8 +67,8 @@ class StartWeights:
         except (OSError, SafetensorError):
             pass
         raise UserError(
-            f"{path} has changed since the run began, so that its layers' changes cannot be told any more: put it back as "
-            "it was, and go on with --resume"
+            f"{path} has changed since the run began, so the layers' changes cannot be measured: put it back as "
+            "it was, and resume with --resume"
         )
 
     def whole(self, name: str, like: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _adapter_of(module: Any, name: str, kind: str, adapter: str) -> Adapter:
     fits = {tuple(base.shape), tuple(base.shape)[::-1]} & {(up.shape[0], down.shape[1])} or not base.is_floating_point()
     if not fits or len(module.lora_magnitude_vector):
         raise UserError(
-            f"norm_steps: the adapter of {name} changes its weight by more than scale * B * A, whose norm is not known: "
+            f"norm_steps: the adapter of {name} is not plain LoRA (scale * B * A), so its norm is not known: "
             "leave norm_steps out"
         )
     names = [f"{name}.{each}.{adapter}{end}" for each in kinds]

@@ -1,4 +1,4 @@
-"""What is learnt of the rows: answers, or which of two answers is better.
+"""What is learned of the rows: answers, or which of two answers is better.
 
 ``TASKS`` is the list of tasks. A new one is a file here and a line there. All but ``sft`` are trained by TRL.
 """

@@ -24,7 +24,7 @@ def check_alone(own_states: Any) -> None:
         own_states: What the Trainer's state holds of callbacks of this class: one state, or a list of several.
     """
     if isinstance(own_states, list):
-        raise UserError(f"this Trainer has {len(own_states)} LisaCallbacks, which undo each other: give it one")
+        raise UserError(f"this Trainer has {len(own_states)} LisaCallbacks, which would undo each other: give it one")
 
 
 def check_causal(layers: Layers) -> str:

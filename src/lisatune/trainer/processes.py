@@ -35,8 +35,7 @@ def check_processes(state: Any) -> bool:
     kind = state.distributed_type
     if kind == DistributedType.DEEPSPEED:
         raise UserError(
-            "DeepSpeed copies all weights into flat tensors when it starts, so it cannot freeze layers or drop their "
-            "optimizer state later: use FSDP2 (examples/accelerate/fsdp2.yaml) or DistributedDataParallel"
+            "DeepSpeed copies all weights into flat tensors when it starts, so no layer can be frozen later: use FSDP2 (examples/accelerate/fsdp2.yaml) or DistributedDataParallel"
         )
     if kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
         raise UserError(
@@ -45,7 +44,7 @@ def check_processes(state: Any) -> bool:
         )
     known = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
     if kind.name not in known:
-        raise UserError(f"LisaCallback does not know processes joined by {kind.name}: use DDP or FSDP2")
+        raise UserError(f"LisaCallback does not work with {kind.name}: use DistributedDataParallel or FSDP2")
     return bool(kind == DistributedType.FSDP)
 
 
@@ -66,7 +65,7 @@ def check_settings(settings: LisaSettings, *, sharded: bool, finds_unused: bool)
     if settings.sampled_unit == "slices" and settings.train_norms is not True and not finds_unused:
         raise UserError(
             "slices on several processes need train_norms=True, or no gradient checkpointing and "
-            "ddp_find_unused_parameters=True: DistributedDataParallel waits for a norm"
+            "ddp_find_unused_parameters=True: otherwise DistributedDataParallel waits for a norm"
         )
 
 

@@ -41,7 +41,7 @@ class LisaSettings:
         if self.num_active < 1:
             raise UserError("num_active is 0, so no decoder layer would ever train: choose at least 1")
         if self.interval_steps < 1:
-            raise UserError(f"interval_steps is {self.interval_steps}: a set of layers lives at least 1 step")
+            raise UserError(f"interval_steps is {self.interval_steps}: choose at least 1")
         if self.sampled_unit not in ENGINES:
             raise UserError(f"sampled_unit is '{self.sampled_unit}': choose one of {', '.join(ENGINES)}")
 
@@ -72,8 +72,8 @@ class LisaSettings:
             before = saved.get(name, now)
             if before != now:
                 raise UserError(
-                    f"the checkpoint was made with {name}={before}, but LisaCallback has {name}={now}: other layers would "
-                    f"train than in a run never stopped; set {name}={before}, or train without resume_from_checkpoint"
+                    f"the checkpoint was made with {name}={before}, but LisaCallback has {name}={now}: set "
+                    f"{name}={before} to resume, or train without resume_from_checkpoint"
                 )
 
 

@@ -155,7 +155,7 @@ def test_the_digest_sees_weights_and_template_and_nothing_else(folder, tmp_path)
 
 
 def test_a_hub_name_that_is_not_there():
-    with pytest.raises(UserError, match="nobody/nothing: no config of a model can be read there"):
+    with pytest.raises(UserError, match="nobody/nothing: no config.json of a model can be read"):
         digest_of("nobody/nothing")
 
 

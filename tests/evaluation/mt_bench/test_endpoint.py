@@ -67,7 +67,7 @@ def test_retry_after_is_honoured(ask):
 
 
 def test_a_wait_without_end_is_told_of_at_once(ask):
-    with pytest.raises(UserError, match="asks to be left alone for 86,400 s") as caught:
+    with pytest.raises(UserError, match="asks you to wait 86,400 s") as caught:
         ask(after((429, {"Retry-After": "86400"}, b"")))
     assert len(caught.value.server.posts) == 1
 
@@ -254,14 +254,14 @@ def test_who_waits_to_send_is_let_go():
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("localhost:8000", "is no http address"),
-        ("ftp://host/v1", "is no http address"),
-        ("http://", "is no http address"),
-        ("", "is no http address"),
-        ("http://host:port/v1", "is no address"),
-        ("http://[::1/v1", "is no address"),
-        ("https://me:secret@host/v1", "keys come from an environment variable"),
-        ("https://host/v1?key=1", "keys come from an environment variable"),
+        ("localhost:8000", "is not an http address"),
+        ("ftp://host/v1", "is not an http address"),
+        ("http://", "is not an http address"),
+        ("", "is not an http address"),
+        ("http://host:port/v1", "is not an address"),
+        ("http://[::1/v1", "is not an address"),
+        ("https://me:secret@host/v1", "put the key into an environment variable"),
+        ("https://host/v1?key=1", "put the key into an environment variable"),
     ],
 )
 def test_addresses_that_cannot_be(url, message):

@@ -61,7 +61,7 @@ def run(models, questions, memory_path):
 
 @pytest.fixture(scope="module")
 def judge():
-    """A tiny model that has learnt, in a second, to end every prompt with a grade of its own choice, and its tokenizer."""
+    """A tiny model that has learned, in a second, to end every prompt with a grade of its own choice, and its tokenizer."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = PLAIN_TEMPLATE
     model = make_llama(layers=2, vocab_size=len(tokenizer))
@@ -180,7 +180,7 @@ def test_ctrl_c_keeps_what_there_is(run, memory_path, monkeypatch, interruptible
         return completion("[[5]]")
 
     with Server(behave) as server:
-        with pytest.raises(Stopped, match="the same command goes on"):
+        with pytest.raises(Stopped, match="run the same command again"):
             run(server, "first")
         assert 6 <= len(server.posts) < 12
         assert run(server, "first")["models"][0]["num_verdicts"] == 12
@@ -242,7 +242,7 @@ def test_killed_in_the_middle_it_goes_on_and_asks_for_nothing_twice(models, ques
     ("words", "message"),
     [
         (["--questions", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
-        (["--judge-url", "localhost:1"], "--judge-url localhost:1 is no http address"),
+        (["--judge-url", "localhost:1"], "--judge-url localhost:1 is not an http address"),
         (["--judge-key-env", "NO_SUCH_KEY"], "--judge-key-env NO_SUCH_KEY: no such environment variable is set"),
         (["./no-model"], "./no-model: no such model folder or file"),
         (["--output", "file/out"], "cannot be made"),

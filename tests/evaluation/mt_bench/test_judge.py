@@ -78,7 +78,7 @@ def test_the_budget_stops_it_and_the_same_call_goes_on(judge):
     with Server(graded) as server:
         for left in (7, 2):
             with pytest.raises(
-                UserError, match=f"budget of 5 requests is spent, with {left} verdicts left: the same command"
+                UserError, match=f"budget of 5 requests is spent, with {left} verdicts left: run the same command"
             ):
                 judge(server, budget=5).verdicts(PROMPTS)
         assert [v.grade for v in judge(server, budget=5).verdicts(PROMPTS)] == GRADES

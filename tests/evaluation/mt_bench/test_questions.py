@@ -65,7 +65,7 @@ def test_a_file_of_references_takes_the_place_of_notes_and_may_know_more_questio
         ([row(turns="a b")], "line 1: 'turns' must be a list of texts, one for each turn"),
         ([row(), row(2, turns=["a", 3])], "line 2: 'turns' must be a list of texts"),
         ([row(category=None)], "line 1: 'category' must be a word"),
-        ([row(), row()], "line 2: question_id 1 stands there twice"),
+        ([row(), row()], "line 2: question_id 1 is in the file twice"),
         ([row(True)], "line 1: 'question_id' must be a number or a name"),
         ([{"q": 1}], "line 1: 'category' must be a word"),
         ([row(turns=["a", "\ud800"])], "line 1: 'turns' holds half of a character"),

@@ -46,7 +46,7 @@ def test_threads_do_not_mix_their_lines(memory_path):
 def test_it_does_not_write_through_a_link(tmp_path):
     (tmp_path / "elsewhere").write_text("")
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="is a link"):
+    with pytest.raises(UserError, match="is a symbolic link"):
         Records(tmp_path / "a.jsonl")
 
 

@@ -108,7 +108,9 @@ def test_the_error_of_a_difference_is_taken_over_documents():
 def test_a_vocabulary_that_disagrees_is_refused(folder, tmp_path):
     make_llama(vocab_size=64).save_pretrained(tmp_path / "small")
     make_tokenizer().save_pretrained(tmp_path / "small")
-    with pytest.raises(UserError, match="the tokenizer has 130 tokens, the model only 64: they do not belong together"):
+    with pytest.raises(
+        UserError, match="the tokenizer has 130 tokens, but the model only 64: give a model with its own tokenizer"
+    ):
         evaluate(tmp_path / "small", "--tasks", "winogrande", "--data-dir", folder)
 
 
@@ -119,7 +121,7 @@ def test_bad_targets_are_told_of(trained, folder, tmp_path):
     with pytest.raises(UserError, match="holds no trained model; the run is not finished"):
         evaluate(tmp_path, *WORDS, "--data-dir", folder)
     (tmp_path / "scores.json").write_text("{}")
-    with pytest.raises(UserError, match="scores.json cannot be read .*: remove it to score anew"):
+    with pytest.raises(UserError, match="scores.json cannot be read .*: remove it to score again"):
         evaluate(trained, *WORDS, "--data-dir", folder, "--output", tmp_path)
 
 

@@ -121,5 +121,5 @@ def test_several_tasks_are_one_value_of_a_comparison():
     assert [trial.config.eval_tasks for trial in make_grid(given, Path("cmp")).trials] == [["gsm8k", "mmlu"]] * 2
     for word in ("eval_tasks=[gsm8k],[mmlu]", "eval_tasks_steps=1,2", "eval_limit=1,2"):
         several = read_grid(None, ["model=m", "data=d", "eval_rows=6", "eval_tasks=gsm8k", word])
-        with pytest.raises(UserError, match="holds several values"):
+        with pytest.raises(UserError, match="has several values"):
             make_grid(several, Path("cmp"))

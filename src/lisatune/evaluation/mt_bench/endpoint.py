@@ -136,8 +136,8 @@ class Endpoint:
                 num_timed_out += failed.timed_out
                 if number + 1 == TRIES or num_timed_out == TRIES_TIMED_OUT:
                     raise UserError(
-                        f"the judge at {self.url} gave no answer in {number + 1} tries ({failed}): what is done is kept, and the "
-                        "same command goes on once it is well again"
+                        f"the judge at {self.url} gave no answer in {number + 1} tries ({failed}): what is done is kept; run "
+                        "the same command again when the judge works"
                     ) from failed
                 self._wait(failed, number)
             except RequestRefused as refused:
@@ -161,8 +161,8 @@ class Endpoint:
             )  # so that threads do not march in step
         if seconds > LONGEST_WAIT_SECONDS:
             raise UserError(
-                f"the judge at {self.url} asks to be left alone for {seconds:,.0f} s ({failed}): what is done is kept; give the "
-                "same command again after that"
+                f"the judge at {self.url} asks you to wait {seconds:,.0f} s ({failed}): what is done is kept; run "
+                "the same command again after that"
             ) from failed
         self.tell(f"{failed}: waiting {seconds:.0f} s")
         self._pace.pause(seconds)
@@ -190,14 +190,14 @@ class Endpoint:
             raise _Again(_told(answer), _retry_after(answer.headers.get("Retry-After")))
         if status != 200:
             raise UserError(
-                f"{self.url}/chat/completions does not exist or has no model {self.model} ({_told(answer)}): mend --judge-url, "
+                f"{self.url}/chat/completions does not exist or has no model {self.model} ({_told(answer)}): correct --judge-url, "
                 "which usually ends in /v1, or --judge-model"
             )
         return _completion(answer.text) | {"left_out": sorted(foreign)}
 
     def _unreachable(self, error: Exception) -> UserError:
         return UserError(
-            f"no judge can be reached at {self.url} ({type(error).__name__}: {error}): start it, or mend --judge-url"
+            f"no judge can be reached at {self.url} ({type(error).__name__}: {error}): start it, or correct --judge-url"
         )
 
     def _wrong_key(self, answer: Any) -> UserError:
@@ -246,11 +246,15 @@ def check_url(url: str) -> str:
         parts = urlsplit(url.strip())
         parts.port  # noqa: B018  a port that is no number raises here
     except ValueError as error:
-        raise UserError(f"--judge-url {url} is no address ({error}): write it as http://localhost:8000/v1") from error
+        raise UserError(
+            f"--judge-url {url} is not an address ({error}): write it as http://localhost:8000/v1"
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--judge-url {url} is no http address: write it as http://localhost:8000/v1")
+        raise UserError(f"--judge-url {url} is not an http address: write it as http://localhost:8000/v1")
     if "@" in parts.netloc or parts.query or parts.fragment:
-        raise UserError(f"--judge-url {url} holds more than an address: keys come from an environment variable")
+        raise UserError(
+            f"--judge-url {url} holds more than an address: remove the rest, and put the key into an environment variable"
+        )
     return url.strip().rstrip("/").removesuffix("/chat/completions")
 
 

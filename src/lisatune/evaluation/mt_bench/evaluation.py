@@ -88,7 +88,9 @@ def evaluate(
             ]
             verdicts = _judge(judge, prompts, console)
         except KeyboardInterrupt:
-            raise Stopped("stopped; what was made is kept, and the same command goes on", signal.SIGINT) from None
+            raise Stopped(
+                "stopped; what is done is kept: run the same command again to resume", signal.SIGINT
+            ) from None
 
         # what came of it
         pairs = [verdicts[i : i + NUM_TURNS] for i in range(0, len(verdicts), NUM_TURNS)]

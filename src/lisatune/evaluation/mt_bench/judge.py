@@ -75,8 +75,8 @@ class Judge:
                 raise
         num_left = len(self.missing(prompts))
         raise UserError(
-            f"the budget of {self.endpoint.budget:,} requests is spent, with {num_left:,} verdicts left: the same command goes on, "
-            "and asks for nothing twice"
+            f"the budget of {self.endpoint.budget:,} requests is spent, with {num_left:,} verdicts left: run the same command again. "
+            "No request is sent twice"
         )
 
     def _ask_one(self, prompt: str) -> None:

@@ -46,10 +46,10 @@ def read_questions(questions: str, references: str | None = None, *, limit: int 
     for row in read_rows(questions):
         question = _question(row)
         if question.id in found:
-            raise UserError(f"{row.where}: question_id {question.id} stands there twice: give each its own")
+            raise UserError(f"{row.where}: question_id {question.id} is in the file twice: give each question its own")
         found[question.id] = question
     if not found:
-        raise UserError(f"{questions}: holds no questions")
+        raise UserError(f"{questions}: holds no questions; give a file in the form of FastChat's question.jsonl")
     if references is not None:
         found = {name: replace(question, references=()) for name, question in found.items()}
         for row in read_rows(references):
@@ -85,7 +85,9 @@ def _texts(row: Row, column: str, value: Any) -> tuple[str, ...]:
     try:
         "".join(value).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{row.where}: '{column}' holds half of a character, which is no text: mend it") from error
+        raise UserError(
+            f"{row.where}: '{column}' holds half of a character, which is not valid text: fix it"
+        ) from error
     return tuple(value)
 
 

@@ -42,7 +42,9 @@ class Records:
         self.path = path
         self._lock = threading.Lock()
         if path.is_symlink():
-            raise UserError(f"{path} is a link, which would be written through: put the file itself there")
+            raise UserError(
+                f"{path} is a symbolic link, and nothing is written through links: put the file itself there"
+            )
         try:
             self._found = self._read()
         except OSError as error:

@@ -136,7 +136,7 @@ def score_targets(
                 if scorer.num_cut:
                     warn(
                         console,
-                        f"{name}, {task}: {scorer.num_cut:,} prompts exceed the model's context, their beginning was cut",
+                        f"{name}, {task}: {scorer.num_cut:,} prompts are longer than the model's context; their beginning was cut",
                     )
                 record.add(name, task, conditions, scores)
                 _write(record, targets, target.folder)

@@ -105,9 +105,7 @@ def _read_files(folder: Path, pattern: str) -> list[tuple[str, Columns]]:
 def _read_pubmedqa(files: list[Path], truth: list[Path]) -> list[tuple[str, Columns]]:
     """PubMedQA's questions, an object by PMID; those of the test are the ones that ``truth`` names."""
     if not truth:
-        raise UserError(
-            f"{files[0].parent}: holds no test_ground_truth.json, which says what the test is: put it there"
-        )
+        raise UserError(f"{files[0].parent}: holds no test_ground_truth.json, which lists the test rows: put it there")
     test = {pmid for file in truth for pmid in _read_object(file)}
     return [
         (f"{file}, {pmid}", row | {"test": pmid in test}) for file in files for pmid, row in _read_object(file).items()

@@ -60,7 +60,7 @@ class Record:
                 scores = {task: _score(score) for task, score in entry["scores"].items()}
                 self.add(entry["model"], entry["task"], Conditions(**entry["conditions"]), scores, entry["weights"])
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it to score anew") from error
+            raise UserError(f"{path} cannot be read ({error}): remove it to score again") from error
 
     def get(self, model: str, task: str, conditions: Conditions) -> dict[str, Score] | None:
         """The scores of what ``task`` names, if ``model`` has been scored so with the weights that it has now."""
