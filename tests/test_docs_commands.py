@@ -4,6 +4,7 @@ The comment is ``<!-- not run: REASON -->``. A model, data and numbers of a page
 """
 
 import io
+import json
 import os
 import shlex
 import shutil
@@ -32,11 +33,11 @@ MODELS = ("MODEL", "M", "model.gguf", "HuggingFaceTB/SmolLM2-135M", "HuggingFace
 STAND_IN = dict.fromkeys(MODELS, "model") | dict.fromkeys(("ROWS", "D"), "rows.jsonl") | {"RUN": "runs/RUN"}
 SMALL = {
     "max_steps": "2", "eval_rows": "4", "max_length": "64", "per_device_train_batch_size": "2", "seed": "0", "norm_steps": "1",
-    "eval_tasks_steps": "1", "eval_limit": "1", "dp_shard_size": "2", "--nproc": "2", "--nproc-per-node": "2",
+    "eval_tasks_steps": "1", "eval_limit": "1", "eval_steps": "1", "num_train_epochs": "0.1", "dp_shard_size": "2", "--nproc": "2", "--nproc-per-node": "2",
 }  # fmt: skip
 # what is added to a command that does not say it
 ADDED = {
-    "train": ["max_steps=2", "max_length=64", "per_device_train_batch_size=2"], "chat": ["--max-new-tokens", "2"],
+    "train": ["max_steps=2", "per_device_train_batch_size=2"], "chat": ["--max-new-tokens", "2"],
     "eval": ["--data-dir", "data", "--limit", "1"], "mt-bench": ["--max-new-tokens", "2"],
     "compare": ["max_length=64", "per_device_train_batch_size=2"],
 }  # fmt: skip
@@ -75,6 +76,8 @@ def small(line, number, judge_url):
     if added and added[0].startswith("--"):
         pairs = zip(added[::2], added[1::2], strict=True)
         return words + [word for pair in pairs if pair[0] not in given for word in pair]
+    if "num_train_epochs" in given:
+        given.add("max_steps")  # one of them says how long a run is
     return words + [word for word in added if word.partition("=")[0] not in given]
 
 
@@ -107,6 +110,11 @@ def at_hand(model_folder, tmp_path_factory):
     for name in ("rows.jsonl", "a.jsonl", "folder/main/train.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows(folder / name)
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    pair = {"prompt": "What is 1 + 1?", "chosen": "2", "rejected": "3"}
+    (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 12)
+    tool = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+    (folder / "tools.json").write_text(json.dumps([{"type": "function", "function": tool}]))
     (folder / "data").mkdir()
     write_tasks(folder / "data")
     (folder / "question.jsonl").write_text(

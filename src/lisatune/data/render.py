@@ -191,8 +191,8 @@ class Renderer:
             }
             return self._located(example, [*chat[:i], bare], i)
         raise UserError(
-            f"{example.where}: the chat template changes earlier turns as the chat goes on, so answers cannot be told "
-            "from prompts; set completion_only_loss=false, which learns the whole chat, or give another chat_template"
+            f"{example.where}: the chat template rewrites earlier turns, so it is not clear which tokens are answers; "
+            "give another chat_template, or learn the whole chat with completion_only_loss=false"
         )
 
     def _after_header(self, example: Example, before: list[Message], prompt: str, shown: str) -> str | None:

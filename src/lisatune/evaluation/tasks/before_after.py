@@ -79,7 +79,7 @@ def find_target(name: str, output: Path | None = None) -> Target:
     check_model_name(trained)
     base = read_settings(str(path / "config.yaml"), []).get("model")
     if not isinstance(base, str):
-        raise UserError(f"{path / 'config.yaml'}: says no model that the run began with; give {trained} instead")
+        raise UserError(f"{path / 'config.yaml'}: does not name the base model; give {trained} instead")
     check_model_name(base)
     return Target(name, trained, base, output or path)
 
