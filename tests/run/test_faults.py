@@ -72,7 +72,7 @@ def test_killed_at_many_moments(model_folder, data_file, tmp_path, kills):
     told = json.loads(done.stdout)
     assert told["kills"] == kills
     assert told["while_writing"] >= 0.4 * kills
-    assert told["went_on"] >= 0.8 * kills
+    assert told["went_on"] >= kills * 4 // 5, "four of five kills wait for a checkpoint"
     a, b = weights(tmp_path / "straight"), weights(tmp_path / "killed")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "killed")
