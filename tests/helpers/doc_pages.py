@@ -78,10 +78,12 @@ def code_lines(text):
 
 
 def commands(text):
-    """Words after `lisatune` of every command in code blocks."""
+    """Words after `lisatune` of every command in code blocks, without what follows `--`: another program takes that."""
     lines = [line.partition("-m lisatune ")[2] or line.removeprefix("lisatune ") for line in code_lines(text)
              if line.startswith("lisatune ") or "-m lisatune " in line]  # fmt: skip
-    return [[word for word in shlex.split(line) if word != "..."] for line in lines]
+    split = [shlex.split(line) for line in lines]
+    own = [words[: words.index("--")] if "--" in words else words for words in split]
+    return [[word for word in words if word != "..."] for words in own]
 
 
 def anchors(path):

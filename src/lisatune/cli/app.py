@@ -25,6 +25,7 @@ from lisatune.cli.norms import norms
 from lisatune.cli.plan import plan
 from lisatune.cli.report import report
 from lisatune.cli.score_layers import score_layers
+from lisatune.cli.serve import serve
 from lisatune.cli.settings import settings
 from lisatune.cli.studio import studio
 from lisatune.cli.train import train
@@ -36,7 +37,7 @@ from lisatune.processes.launch import num_started, number_started
 COMMANDS_OF: dict[str, dict[str, Callable[..., None]]] = {
     "Start": {"demo": demo, "init": init, "settings": settings},
     "Train": {"data": data, "plan": plan, "train": train, "watch": watch, "studio": studio},
-    "Use a model": {"chat": chat, "export": export},
+    "Use a model": {"chat": chat, "serve": serve, "export": export},
     "Measure": {"eval": evaluate, "mt-bench": mt_bench, "compare": compare, "report": report},
     "Study layers": {"norms": norms, "score-layers": score_layers},
     "Help": {"env": env},
