@@ -394,7 +394,7 @@ def test_another_comparison_is_refused_with_what_differs(faked, tmp_path):
     before = (tmp_path / "cmp" / "comparison.yaml").read_text()
     with pytest.raises(UserError, match=r"of 4 runs, and this grid lacks 2 of them: seed=1 \(was \[0, 1\]\). Put back"):
         faked(lambda t: final(2.0), "learning_rate=1e-4,1e-3", "seed=1")
-    with pytest.raises(UserError, match=r"4 would be left out: warmup_steps=1 \(was not given\)"):
+    with pytest.raises(UserError, match=r"this grid lacks 4 of them: warmup_steps=1 \(was not given\)"):
         faked(lambda t: final(2.0), "learning_rate=1e-4,1e-3", "seed=0,1", "warmup_steps=1")
     assert (tmp_path / "cmp" / "comparison.yaml").read_text() == before
 
