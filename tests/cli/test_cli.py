@@ -169,7 +169,7 @@ def test_plan_puts_methods_side_by_side_and_finds_what_fits(model_folder):
         (["--gpu-memory", "1KiB"], "nothing fits into 0.0 MiB"),
         (["--gpu-memory", "much"], "'much' is not an amount of memory: write it as 24GiB or 24GB"),
         (["--method", "lsia"], "method='lsia': input should be 'lisa', 'fixed', 'badam', 'lora', 'full' or 'mezo'"),
-        (["--device", "tpu"], "device=tpu: choose cuda or cpu"),
+        (["--device", "tpu"], "device=tpu: choose cuda, mps or cpu"),
         (["--method", "lora", "vocabulary_blocks=true"], "vocabulary_blocks has no effect with method=lora"),
     ],
 )

@@ -28,7 +28,7 @@ def plan(
         str | None,
         typer.Option(help="Find settings that fit into this memory, for example 24GiB.", rich_help_panel=MACHINE),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda or cpu.", rich_help_panel=MACHINE)] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda, mps or cpu.", rich_help_panel=MACHINE)] = "cuda",
     nproc: Annotated[
         int,
         typer.Option(

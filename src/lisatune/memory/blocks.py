@@ -80,7 +80,7 @@ class Cut:
             block = whole[start:stop]
             if slot.shape != block.shape:
                 # a graph that is still held keeps the shape that gradients must have; another type makes torch forget it
-                slot.data = block.new_empty(0, dtype=torch.float16 if block.dtype == torch.float64 else torch.float64)
+                slot.data = block.new_empty(0, dtype=torch.bfloat16 if block.dtype == torch.float16 else torch.float16)
             slot.data = block
             slot.requires_grad_(start < stop)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,10 +111,16 @@ def _reset_peak_of_process() -> None:
 
 
 def _resident_bytes(entry: str) -> int:
-    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process; elsewhere than on Linux always the peak."""
-    try:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process; on macOS always the peak."""
+    with suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(entry)) * 1024
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, others in KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return int(memory.rss if entry == "VmRSS" else getattr(memory, "peak_wset", memory.rss))
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, others in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

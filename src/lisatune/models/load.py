@@ -238,12 +238,13 @@ def check_saved_names(model: Any) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or else the CPU.
+    """``auto`` is the first GPU, or else Apple's (MPS), or else the CPU.
 
     Raises: UserError for a device that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        return torch.device(next((name for name, is_available in there.items() if is_available()), "cpu"))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

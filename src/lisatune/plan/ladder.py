@@ -18,7 +18,7 @@ from lisatune.processes.collectives import num_ranks, rank
 from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays, with_new_names
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
-UNCOUNTED_BYTES = {"cuda": 2**30, "cpu": 0}
+UNCOUNTED_BYTES = {"cuda": 2**30, "mps": 2**30, "cpu": 0}
 
 # The order (`ladder` in the rows of the settings) is that of their price in time for a model of billions and thousands of
 # tokens a step, by arithmetic: none; that
@@ -132,7 +132,7 @@ def climb(
         config: The run.
         hf_config: The model's transformers config.
         memory_bytes: Memory of the device; ``UNCOUNTED_BYTES`` of it are left for what a forecast does not count.
-        device: ``cuda`` or ``cpu``.
+        device: ``cuda``, ``mps`` or ``cpu``.
         tokens: Tokens of a row; by default ``max_length``.
     Raises: UserError telling the smallest peak there is and what it would need, if nothing fits.
     Cost: a forecast for each rung, and for halving the number of checkpointed layers.

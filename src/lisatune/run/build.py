@@ -225,6 +225,9 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
     Raises: UserError for a device that is not there, or a lever that has no effect on it.
     """
     device = local_device(pick_device(config.device))
+    if device.type == "mps" and (config.method == "mezo" or config.norm_steps):
+        asked = "method=mezo" if config.method == "mezo" else "norm_steps"
+        raise UserError(f"{asked} needs float64, which MPS does not have: set device=cpu")
     name = str(device) if num_ranks() == 1 else device.type  # each process has a GPU of its own
     settings = config.model_dump(exclude_unset=True) | {"device": name}
     if config.dtype == "auto":

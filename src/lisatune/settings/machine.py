@@ -29,7 +29,7 @@ def trackers_of(report_to: str | list[str]) -> list[str]:
 class Machine(BaseModel):
     """Device, seed and logging."""
 
-    device: str = row("auto", "cpu, cuda, cuda:1, ... auto takes a GPU if there is one.", one_value=True)
+    device: str = row("auto", "cpu, cuda, cuda:1, mps, ... auto takes a GPU if there is one.", one_value=True)
     full_determinism: bool = row(
         False, "Equal runs give equal bits on a CPU of any maker, and on a GPU, with slower kernels."
     )
