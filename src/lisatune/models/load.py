@@ -243,8 +243,8 @@ def pick_device(name: str) -> torch.device:
     Raises: UserError for a device that is not there.
     """
     if name == "auto":
-        there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-        return torch.device(next((name for name, is_available in there.items() if is_available()), "cpu"))
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else mps)
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

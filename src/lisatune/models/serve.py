@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lisatune.common.programs import program
 from lisatune.errors import UserError, did_you_mean, missing_package
 from lisatune.models.names import ADAPTER, check_model_name, model_of, trusts_code
 
 SERVE_PACKAGES = ("fastapi", "uvicorn", "openai")
-
-
-def program(name: str, folder: Path | None = None) -> str | None:
-    """The path of a command: in ``folder`` or its ``build/bin``, next to this Python, or on PATH."""
-    places = [Path(sys.executable).parent] if folder is None else [folder / "build" / "bin", folder / "bin", folder]
-    found = (shutil.which(name, path=str(place)) for place in places)
-    return next((path for path in found if path), None) or (shutil.which(name) if folder is None else None)
 
 
 def with_transformers(model: str, host: str, port: int, trust_remote_code: bool) -> list[str]:
