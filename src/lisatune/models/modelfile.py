@@ -110,11 +110,9 @@ def _pieces(
     """Cut what stands between messages where one ends and the next begins; ``end`` is what follows a last question."""
     if not before_answer.startswith(end):
         return None
-    # what stands before a question is what `first` and `between` both end with
-    length = next(
-        (n for n in range(min(len(first), len(between)), -1, -1) if first.endswith(between[len(between) - n :])), 0
-    )
-    question = first[len(first) - length :] if length else ""
+    # what stands before a question is what `first` and `between` both end with; an answer most likely ends as a question does
+    tails = [between.removeprefix(end), *(between[start:] for start in range(len(between) + 1))]
+    question = next(tail for tail in tails if first.endswith(tail))
     if not after_system.endswith(question):
         return None
     around = {
