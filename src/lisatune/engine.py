@@ -231,5 +231,5 @@ def _not_held(name: str, part: str, *, frozen: bool) -> str:
     if frozen:
         text += "it was frozen before; call model.requires_grad_(True), then make the optimizer over model.parameters()"
     else:
-        text += "make the optimizer over model.parameters() before anything is frozen, or give all of several in a list"
+        text += "make the optimizer over model.parameters() before anything is frozen, and give begin_step all optimizers in a list"
     return text + (f", or set train_{part}=False" if part in ("embedding", "head") else "")

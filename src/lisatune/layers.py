@@ -237,11 +237,13 @@ def find_layers(model: nn.Module, decoder_name: str | None = None) -> Layers:
     embedding = embedding_of(model, "get_input_embeddings")
     if embedding is None:
         raise UserError(
-            f"{type(model).__name__} has no get_input_embeddings(): LISA needs a language model that names its embedding"
+            f"{type(model).__name__} has no get_input_embeddings(): define it, so that LISA finds the embedding"
         )
     names = {id(module): name for name, module in model.named_modules()}
     if id(embedding) not in names:
-        raise UserError(f"the input embedding of {type(model).__name__} is not a module of it: LISA cannot train it")
+        raise UserError(
+            f"the input embedding of {type(model).__name__} is not one of its modules: let get_input_embeddings() return one"
+        )
     lists = decoder_name.split(",") if decoder_name else decoder_lists(model, names[id(embedding)])
     modules, decoder = dict(model.named_modules()), list[nn.Module]()
     for name in lists:

@@ -65,7 +65,7 @@ def test_the_commands_of_vllm_and_llama_cpp(run, installed, tmp_path):
         ("model.gguf", "transformers", "--engine llama.cpp serves a .gguf file"),
         ("delta", "transformers", "only the weights that changed: lisatune export"),
         ("adapters", "transformers", "adapters without their base model: lisatune export"),
-        ("me@home/model", "transformers", "takes what follows @ for a revision"),
+        ("me@home/model", "transformers", "reads the text after @ as a revision"),
         ("./nothing", "transformers", "no such model folder"),
     ],
 )

@@ -55,7 +55,7 @@ def test_labels(label, good):
     [
         (PAIRS, {"prompt": "q", "completion": "a", "label": True}, "'chosen' is missing.*those of task=kto"),
         (LABELLED, {"prompt": "q", "chosen": "a", "rejected": "b"}, "'completion' is missing.*those of task=dpo, orpo"),
-        (PAIRS, {"text": "q"}, "'chosen' is missing.*its columns are text.*columns={chosen: NAME}"),
+        (PAIRS, {"text": "q"}, "'chosen' is missing.*this row has the columns text.*columns={chosen: NAME}"),
         (PAIRS, {"chosen": "a", "rejected": "b"}, "there is no prompt"),
         (PAIRS, {"prompt": "q", "chosen": [USER], "rejected": [BAD]}, "'chosen' is no answer to the prompt"),
         (PAIRS, {"prompt": "q", "chosen": None, "rejected": "b"}, "'chosen' is missing or null, but must be a string"),

@@ -204,7 +204,7 @@ def test_what_the_converter_does_not_know_is_told(model_folder, tmp_path):
         (["RUN", "x.gguf", "--gguf", "q3"], "choose one of f32"),
         (["RUN", "x", "--dtype", "int8"], "choose float32"),
         (["RUN", "x", "--gguf", "f16", "--push-to", "a/b"], "leave out --gguf"),
-        (["RUN", "x", "--push-to", "a/b"], "the hub did not take it"),
+        (["RUN", "x", "--push-to", "a/b"], "the upload to the hub failed"),
     ],
 )
 def test_mistakes_are_answered_in_a_sentence(run, model_folder, tmp_path, words, said):

@@ -265,12 +265,12 @@ class Scaled(nn.Embedding):
 
 def test_embeddings_that_do_more_are_refused():
     store = RowGradients()
-    with pytest.raises(UserError, match="class Scaled, whose forward is its own"):
+    with pytest.raises(UserError, match="class Scaled, which has a forward of its own"):
         watch_embedding(Scaled(4, 2), store)
     replaced = nn.Embedding(4, 2)
     replaced.forward = lambda ids: replaced.weight[ids]
     for embedding in (replaced, nn.Linear(4, 2)):
-        with pytest.raises(UserError, match="whose forward is its own"):
+        with pytest.raises(UserError, match="which has a forward of its own"):
             watch_embedding(embedding, store)
     for option in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}):
         with pytest.raises(UserError, match="max_norm, scale_grad_by_freq or sparse"):

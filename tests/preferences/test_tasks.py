@@ -171,7 +171,7 @@ def test_other_methods_are_resumed_to_the_bit_too(more, folder, stop_in_mid_inte
 def test_the_trained_models_stand_where_a_run_s_model_stands(straight):
     task, output, *_ = straight
     if task == "reward":
-        with pytest.raises(UserError, match="is a LlamaForSequenceClassification, which writes no text"):
+        with pytest.raises(UserError, match="is a LlamaForSequenceClassification, which does not generate text"):
             load_model(str(output / "model"))
         return
     model, tokenizer = load_model(str(output / "model"))

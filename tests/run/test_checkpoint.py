@@ -99,7 +99,7 @@ def test_one_of_the_same_step_that_was_passed_over_is_replaced(tmp_path):
 def test_one_of_another_step_is_damaged(tmp_path):
     Checkpoints(tmp_path).save(1, tensors(1, "a"), set(), {})
     (tmp_path / "checkpoints/checkpoint-1").rename(tmp_path / "checkpoints/checkpoint-7")
-    with pytest.raises(Damaged, match=r"no checkpoint of .* is whole \(the oldest: .*checkpoint-7 is of step 1\)"):
+    with pytest.raises(Damaged, match=r"every checkpoint of .* is damaged \(the oldest: .*checkpoint-7 is of step 1\)"):
         Checkpoints(tmp_path).latest(lambda text: None)
 
 

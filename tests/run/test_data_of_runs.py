@@ -186,7 +186,7 @@ def test_quantised_weights_are_refused_by_what_config_json_says(settings_of_mode
         settings_of_model = json.loads((Path(__file__).parent / "quantised" / f"{settings_of_model}.json").read_text())
     (chatml / "config.json").write_text(json.dumps(config | settings_of_model))
     (chatml / "model.safetensors").unlink()  # nothing but config.json is looked at
-    match = f"quantised weights cannot be trained, and config.json says {told}"
+    match = rf"its weights are quantised \(config.json says {told}\), so they cannot be trained"
     with pytest.raises(UserError, match=match):
         preflight(build_config(settings(chatml, rows, tmp_path)))
     with pytest.raises(UserError, match=match):
@@ -196,7 +196,9 @@ def test_quantised_weights_are_refused_by_what_config_json_says(settings_of_mode
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
 def test_weights_that_an_earlier_tool_quantised_are_known_by_its_file(name, chatml, rows, tmp_path):
     (chatml / name).write_text(json.dumps(GPTQ))
-    with pytest.raises(UserError, match=f"quantised weights cannot be trained, and the folder has a {name}"):
+    with pytest.raises(
+        UserError, match=rf"its weights are quantised \(the folder has a {name}\), so they cannot be trained"
+    ):
         preflight(build_config(settings(chatml, rows, tmp_path)))
 
 
@@ -204,7 +206,7 @@ def test_positions_shorter_than_max_length_are_refused_before_anything_is_loaded
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=48, n_embd=32, n_layer=2, n_head=2))
     model = save(tmp_path / "gpt2", make_tokenizer(), gpt2)
     with pytest.raises(
-        UserError, match=r"max_length=64 is more than the 48 positions of the model .*: set max_length=48"
+        UserError, match=r"max_length=64 is more than the model's context of 48 tokens .*: set max_length=48"
     ):
         preflight(build_config(settings(model, rows, tmp_path)))
     summary, _ = run(model, rows, tmp_path, max_length=48)

@@ -90,7 +90,8 @@ print(mkl_mode())
 def test_in_a_process_that_has_multiplied_already_it_is_refused():
     refused = python("-c", LATE.format(multiplied=True))
     assert (
-        "UserError: full_determinism=true comes too late, because this process has multiplied already" in refused.stderr
+        "UserError: full_determinism=true comes too late, because this process has already multiplied matrices"
+        in refused.stderr
     )
     assert "set MKL_CBWR=COMPATIBLE in the environment before Python starts" in refused.stderr
     for multiplied, environment in ((False, {}), (True, {"MKL_CBWR": "COMPATIBLE"})):

@@ -212,7 +212,7 @@ def test_no_whole_checkpoint_is_no_silent_new_beginning(model_folder, data_file,
     run(model_folder, data_file, tmp_path / "run", 10, save_steps=4)
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         (folder / "state.json").unlink()
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole .*start again with another output"):
+    with pytest.raises(UserError, match=r"every checkpoint of .* is damaged .*train again with another output"):
         run(model_folder, data_file, tmp_path / "run", resume=True, save_steps=4)
 
 

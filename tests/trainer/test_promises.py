@@ -127,7 +127,7 @@ def test_muon_with_adamw_for_the_rest(llama, policy):
     hidden = [p for n, p in llama.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     ids = {id(p) for p in hidden}
     both = [torch.optim.Muon(hidden, lr=1e-2), torch.optim.AdamW([p for p in llama.parameters() if id(p) not in ids])]
-    with pytest.raises(UserError, match=r"does not hold model\.embed_tokens.*all of several in a list"):
+    with pytest.raises(UserError, match=r"does not hold model\.embed_tokens.*all optimizers in a list"):
         LisaEngine(find_layers(llama), UniformSampler(4, 1), 2).begin_step(0, both[0])
     engine = LisaEngine(find_layers(llama), UniformSampler(4, 1), 2, policy)
     for number in range(8):

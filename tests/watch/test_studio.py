@@ -133,11 +133,11 @@ def test_a_run_is_begun_with_the_file_that_was_shown(server, home, words):
     assert (home / "runs" / "new.yaml").read_text() == shown["config"]
     status, told = post(server, "train", asked())
     assert status == 422
-    assert "runs/new is there already" in told["error"]
+    assert "runs/new exists already" in told["error"]
     assert post(server, "train", asked() | {"name": "done"})[0] == 422
     assert post(server, "resume", {"run": "new"})[1]["error"].startswith("runs/new trains already")
     assert post(server, "stop", {"run": "done"})[1]["error"].startswith(
-        "runs/done does not train, or was not begun here"
+        "runs/done is not training, or was not started here"
     )
     assert {one["name"]: one["state"] for one in post(server, "state")[1]["runs"]} == {
         "done": "finished",
@@ -253,7 +253,7 @@ def test_a_run_that_is_a_link_or_names_a_model_elsewhere_is_left_alone(server, h
     for deed in ("resume", "chat", "export"):
         assert post(server, deed, {"run": "done", "form": "folder", "name": "x"}) == (
             422,
-            {"error": "there is no run 'done'"},
+            {"error": "there is no run 'done': choose one of the list"},
         )
     (home / "runs" / "done").unlink()
     (home.parent / "theirs").rename(home / "runs" / "done")

@@ -52,7 +52,7 @@ def data(
 
     if checked.task != "sft":
         raise UserError(
-            f"task={checked.task}: lisatune data shows what task=sft learns; a run tells at its start which rows it uses"
+            f"lisatune data works with task=sft only; with task={checked.task}, lisatune train prints at its start which rows it uses"
         )
     check_model_name(checked.model)
     train, held_out = read_examples(checked.model_copy(update={"streaming": False}))

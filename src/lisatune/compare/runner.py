@@ -139,7 +139,7 @@ def compare(
     grid = make_grid(given, output, known, ended.loss_of)
     if retry and grid.planned > len(grid.trials):
         raise UserError(
-            "--retry cannot go with search=optuna, whose later values were chosen knowing what had failed: leave it out"
+            "--retry cannot go with search=optuna, because later values depend on which runs failed: leave it out"
         )
     _refuse_other(grid, known, record)
 

@@ -41,7 +41,7 @@ PASSED_KEYS = ("name", "tool_call_id")  # handed to the template as they are
 TURN_KEYS = (*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *TRAIN_KEYS, "weight", *CALL_KEYS, *PASSED_KEYS)
 KNOWN_COLUMNS = (
     "messages; prompt and completion; instruction, input and output (or context and response); conversations; "
-    "question and answer; text; or others' names, given by columns={messages: dialog}"
+    "question and answer; text; or set columns={messages: dialog} if a column has another name"
 )
 
 
@@ -495,7 +495,7 @@ class RowReader:
         if "chosen" in columns and "rejected" in columns:
             name = "messages" if isinstance(columns["chosen"], list) else "completion"
             return self._error(
-                "columns chosen and rejected are of preference training: set task=dpo; or, to learn what was chosen alone, "
+                "columns 'chosen' and 'rejected' are for preference training: set task=dpo; to learn only the chosen answers, set "
                 f"columns={{{name}: chosen}}"
             )
         names = [shown(name) for name in list(columns)[:MAX_SHOWN]] + ["..."] * (len(columns) > MAX_SHOWN)

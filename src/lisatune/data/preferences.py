@@ -164,8 +164,8 @@ class _JudgedReader(RowReader):
         other = others["chosen"] if {"completion", "label"} <= set(self.columns) and "chosen" in wanted else other
         needed = " and ".join(name for name in wanted if name != "margin")
         names = ", ".join(shown(name) for name in list(self.columns)[:MAX_SHOWN]) or "(none)"
-        hint = f"; its columns are those of {other}" if other else f"; its columns are {names}"
+        hint = f"; this row has the columns of {other}" if other else f"; this row has the columns {names}"
         return self._error(
-            f"'{missing}' is missing: this task learns from a prompt with {needed}{hint}; others' names are given by "
+            f"'{missing}' is missing: this task learns from a prompt with {needed}{hint}; if a column has another name, set "
             f"columns={{{missing}: NAME}}"
         )

@@ -109,7 +109,7 @@ def push(folder: Path, name: str) -> str:
     except Exception as error:  # its errors and those of the connection have no common base
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{name}: the hub did not take it ({reason}); {folder} is complete, so log in (hf auth login) and upload that"
+            f"{name}: the upload to the hub failed ({reason}); log in (hf auth login) and upload {folder}, which is complete"
         ) from error
 
 

@@ -44,7 +44,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # transformers raises many kinds, none of them ours
-        raise UserError(f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"{name}: its tokenizer cannot be loaded, so put its files into that folder: {' '.join(str(error).split())[:300]}"
+        ) from error
     found = None if "gguf_file" in options else read_config(name)
     size = found[1].get("vocab_size") if found else None
     return tokenizer, size if isinstance(size, int) else None
@@ -92,7 +94,8 @@ def load_model(
     except Exception as error:  # transformers raises many kinds, none of them ours
         reason = " ".join(str(error).split())[:300]
         kind = "a causal language model" if auto_class == "AutoModelForCausalLM" else "a reward model"
-        raise UserError(f"{name} cannot be loaded as {kind}: {reason}") from error
+        where = "" if path.exists() else "no such folder here, and from the hub it "
+        raise UserError(f"{name}: {where}cannot be loaded as {kind}: {reason}") from error
     _forget_quantization(model)
     _check_template_names(name, tokenizer.chat_template)
     if tokenizer.pad_token_id is None:
@@ -145,7 +148,9 @@ def _load_adapted(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> 
             generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
             model.generation_config = GenerationConfig.from_dict(generation)
     except Exception as error:  # peft and transformers raise many kinds, none of them ours
-        raise UserError(f"{folder}: its adapters do not fit {base}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"{folder}: its adapters do not fit {base}, so correct base_model_name_or_path in its adapter_config.json: {' '.join(str(error).split())[:300]}"
+        ) from error
     return model.eval(), tokenizer
 
 
@@ -175,7 +180,7 @@ def check_positions(model: Any, longest: int) -> None:
     """
     if longest > (limit := learned_positions(model)):
         raise UserError(
-            f"the longest row has {longest:,} tokens, but the model has learned {limit:,} positions alone: set "
+            f"the longest row has {longest:,} tokens, but the model's context is {limit:,} tokens: set "
             f"max_length={limit}"
         )
 

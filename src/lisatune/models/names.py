@@ -29,13 +29,15 @@ def base_of_adapters(folder: Path) -> str:
         settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
         if settings["peft_type"] != "LORA":
             raise UserError(
-                f"{folder / ADAPTER} is of {shown(settings['peft_type'])}: only LoRA's adapters can be merged"
+                f"{folder / ADAPTER} is of {shown(settings['peft_type'])}: only LoRA's adapters can be merged; give a merged model"
             )
         return str(settings["base_model_name_or_path"])
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder / ADAPTER} does not say what model the adapters belong to ({error})") from error
+        raise UserError(
+            f"{folder / ADAPTER} does not say what model the adapters belong to ({error}); set base_model_name_or_path"
+        ) from error
 
 
 def check_model_name(name: str) -> None:
@@ -101,7 +103,9 @@ def read_config(name: str) -> tuple[Path, dict[str, Any]] | None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         return file, {**settings, **settings.get("text_config", {})}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is not the config.json of a model ({error})") from error
+        raise UserError(
+            f"{file} is not the config.json of a model ({error}); save the model again with save_pretrained"
+        ) from error
 
 
 # where weights are said to be quantised: by transformers, by its earlier versions, and by MLX; or in a file of its own
@@ -123,8 +127,8 @@ def check_not_quantised(name: str, settings: dict[str, Any]) -> None:
     else:
         return
     raise UserError(
-        f"{name}: quantised weights cannot be trained, and {says}; give the model as it was before it was quantised, in bfloat16 "
-        "or float32"
+        f"{name}: its weights are quantised ({says}), so they cannot be trained: give the model in bfloat16 or float32, before "
+        "quantisation"
     )
 
 
@@ -145,7 +149,7 @@ def check_writes_text(name: str, settings: dict[str, Any]) -> None:
     classes = [str(one) for one in settings.get("architectures") or ()]
     if other := next((one for one in classes if one.endswith(("Classification", "Answering"))), None):
         raise UserError(
-            f"{name} is a {other}, which writes no text: give the model as it was before it got that head, or train it with "
+            f"{name} is a {other}, which does not generate text: give the causal language model that it was made from, or train it with "
             "task=reward"
         )
 
@@ -166,7 +170,7 @@ def check_max_length(name: str, max_length: int) -> None:
         positions, key = settings.get("max_seq_len"), "max_seq_len"
     if isinstance(positions, int) and max_length > positions:
         raise UserError(
-            f"max_length={max_length} is more than the {positions} positions of the model ({key} in {file}): set "
+            f"max_length={max_length} is more than the model's context of {positions} tokens ({key} in {file}): set "
             f"max_length={positions}"
         )
 

@@ -23,7 +23,7 @@ def with_transformers(model: str, host: str, port: int, trust_remote_code: bool)
     if Path(model).suffix == ".gguf":
         raise UserError(f"{model}: --engine llama.cpp serves a .gguf file; or export it as a folder, and serve that")
     if "@" in model:
-        raise UserError(f"{model}: transformers' server takes what follows @ for a revision: give a path without @")
+        raise UserError(f"{model}: transformers' server reads the text after @ as a revision: give a path without @")
     if absent := [name for name in SERVE_PACKAGES if importlib.util.find_spec(name) is None]:
         raise missing_package(absent[0], "lisatune serve", "serve")
     command = program("transformers")

@@ -200,10 +200,12 @@ def watch_embedding(embedding: nn.Module, store: RowGradients) -> RemovableHandl
     name = type(embedding).__name__
     own_forward = type(embedding).forward is not nn.Embedding.forward or "forward" in vars(embedding)
     if not isinstance(embedding, nn.Embedding) or own_forward:
-        raise UserError(f"the embedding is of class {name}, whose forward is its own: train it without row gradients")
+        raise UserError(
+            f"the embedding is of class {name}, which has a forward of its own: leave vocabulary_blocks (RowGradients) out"
+        )
     if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         raise UserError(
-            f"the embedding ({name}) has max_norm, scale_grad_by_freq or sparse set: train it without row gradients"
+            f"the embedding ({name}) has max_norm, scale_grad_by_freq or sparse set: leave vocabulary_blocks (RowGradients) out"
         )
     if any(isinstance(hook, _LeaveParts) for hook in embedding._forward_hooks.values()):
         raise UserError(f"the embedding ({name}) is watched already: remove() the handle of the first time")

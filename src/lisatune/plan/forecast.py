@@ -40,9 +40,10 @@ TEMPORARIES = ("loss", "backward", "step", "other")
 WHERE = {"activations": "in the forward pass", GATHERED: "in the forward pass", "loss": "at the loss", "backward": "in the backward pass",
          "step": "in the optimizer's step", "other": "between the passes"}  # fmt: skip
 LEFT_OUT = {
-    "cuda": "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, and what fragmentation wastes",
-    "cpu": "not counted: Python and its libraries, and what the allocator keeps for later",
-    "mps": "not counted: Metal's own memory; attention is counted as on CUDA, and no forecast was compared with a Mac",
+    "cuda": "not counted: the CUDA context (about 0.5 GiB), libraries' workspaces, and what fragmentation wastes; "
+    "--gpu-memory and --fit keep 1 GiB free for these",
+    "cpu": "not counted: Python, its libraries, and memory that the allocator keeps for later",
+    "mps": "not counted: Metal's own memory. Attention is counted as on CUDA. No forecast was compared with a Mac yet",
 }
 FORMULA = (
     "weights, gradients and optimizer state counted; activations by the formula of Korthikanti et al. (arXiv:2205.05198, "

@@ -152,7 +152,7 @@ def climb(
         smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
         levers = pulled(rungs[0], smallest) or "no lever is left to pull"
         raise UserError(
-            f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} without what a plan does not count): the smallest peak "
+            f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} for the run, the rest kept free): the smallest peak "
             f"of method={config.method} with rows of {smallest.plan.tokens} tokens is {gib(smallest.plan.peak_bytes)} "
             f"({levers}). Take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
             "max_length, or a smaller model"
@@ -196,7 +196,7 @@ def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, toke
         )
         raise UserError(
             f"out of memory on {device} ({text.splitlines()[0][:200] if text else 'no memory is left'}); predicted was a peak "
-            f"of {gib(first.plan.peak_bytes)}: {advice}; or give --fit the memory that there is, or take a smaller max_length"
+            f"of {gib(first.plan.peak_bytes)}: {advice}; or add --fit with your device's memory, or set a smaller max_length"
         ) from error
 
 
@@ -254,7 +254,7 @@ def reach(rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda") -
 
     longest = largest(lambda n: peak(tokens=n), budget, plan.tokens, unit=64 if plan.tokens >= 64 else 1, limit=limit)
     found = {
-        "tokens of a row" + (" (all that the model's positions allow)" if longest == limit else ""): longest,
+        "tokens of a row" + (" (the model's whole context)" if longest == limit else ""): longest,
         "rows of a micro-batch": largest(lambda n: peak(rows=n), budget, plan.rows),
     }
     if config.method in LAYERWISE:

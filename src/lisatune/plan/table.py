@@ -100,7 +100,7 @@ def _notes(plans: Sequence[Plan]) -> str:
 def show_rungs(rungs: Sequence[Rung], budget: int, reach: dict[str, int]) -> RenderableType:
     """The levers pulled one after another, and what fits with the last of them."""
     table = Table(title=f"levers for method={rungs[0].plan.method}, the cheapest in time first", title_justify="left")
-    for column in ("lever added", "peak", "in host memory", f"within {gib(budget)}"):
+    for column in ("lever added", "peak", "in host memory", f"fits {gib(budget)}"):
         table.add_column(column, justify="left" if column == "lever added" else "right")
     for rung in rungs:
         host = gib(rung.plan.host_bytes) if rung.plan.host_bytes else "-"
@@ -110,4 +110,4 @@ def show_rungs(rungs: Sequence[Rung], budget: int, reach: dict[str, int]) -> Ren
     levers = pulled(rungs[0], rungs[-1])
     if levers:
         lines.append(f"train with: {levers}")
-    return Group(table, Text("with these levers the same memory holds at most, each by itself:"), *map(Text, lines))
+    return Group(table, Text("the most that fits, if you raise only one of these:"), *map(Text, lines))

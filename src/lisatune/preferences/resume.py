@@ -41,18 +41,18 @@ def go_on(run: TaskRun, console: Console, *, allow_changes: bool) -> tuple[int, 
     changes += elsewhere if run.config.full_determinism else []
     if changes and not allow_changes:
         raise UserError(
-            f"{folder} did not begin like this: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
-            "to go on with it, to other results"
+            f"the run in {folder} began differently: {'; '.join(changes)}. Put back what has changed, or add --allow-changes "
+            "to resume it with other results"
         )
     for change in changes:
         warn(console, f"changed since the run began: {change}")
     if not step:
         if (folder / "model").exists():
-            raise UserError(f"{folder} holds a trained model, but no checkpoint to go on from: choose another output")
+            raise UserError(f"{folder} holds a trained model, but no checkpoint to resume from: choose another output")
         console.print("no checkpoint was written yet: the run begins anew")
         return 0, Standing()
     for change in [] if run.config.full_determinism else elsewhere:
-        warn(console, f"{change}: weights equal to the bit need the same")
+        warn(console, f"{change}: bit-identical weights need the same")
     (folder / "summary.json").unlink(missing_ok=True)
     console.print(f"going on after step {step:,} of {run.num_steps:,}", highlight=False)
     return step, standing
@@ -66,7 +66,7 @@ def newest(folder: Path, console: Console) -> tuple[int, Standing]:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             return step, Standing.model_validate(state["stateful_callbacks"][TaskJournal.__name__]["attributes"])
         except (OSError, ValueError, KeyError, TypeError, ValidationError):
-            warn(console, f"{path} is not whole; passed over, and removed")
+            warn(console, f"{path} is damaged; skipped, and removed")
             shutil.rmtree(path, ignore_errors=True)
     return 0, Standing()
 

@@ -213,7 +213,7 @@ def _scorer(config: TrainConfig) -> Scorer | None:
     scorer = Scorer(task_names(config.eval_tasks), data_dir=data_folder(config), limit=config.eval_limit)
     if (config.keep_best or config.early_stopping) and (lower := scorer.lower_is_better()):
         raise UserError(
-            f"eval_tasks names {lower[0]}, whose score is the better the lower, so no mean score says which model is best: "
+            f"eval_tasks names {lower[0]}, whose score is better when lower, so it cannot be averaged with the others: "
             "leave it out of eval_tasks"
         )
     return scorer

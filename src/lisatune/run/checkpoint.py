@@ -163,8 +163,8 @@ class Checkpoints:
                 tell(f"{error}; skipped")
         if damage is not None:
             raise Damaged(
-                f"no checkpoint of {self._run} is whole (the oldest: {damage}): start again with another output, or put "
-                "back a copy of a checkpoint"
+                f"every checkpoint of {self._run} is damaged (the oldest: {damage}): train again with another output, or "
+                "restore a checkpoint from a backup"
             )
         return None
 

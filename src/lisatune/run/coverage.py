@@ -82,8 +82,8 @@ def _untrained(config: TrainConfig, engine: LisaEngine | SliceEngine, num_steps:
     remedies += [] if config.sampler == "sweep" else ["sampler=sweep"]
     remedy = " or ".join(remedies)
     yield (
-        f"of {len(counts)} {_units(config)}, {counts.count(0)} will never train and {counts.count(1)} in one interval only, in "
-        f"{num_steps:,} steps" + (f": {remedy} would reach them" if 0 in counts else "")
+        f"{num_steps:,} steps are few for {len(counts)} {_units(config)}: {counts.count(0)} will never train, and "
+        f"{counts.count(1)} in one interval only" + (f"; {remedy} would reach them" if 0 in counts else "")
     )
 
 

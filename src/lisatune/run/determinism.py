@@ -41,7 +41,7 @@ def be_deterministic(device: torch.device) -> None:
         mode = mkl_mode()
         if mode != EQUAL_SUMS and not (mode is None and was_set):
             raise UserError(
-                "full_determinism=true comes too late, because this process has multiplied already; set "
+                "full_determinism=true comes too late, because this process has already multiplied matrices; set "
                 f"{VARIABLE}={EQUAL_SUMS} in the environment before Python starts"
             )
     uneven = next(uneven_products(), None)

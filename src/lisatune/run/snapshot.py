@@ -153,7 +153,7 @@ class Snapshots:
         weights = {part: f"weights-{part}" for part in trainable if f"weights-{part}" in files}
         states = {part: f"state-{part}" for part in trainable if f"state-{part}" in files}
         if strangers := files - {*weights.values(), *states.values()}:
-            raise Damaged(f"{checkpoint.folder}: {min(strangers)} is of no part of this model")
+            raise Damaged(f"{checkpoint.folder}: {min(strangers)} belongs to no part of this model")
 
         # weights first, since state goes where the weights that train now are
         store = open_store(checkpoint, in_shards=learner.placement.in_shards)
@@ -281,7 +281,7 @@ def _check_draw(checkpoint: Checkpoint, state: State, engine: LisaEngine | Slice
         or any(i >= len(engine.pool) for i in state.drawn)
         or engine.sampler.learns != (state.sampler is not None)
     ):
-        raise Damaged(f"{checkpoint.folder / 'state.json'}: its draw of layers is not one of this run's sampler")
+        raise Damaged(f"{checkpoint.folder / 'state.json'}: its active layers were not drawn by this run's sampler")
 
 
 def _read_weights(

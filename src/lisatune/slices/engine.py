@@ -246,8 +246,8 @@ class SliceEngine:
         if missing:
             raise UserError(
                 f"the optimizer does not hold {missing[0]} ({len(missing)} parameters are missing), so it would never "
-                "train: make the optimizer over model.parameters() before anything is frozen; if there are several, give a list "
-                "of all"
+                "train: make the optimizer over model.parameters() before anything is frozen, and give begin_step all optimizers "
+                "in a list"
             )
 
     def states(

@@ -39,12 +39,12 @@ class Places:
         for name, what in RUNS_CODE.items():
             value = settings.get(name)
             if value is True or (isinstance(value, str) and ":" in value):
-                raise UserError(f"{name} runs {what}, which the studio does not: use lisatune train for it")
+                raise UserError(f"the studio does not run {what}, so leave {name} out, or use lisatune train")
         for name, value in settings.items():
             for text in _texts(value):
                 if name != "samples" and self._leads_out(text):
                     raise UserError(
-                        f"{name}={shown(text)} is outside of the folders that this studio may use: start it with that folder too"
+                        f"{name}={shown(text)} is outside of the folders that this studio may use: restart lisatune studio with that folder too"
                     )
 
     def _leads_out(self, text: str) -> bool:

@@ -136,7 +136,7 @@ class Studio:
         build_config(settings)
         path = self.home / "runs" / f"{name}.yaml"
         if path.exists() or path.with_suffix("").exists():
-            raise UserError(f"runs/{name} is there already, and nothing is overwritten: choose another name")
+            raise UserError(f"runs/{name} exists already, and nothing is overwritten: choose another name")
         path.parent.mkdir(exist_ok=True)
         write_whole(path, _as_yaml(settings))
         return self._begin(name, ["train", "--config", f"runs/{name}.yaml"])
@@ -153,7 +153,7 @@ class Studio:
         """Let the run save a checkpoint and end."""
         name = self._run(asked)
         if not self._trains(name):
-            raise UserError(f"runs/{name} does not train, or was not begun here: stop it where it was begun")
+            raise UserError(f"runs/{name} is not training, or was not started here: stop it where it was started")
         self._jobs[name].send_signal(signal.SIGTERM)
         return {}
 
@@ -179,7 +179,7 @@ class Studio:
     def _run(self, asked: Mapping[str, Any]) -> str:
         name = asked.get("run")
         if not isinstance(name, str) or name not in [*self._jobs, *self._there()]:
-            raise UserError(f"there is no run {shown(name)}")
+            raise UserError(f"there is no run {shown(name)}: choose one of the list")
         return name
 
     def _there(self) -> list[str]:

@@ -98,9 +98,7 @@ def write_scores(scores: dict[str, float], path: Path) -> None:
     Raises: UserError if all scores are 0, which no layer can be sampled by, or the file cannot be written.
     """
     if not any(scores.values()):
-        raise UserError(
-            "every layer has the score 0, so none could be sampled by them: lower --multiple, or give --data"
-        )
+        raise UserError("every layer has the score 0, so no layer would be sampled: lower --multiple, or give --data")
     try:
         write_whole(path, json.dumps(scores, indent=2) + "\n")
     except OSError as error:

@@ -65,7 +65,7 @@ def test_the_best_is_by_the_mean_score_where_there_are_tasks(model_folder, data_
     assert summary["scores"] == scores[summary["best_step"]]
 
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.higher_is_better", lambda self: {"word_perplexity": False})
-    with pytest.raises(UserError, match="eval_tasks names winogrande, whose score is the better the lower"):
+    with pytest.raises(UserError, match="eval_tasks names winogrande, whose score is better when lower"):
         run(model_folder, data_file, tmp_path / "other", **some)
 
 

@@ -131,7 +131,7 @@ def _mmlu(columns: Columns) -> dict[str, Any]:
     answer = columns["answer"]
     index = answer if isinstance(answer, int) else LETTERS.index(answer)
     if len(columns["choices"]) != 4 or index > 3:
-        raise ValueError("choices are not four")
+        raise ValueError("a question must have four choices")
     return _named("question", "subject", "choices")(columns) | {"answer": index}
 
 
