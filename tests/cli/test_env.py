@@ -52,3 +52,14 @@ def test_run_from_source_without_being_installed(monkeypatch):
 
     monkeypatch.setattr(metadata, "requires", requires)
     assert env.described()["packages"] == {}
+
+
+def test_what_another_system_needs_is_not_missing_here(monkeypatch):
+    texts = [
+        "torch>=2",
+        "nothing-of-this-name>=1; sys_platform == 'plan9'",
+        "peft; extra == 'lora'",
+        "ruff; extra == 'dev'",
+    ]
+    monkeypatch.setattr(env.metadata, "requires", lambda package: texts)
+    assert [(extra, need.name) for extra, need in env.needs()] == [("", "torch"), ("lora", "peft")]

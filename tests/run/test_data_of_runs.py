@@ -165,19 +165,19 @@ FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "we
 @pytest.mark.parametrize(
     ("settings_of_model", "told"),
     [
-        ("nf4", "quantization_config .bitsandbytes, 4 bits"),  # as bitsandbytes 0.50.2 and transformers wrote it
-        ("int8", "quantization_config .bitsandbytes, 8 bits"),
+        ("nf4", "quantization_config: bitsandbytes, 4 bits"),  # as bitsandbytes 0.50.2 and transformers wrote it
+        ("int8", "quantization_config: bitsandbytes, 8 bits"),
         (
             {"quantization_config": {"load_in_8bit": True}},
-            "quantization_config .bitsandbytes, 8 bits",
+            "quantization_config: bitsandbytes, 8 bits",
         ),  # by earlier versions
-        ({"quantization_config": GPTQ | {"quant_method": "gptq"}}, "quantization_config .gptq, 4 bits"),
-        ({"quantization_config": AWQ}, "quantization_config .awq, 4 bits"),
-        ({"quantization_config": FP8}, "quantization_config .fp8"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config .mxfp4"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config .compressed-tensors"),
-        ({"text_config": {"quantization_config": AWQ}}, "quantization_config .awq, 4 bits"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization .unknown, 4 bits"),  # MLX
+        ({"quantization_config": GPTQ | {"quant_method": "gptq"}}, "quantization_config: gptq, 4 bits"),
+        ({"quantization_config": AWQ}, "quantization_config: awq, 4 bits"),
+        ({"quantization_config": FP8}, "quantization_config: fp8"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config: mxfp4"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config: compressed-tensors"),
+        ({"text_config": {"quantization_config": AWQ}}, "quantization_config: awq, 4 bits"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization: unknown, 4 bits"),  # MLX
     ],
 )
 def test_quantised_weights_are_refused_by_what_config_json_says(settings_of_model, told, chatml, rows, tmp_path):

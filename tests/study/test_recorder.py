@@ -21,7 +21,7 @@ from lisatune.run.build import build
 from lisatune.run.checkpoint import Checkpoints
 from lisatune.run.preflight import preflight
 from lisatune.run.progress import Progress
-from lisatune.run.schedule import seed_step, set_learning_rate
+from lisatune.run.schedule import make_schedule, seed_step, set_learning_rate
 from lisatune.run.snapshot import Snapshots
 from lisatune.settings import build_config, used_settings, write_config
 from lisatune.study import start_weights
@@ -383,10 +383,11 @@ class Drive:
         learner = self.run.learner
         batches = self.run.data.loader.batches(self.progress.position)
         learner.model.train()
+        rate_at = make_schedule(self.config, num_steps=8)
         for step in range(self.progress.step, until):
             batch, self.progress.position = next(batches)
             seed_step(0, step)
-            set_learning_rate(learner.optimizer, self.config, step, 8)
+            set_learning_rate(learner.optimizer, rate_at(step))
             learner.step(step, [batch], batch.num_labelled)
             self.progress.step = step + 1
             if self.recorder:

@@ -76,8 +76,9 @@ def needs() -> Iterator[tuple[str, Any]]:
         texts = []
     for need in map(Requirement, texts):
         extra = str(need.marker).partition("extra == ")[2].strip("\"'") if need.marker else ""
-        if extra != FOR_DEVELOPERS:
-            yield extra, need
+        if extra == FOR_DEVELOPERS or (need.marker and not need.marker.evaluate({"extra": extra})):
+            continue  # such as what only Windows needs
+        yield extra, need
 
 
 def version_of(package: str) -> str | None:

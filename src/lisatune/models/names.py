@@ -121,7 +121,7 @@ def check_not_quantised(name: str, settings: dict[str, Any]) -> None:
     inner = [value for key, value in settings.items() if key.endswith("_config") and isinstance(value, dict)]
     found = [(key, one[key]) for one in (settings, *inner) for key in QUANTISED_KEYS if one.get(key)]
     if found:
-        says = f"config.json says {found[0][0]} ({_how_quantised(found[0][1])})"
+        says = f"config.json says {found[0][0]}: {_how_quantised(found[0][1])}"
     elif file := next((file for file in QUANTISED_FILES if (Path(name) / file).is_file()), None):
         says = f"the folder has a {file}"
     else:
