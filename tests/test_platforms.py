@@ -97,4 +97,4 @@ def test_a_run_on_a_mac_is_planned_in_float32_and_refuses_what_mps_cannot(monkey
     with pytest.raises(UserError, match="norm_steps needs float64, which MPS does not have: set device=cpu"):
         settle(build_config(places | {"norm_steps": 1}))
     plan = plan_memory(make_llama().config, device="mps", max_length=8, per_device_train_batch_size=1)
-    assert "no forecast was compared with a Mac" in str(plan)
+    assert "No forecast was compared with a Mac" in str(plan)

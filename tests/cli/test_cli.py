@@ -268,7 +268,7 @@ def test_a_person_is_asked_whether_to_go_on(model_folder, data_file, tmp_path):
     assert refused.returncode == 2
     accepted = answer("y\n")
     assert accepted.returncode == 0, accepted.stderr
-    assert "no checkpoint was written yet: the run begins anew" in accepted.stderr
+    assert "no checkpoint was written yet: the run starts from the beginning" in accepted.stderr
     assert (output / "summary.json").exists()
 
 

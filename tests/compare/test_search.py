@@ -77,7 +77,7 @@ def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(searched, tmp_p
     result = searched("trials=6", numbers=killed(None))
     assert ran == straight
     assert any(run["status"] == "failed" for run in result["runs"]), "or this test shows less than it says"
-    with pytest.raises(UserError, match="would be left out: learning_rate"):
+    with pytest.raises(UserError, match="this grid lacks 24 of them: learning_rate"):
         searched("trials=6", "learning_rate=1e-4,1e-2")
 
 

@@ -53,8 +53,8 @@ def test_labels(label, good):
 @pytest.mark.parametrize(
     ("parser", "columns", "message"),
     [
-        (PAIRS, {"prompt": "q", "completion": "a", "label": True}, "'chosen' is missing.*those of task=kto"),
-        (LABELLED, {"prompt": "q", "chosen": "a", "rejected": "b"}, "'completion' is missing.*those of task=dpo, orpo"),
+        (PAIRS, {"prompt": "q", "completion": "a", "label": True}, "'chosen' is missing.*the columns of task=kto"),
+        (LABELLED, {"prompt": "q", "chosen": "a", "rejected": "b"}, "'completion' is missing.*the columns of task=dpo, orpo"),
         (PAIRS, {"text": "q"}, "'chosen' is missing.*this row has the columns text.*columns={chosen: NAME}"),
         (PAIRS, {"chosen": "a", "rejected": "b"}, "there is no prompt"),
         (PAIRS, {"prompt": "q", "chosen": [USER], "rejected": [BAD]}, "'chosen' is no answer to the prompt"),

@@ -142,7 +142,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
     console = Console(file=io.StringIO(), width=500)
     step, standing = newest(tmp_path, console)
     assert (step, standing.tokens) == (2, 5)
-    assert "checkpoint-3 is not whole" in console.file.getvalue()
+    assert "checkpoint-3 is damaged; skipped, and removed" in console.file.getvalue()
 
 
 @pytest.mark.slow
@@ -260,5 +260,5 @@ def test_a_comparison_takes_the_rate_of_the_task(folder, tmp_path):
     grid = make_grid(given | {"precompute_ref_log_probs": True}, tmp_path)
     assert [trial.config.learning_rate for trial in grid.trials] == [1e-6, 1e-6]
     assert [trial.config.precompute_ref_log_probs for trial in grid.trials] == [True, False]
-    with pytest.raises(UserError, match="task holds several values"):
+    with pytest.raises(UserError, match="task has several values"):
         make_grid(given | {"task": ["dpo", "orpo"]}, tmp_path)

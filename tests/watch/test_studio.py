@@ -229,7 +229,8 @@ def test_no_setting_leads_out(server, home, deed, name, value):
 def test_code_of_others_is_not_run(server, name, value):
     status, told = post(server, "check", asked(**{name: value}))
     assert status == 422
-    assert told["error"].startswith(f"{name} runs code ")
+    assert told["error"].startswith("the studio does not run code ")
+    assert f"leave {name} out" in told["error"]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def modelfile(folder: Path, file: str) -> str:
     """The Modelfile for ``file``, made from the model in ``folder``."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     lines = [f"FROM ./{file}\n"]
     if tokenizer.chat_template is not None:
         pieces = pieces_of(tokenizer)

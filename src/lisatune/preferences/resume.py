@@ -49,7 +49,7 @@ def go_on(run: TaskRun, console: Console, *, allow_changes: bool) -> tuple[int, 
     if not step:
         if (folder / "model").exists():
             raise UserError(f"{folder} holds a trained model, but no checkpoint to resume from: choose another output")
-        console.print("no checkpoint was written yet: the run begins anew")
+        console.print("no checkpoint was written yet: the run starts from the beginning")
         return 0, Standing()
     for change in [] if run.config.full_determinism else elsewhere:
         warn(console, f"{change}: bit-identical weights need the same")
