@@ -27,7 +27,7 @@ test-slow: $(VENV)/.dev $(VENV)/.demo ## the tests that take minutes
 docs: $(VENV)/.docs ## the docs as a site in build/site; a broken link is an error
 	rm -rf build/pages
 	mkdir -p build/pages/benchmarks
-	cp -rL README.md CONTRIBUTING.md CHANGELOG.md docs examples build/pages/
+	cp -rL README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md docs examples build/pages/
 	cp -r benchmarks/results build/pages/benchmarks/
 	$(BIN)/mkdocs build
 
