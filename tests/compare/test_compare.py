@@ -93,6 +93,14 @@ def entry(result, name):
 # ---- arithmetic
 
 
+def test_the_peak_is_that_of_tensors_where_they_were_counted(tmp_path):
+    """As the forecast that stands beside it; else what the process grew by."""
+    write_run(tmp_path / "a", losses=[9.0, 5.0], peak=2**20)
+    write_run(tmp_path / "b", losses=[9.0, 5.0], peak=2**20, tensor_peak_bytes=900)
+    assert read_run(tmp_path / "a").own_bytes == 2**20
+    assert read_run(tmp_path / "b").own_bytes == 900
+
+
 @pytest.mark.parametrize(
     ("chance", "degrees", "expected"),  # NIST/SEMATECH e-Handbook, table of Student's t
     [

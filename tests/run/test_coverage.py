@@ -26,7 +26,7 @@ NEEDED = {"model": "m", "data": "d", "output": "o", "device": "cpu", "learning_r
                 "sampled: 1 of 4 decoder layers, every 5 steps (uniform)"
                 "; set sampled_unit=slices for slices, which are the default where no setting of layers is given",
                 "effective learning rates: layers 0.00025 (0.001 in 25% of steps), embedding 0.001, head 0.001",
-                "15 steps are few for 4 decoder layers: 2 will never train, and 1 in one interval only; fewer interval_steps or "
+                "15 steps are few for 4 decoder layers: 2 will never train, and 1 will train in one interval only; fewer interval_steps or "
                 "a larger num_active or sampler=sweep would reach them",
             ],
         ),
@@ -43,7 +43,7 @@ NEEDED = {"model": "m", "data": "d", "output": "o", "device": "cpu", "learning_r
                 "sampled: 1 of 20 slices of each matrix, every step (sweep)",
                 "effective learning rates: layers 5e-05 (0.001 in 5% of steps), embedding 5e-05 (0.001 in 5% of steps), "
                 "head 5e-05 (0.001 in 5% of steps)",
-                "15 steps are few for 20 slices: 5 will never train, and 15 in one interval only; a smaller num_slices would reach "
+                "15 steps are few for 20 slices: 5 will never train, and 15 will train in one interval only; a smaller num_slices would reach "
                 "them",
             ],
         ),
@@ -54,7 +54,7 @@ NEEDED = {"model": "m", "data": "d", "output": "o", "device": "cpu", "learning_r
                 "sampled: 1 of 10 slices of each matrix, every step (sweep)",
                 "effective learning rates: layers 0.0001 (0.001 in 10% of steps), embedding 0.0001 (0.001 in 10% of steps), "
                 "head 0.0001",
-                "15 steps are few for 10 slices: 0 will never train, and 5 in one interval only",
+                "15 steps are few for 10 slices: 5 will train in one interval only",
             ],
         ),
     ],

@@ -38,7 +38,9 @@ class Measured:
 
     @property
     def own_bytes(self) -> int:
-        """The peak, less what Python and its libraries hold."""
+        """The peak of tensors, which is what a forecast predicts; of a run that did not count them, the process's growth."""
+        if tensors := self.summary.get("tensor_peak_bytes"):
+            return int(tensors)
         return max(0, int(self.summary["peak_bytes"]) - int(self.summary["base_bytes"]))
 
     def at(self, place: str, value: float) -> float | None:

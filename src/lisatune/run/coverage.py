@@ -81,9 +81,13 @@ def _untrained(config: TrainConfig, engine: LisaEngine | SliceEngine, num_steps:
     remedies.append("a smaller num_slices" if config.sampled_unit == "slices" else "a larger num_active")
     remedies += [] if config.sampler == "sweep" else ["sampler=sweep"]
     remedy = " or ".join(remedies)
+    never, once = counts.count(0), counts.count(1)
+    told = ([f"{never} will never train"] if never else []) + (
+        [f"{once} will train in one interval only"] if once else []
+    )
     yield (
-        f"{num_steps:,} steps are few for {len(counts)} {_units(config)}: {counts.count(0)} will never train, and "
-        f"{counts.count(1)} in one interval only" + (f"; {remedy} would reach them" if 0 in counts else "")
+        f"{num_steps:,} steps are few for {len(counts)} {_units(config)}: {', and '.join(told)}"
+        + (f"; {remedy} would reach them" if never else "")
     )
 
 
