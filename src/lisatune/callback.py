@@ -38,9 +38,9 @@ from lisatune.trainer.settings import LisaSettings
 class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """``Trainer(..., callbacks=[LisaCallback()])`` trains with LISA.
 
-    Nothing is frozen before the Trainer has made its optimizer, which would otherwise never hold the layers drawn
-    later. Layers are set at the beginning of an optimizer step, so never inside an accumulation window. At the end
-    every parameter asks for gradients as before. What trains and what does not is printed at the start.
+    Freezing begins after the Trainer has made its optimizer, so the optimizer holds all layers. Layers change at the
+    beginning of an optimizer step, never between the micro-batches of one step. When training ends, ``requires_grad`` is
+    as before. At the start the callback prints what trains and what does not.
 
     The settings are kept in the Trainer's checkpoint. A resumed run needs the same.
 
@@ -108,7 +108,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": self.settings.as_saved(), "attributes": {"report": self.report}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Make ready for several processes, before the Trainer wraps the model."""
+        """Prepare for several processes, before the Trainer wraps the model."""
         from accelerate.state import AcceleratorState  # an extra, but the Trainer has it
 
         self._sharded = check_processes(AcceleratorState())
@@ -169,7 +169,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._record.step_is_done(optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let every parameter ask for gradients as before, and tell what was held."""
+        """Set ``requires_grad`` as before, and print the measured peak."""
         assert self.engine is not None
         assert self._record is not None
         if state.is_world_process_zero:
@@ -190,7 +190,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return predicted(model, self.settings, args, optimizer, rows)
 
     def tell(self, lines: list[str]) -> None:
-        """Print what a user should know of this training."""
+        """Print lines for the user."""
         print(*(f"LISA: {line}" for line in lines), sep="\n")
 
     def _join(self, model: Any) -> None:

@@ -19,27 +19,27 @@ StatePolicy = Literal["reset_layers", "reset_all", "keep"]
 class LisaEngine:
     """Every ``interval_steps`` steps, train the decoder layers that ``sampler`` draws and freeze the others.
 
-    The embedding, the head and the rest of the text model train always, unless told otherwise. The engine alone sets ``requires_grad``, and
-    alone drops or moves optimizer state. What is frozen has no gradient, no optimizer state, no weight decay, and its
-    bytes do not change. Which layers are active depends on the step's number and what the sampler holds, which for most
-    samplers is nothing but their arguments.
+    The embedding, the head and the rest of the text model train in every step, unless you say otherwise. Only the
+    engine sets ``requires_grad``. Only the engine drops or moves optimizer state. What is frozen has no gradient, no
+    optimizer state and no weight decay, and its bytes do not change. Which layers are active depends on the number of
+    the step and on the sampler's fields.
 
     Args:
         layers: The model, as ``find_layers`` sees it.
         sampler: Interval number to layers, for example ``UniformSampler``.
-        interval_steps: Optimizer steps that a set of layers lives (the paper's K), at least 1.
+        interval_steps: Optimizer steps between two draws (the paper's K), at least 1.
         state_policy: What happens to optimizer state at a switch. ``reset_layers``: a layer that is frozen loses its
-            state, a layer that stays keeps it. ``reset_all``: every parameter starts afresh, the embedding and head
-            too, as if each interval were a job of its own. ``keep``: the state of a frozen layer moves to the CPU and
+            state, and a layer that stays active keeps it. ``reset_all``: all state is dropped, that of the embedding
+            and the head too. ``keep``: the state of a frozen layer moves to the CPU and
             comes back with the layer.
-        train_embedding: False freezes the input embedding and position embeddings; then nothing below the lowest active
-            layer is differentiated. ``"sampled"`` draws them like a layer: they train in the intervals that draw them.
+        train_embedding: False freezes the input embedding and position embeddings. The backward pass then ends at the
+            lowest active layer. ``"sampled"`` draws them like a layer: they train in the intervals that draw them.
         train_head: The same for the output embedding. Of a tied pair, both take the same value.
         train_outside: Whether what is outside the text model, such as a vision tower, trains in every step.
     Raises: UserError if ``interval_steps`` is less than 1, the sampler draws from another number of parts than there are
         (``layers.pool`` lists them), or embedding and head are one tensor of which only one is to train.
-    Cost: a switch is a walk over the parameters; between switches ``begin_step`` is one comparison.
-    Reference: Pan et al., LISA, arXiv:2403.17919; section 1.3 of the paper leaves the state's fate open.
+    Cost: a switch walks once over the parameters. Between switches, ``begin_step`` makes one comparison.
+    Reference: Pan et al., LISA, arXiv:2403.17919. The paper does not say what happens to optimizer state at a switch.
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from lisatune import UniformSampler, find_layers
@@ -125,10 +125,9 @@ class LisaEngine:
         return self._interval
 
     def scores(self) -> dict[int, float]:
-        """What a sampler that learns is told of the active parts' gradients; for other samplers nothing, at no cost.
+        """The mean squared gradient of each active part, for a sampler that learns; empty and free for other samplers.
 
-        To be taken between the backward pass and whatever changes gradients, and handed to ``observe`` if the step is
-        made.
+        Call it after the backward pass, before anything changes gradients. Give it to ``observe`` if the step is made.
         """
         return gradient_sq_norms(self.layers, self.pool, mean=True) if self.sampler.learns else {}
 
@@ -160,7 +159,7 @@ class LisaEngine:
         return True
 
     def release(self) -> None:
-        """Let every parameter ask for gradients as it did before the first step; for the end of a training."""
+        """Set ``requires_grad`` as it was before the first step. Call it when training ends."""
         for parameter, asked in self._asked.items():
             parameter.requires_grad_(asked)
         self._asked.clear()
@@ -170,7 +169,7 @@ class LisaEngine:
         self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: Optimizers,
         sampler_state: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Be where ``num_steps`` steps have led: call it before optimizer state is put back, then go on with ``begin_step``.
+        """Continue after ``num_steps`` steps. Call it before you restore optimizer state, then go on with ``begin_step``.
 
         Args:
             num_steps: Optimizer steps that are done, at least 1.
@@ -192,7 +191,7 @@ class LisaEngine:
         self._train(interval, drawn)
 
     def _train(self, interval: int, drawn: tuple[int, ...]) -> None:
-        """Let train what ``drawn`` names, and freeze all else."""
+        """Unfreeze the parts that ``drawn`` names, and freeze all others."""
         self._interval, self.drawn = interval, drawn
         trained = self.trained_parts(self.drawn)
         if not self._asked:

@@ -37,7 +37,7 @@ def test_one_slice_is_full_training_to_the_bit_clipping_included(tmp_path, more)
 def test_every_tensor_has_its_turn(tmp_path, capsys):
     model, before = make_llama(), make_llama()
     fit(model, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=4, train_norms="sampled")])
-    assert "1 of 4 slices of each tensor train at a time, for 1 steps" in capsys.readouterr().out
+    assert "1 of 4 slices of each tensor train at a time, for 1 step (" in capsys.readouterr().out
     changed = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)]
     assert all(changed)
     assert all(p.requires_grad for p in model.parameters())  # as it was before

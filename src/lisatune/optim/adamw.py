@@ -25,8 +25,8 @@ CPU_ELEMENTS = 2**20
 class AdamW(torch.optim.Optimizer):
     """AdamW that updates a block of rows at a time, and rounds what does not fit up or down at random.
 
-    A bfloat16 holds 8 bits of mantissa: an update smaller than 1/512 of a weight, which is most of them at usual
-    learning rates, is lost when rounded to nearest. Stochastic rounding lets it arrive on average, at no memory at all.
+    A bfloat16 has 8 bits of mantissa. Rounding to nearest loses every update that is smaller than 1/512 of its weight,
+    and at usual learning rates most updates are. Stochastic rounding keeps them on average, and needs no memory.
     With weights and moments in float32 this is ``torch.optim.AdamW``, to rounding::
 
         p -= lr * weight_decay * p
@@ -34,25 +34,25 @@ class AdamW(torch.optim.Optimizer):
         p -= lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
 
     Args:
-        params: Parameters or groups; those without a gradient are skipped and get no state.
+        params: Parameters or groups. Those without a gradient are skipped and get no state.
         lr: Learning rate.
         betas: Decay of the two moments.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled, a share of the weight for each unit of learning rate.
-        seed: Seed of the stochastic rounding. The noise of an element depends on it, the number of the step, the parameter's place in
-            the optimizer and the element's in the parameter alone: not on the size of blocks, on the order of updates,
-            on the device, or on whether the run was stopped and resumed.
+        weight_decay: Decoupled weight decay, a share of the weight for each unit of learning rate.
+        seed: Seed of the stochastic rounding. The noise of an element depends on the seed, the number of the step, the
+            place of the parameter in the optimizer and the place of the element in the parameter. It depends on nothing
+            else: not on block size, order of updates or device, nor on whether the run was resumed.
         state_bits: 32, 16 or 8 bits for each moment; ``Moments`` tells how.
-        offload_state: Keep the moments in host memory, and bring those of one block at a time.
-        row_gradients: Where gradients of embedding and head lie that are made a block at a time; they add to ``p.grad``.
-        stateless: Keep no moments, so that each step is the first one from zero, ``p -= lr * g / (abs(g) + eps)``: the
-            gradient's sign, or less where it is not large against ``eps``. Also an entry of a group of parameters.
-        block_elements: The most elements worked on at a time, rounded up to whole rows that end at a multiple of 256; on
-            a CPU 2**20 at most, where more is slower.
+        offload_state: Keep the moments in host memory, and copy those of one block at a time.
+        row_gradients: Holds the gradients of embedding and head that are made a block at a time. They add to ``p.grad``.
+        stateless: Keep no moments. Each step is then a first step, ``p -= lr * g / (abs(g) + eps)``: the sign of the
+            gradient, or less where the gradient is small against ``eps``. A group of parameters may have this entry too.
+        block_elements: The most elements of a block. It is rounded up to whole rows that end at a multiple of 256. On a
+            CPU it is 2**20 at most, because more is slower.
     Raises: UserError for other ``state_bits``, and for a parameter that is not contiguous.
-    Cost: 8, 4 or 2.03 bytes of state for an element that trains; about 8 temporaries of a block in float32, 128 MiB (on
-        a CPU a quarter). On 2 CPU cores 1 ns an element in float32; of bfloat16 4, 8 or 12 with 32, 16 or 8 bits. The
-        fused AdamW of torch takes 0.3 to 0.4, and rounds bfloat16 to nearest.
+    Cost: 8, 4 or 2.03 bytes of state for each element that trains, and about 8 float32 temporaries of a block: 128 MiB
+        (on a CPU a quarter). On 2 CPU cores a step takes 1 ns for a float32 element. For a bfloat16 element it takes 4,
+        8 or 12 ns with 32, 16 or 8 bits. The fused AdamW of torch takes 0.3 to 0.4 ns, and rounds bfloat16 to nearest.
     Reference: Loshchilov and Hutter, arXiv:1711.05101; Zamirai et al., Revisiting BFloat16 Training, arXiv:2010.06192.
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
@@ -87,7 +87,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, defaults | {"num_steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer`` does."""
+        """The same as in ``torch.optim.Optimizer``."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_contiguous():
@@ -96,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
 
     @property
     def state_device(self) -> torch.device | None:
-        """Where the moments belong whatever the parameter's device: the CPU if offloaded; None: beside the parameter."""
+        """The device of the moments: the CPU if they are offloaded, else None, which means the parameter's own."""
         return torch.device("cpu") if self.moments.on_host else None
 
     @torch.no_grad()
@@ -119,10 +119,10 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, p: Tensor, *, sq_norm: Tensor | None = None) -> None:
-        """Update ``p`` alone, now; each parameter once a step, in any order, before ``step`` counts the step.
+        """Update only ``p``, now. Call it once a step for each parameter, in any order, before ``step`` counts the step.
 
         Args:
-            p: A parameter of this optimizer, with ``p.grad``, row gradients or both, which are left as they are.
+            p: A parameter of this optimizer, with ``p.grad``, row gradients or both. They do not change.
             sq_norm: If given, the sum of the gradient's squares is added to it: scalar, float32, on the device of ``p``.
         """
         number, index = self._places[whole_of(p)]
@@ -232,18 +232,18 @@ class AdamW(torch.optim.Optimizer):
         return rows if dense is None else rows.add_(dense)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``torch.optim.Optimizer`` does; row gradients are dropped too."""
+        """The same as in ``torch.optim.Optimizer``. Row gradients are dropped too."""
         super().zero_grad(set_to_none)
         self.row_gradients.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer`` does; waits until moments on their way to the host are there."""
+        """The same as in ``torch.optim.Optimizer``. It waits for copies of moments to the host."""
         if self.moments.on_host and torch.cuda.is_available():
             torch.cuda.synchronize()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer`` does, but moments keep their type and go where this optimizer holds them.
+        """The same as in ``torch.optim.Optimizer``, but moments keep their type and go where this optimizer holds them.
 
         Raises: UserError if they were saved with other ``state_bits``.
         """

@@ -13,12 +13,10 @@ from lisatune.samplers.draws import check_counts, shuffled
 class SweepSampler(Sampler):
     """Go through all layers in random order, each once, then again in another order.
 
-    A sweep takes ``num_active`` layers an interval, and so ceil(num_layers / num_active) intervals. If the layers do
-    not go into the intervals evenly, some intervals have one layer less: 7 layers by 3 go as 2, 2, 3. To fill these up
-    from the next sweep would hold the number of layers, but then a sweep would end within an interval and the next
-    would have to avoid its layers, and theirs theirs; this way a sweep begins with an interval, and memory is never
-    above that of ``num_active`` layers. Against independent draws, no layer waits for longer than two sweeps less two
-    intervals.
+    A sweep has ceil(num_layers / num_active) intervals. Each interval trains ``num_active`` layers, or one less where
+    the layers do not divide evenly: 7 layers by 3 go as 2, 2, 3. So a sweep always begins with an interval, and memory
+    is never above that of ``num_active`` layers. No layer waits for longer than two sweeps less two intervals.
+    Independent draws have no such bound.
 
     Args:
         num_layers: Decoder layers of the model (N_L), at least 1.
@@ -54,5 +52,5 @@ class SweepSampler(Sampler):
         return tuple(sorted(shuffled(self.num_layers, self.seed, sweep)[start:stop]))
 
     def inclusion(self, interval: int) -> tuple[float, ...]:
-        """The long-run share: one interval in each sweep."""
+        """The share of intervals in the long run: one in each sweep."""
         return (1 / self.sweep_intervals if self.num_active else 0.0,) * self.num_layers

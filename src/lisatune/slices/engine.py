@@ -25,10 +25,10 @@ NAME = "lisatune_slices"  # of the modules that hold what trains
 class SliceEngine:
     """Every ``interval_steps`` steps, train the blocks that ``sampler`` draws of each tensor, and freeze all other rows.
 
-    Where ``LisaEngine`` trains a few layers much, this trains all layers a little. Each matrix of the text model is cut
-    into blocks of rows. Each has an order of its own: the sampler's, with a seed made from its own and the matrix's
-    number. A block's parameter is a view of its rows: nothing is copied, and only these rows get a gradient. At its first
-    step the engine puts these parameters in place of the whole ones in the optimizer's groups.
+    ``LisaEngine`` trains a few layers whole. This engine trains a part of every layer. Each matrix of the text model is
+    cut into blocks of rows. Each matrix has its own order of blocks, made from the sampler's seed and the matrix's
+    number. The parameter of a block is a view of its rows. Nothing is copied, and only these rows get a gradient. At its
+    first step, the engine replaces the whole parameters by these in the optimizer's groups.
 
     What is frozen has no gradient, no optimizer state, no weight decay, and its bytes do not change.
 
@@ -36,12 +36,12 @@ class SliceEngine:
         layers: The model, as ``find_layers`` sees it, with contiguous parameters.
         sampler: Draws from the blocks of one tensor: ``SweepSampler(num_layers=15, num_active=1)`` cuts each into 15 and
             trains each block once in 15 intervals. Also ``UniformSampler``, ``RoundRobinSampler``, ``FixedSampler``.
-        interval_steps: Optimizer steps that blocks live, at least 1.
+        interval_steps: Optimizer steps between two draws, at least 1.
         state_policy: The same as in ``LisaEngine``, for blocks in place of layers.
         train_embedding: ``"sampled"`` cuts the embedding like any matrix; True trains it whole in every step; False
             freezes it.
         train_head: The same for the head. Of a tied pair, both take the same value.
-        train_norms: The same for all vectors: norms and biases. To train them, the input of each norm has to be kept.
+        train_norms: The same for all vectors: norms and biases. If they train, the backward pass needs the input of each norm.
         slow: Make every gradient whole and throw away the rows that do not train. For tests.
     Raises: UserError for another sampler, and for what ``LisaEngine`` refuses.
     Cost: a switch is about 10 microseconds for each tensor of the model.
@@ -148,13 +148,14 @@ class SliceEngine:
         when: dict[Trains, list[str]] = {"sampled": ["all matrices"], True: [], False: []}
         for part, trains in self.trains.items():
             when[trains].append("norms and biases" if part == "norms" else part)
-        text = f"{self._num_active} of {len(self.pool)} slices of each tensor train at a time, for {self.interval_steps} steps"
+        steps = "1 step" if self.interval_steps == 1 else f"{self.interval_steps} steps"
+        text = f"{self._num_active} of {len(self.pool)} slices of each tensor train at a time, for {steps}"
         text += f" ({', '.join(when['sampled'])})"
         text += f"; {', '.join(when[True])} train whole in every step" if when[True] else ""
         return text + (f"; {', '.join(when[False])} never" if when[False] else "")
 
     def scores(self) -> dict[int, float]:
-        """Nothing: no sampler of slices learns."""
+        """Empty: no sampler of slices learns."""
         return {}
 
     def observe(self, step: int, scores: dict[int, float]) -> None:
@@ -182,7 +183,7 @@ class SliceEngine:
         return True
 
     def release(self) -> None:
-        """Let the model be as it was before the first step, but for what it learned; for the end of a training."""
+        """Put the whole parameters back into the model. Call it when training ends."""
         for parameter, asked in self._asked.items():
             parameter.requires_grad_(asked)
         self._asked.clear()
@@ -203,9 +204,9 @@ class SliceEngine:
         self, num_steps: int, drawn: tuple[int, ...] | None, optimizer: Optimizers,
         sampler_state: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Be where ``num_steps`` steps have led, as ``LisaEngine.resume``.
+        """Continue after ``num_steps`` steps, as ``LisaEngine.resume`` does.
 
-        Raises: UserError if ``drawn`` is not what the sampler draws, so that the run would not go on as it began.
+        Raises: UserError if ``drawn`` is not what the sampler draws, since the run would then not continue as it began.
         """
         self.adopt(optimizer)
         interval = (num_steps - 1) // self.interval_steps
