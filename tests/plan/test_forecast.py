@@ -240,3 +240,13 @@ def test_a_method_that_the_model_cannot_have_does_not_stop_the_others(tmp_path):
 def test_a_model_that_fails_in_its_own_code_on_meta_gets_the_formula():
     plan = plan_memory(hf.MptConfig(vocab_size=128, d_model=32, n_heads=4, n_layers=4), max_length=8, num_active=1)
     assert "MptForCausalLM cannot run on the meta device" in plan.remark
+
+
+def test_rows_longer_than_the_models_context_are_told():
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    told = "rows of 64 tokens are longer than the 32 that the model was made for (max_position_embeddings)"
+    assert told in plan_memory(config, max_length=64).describe()
+    assert plan_memory(config, max_length=32).remark == ""

@@ -164,7 +164,8 @@ def model_config(model: str | Any, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(path if path.exists() else model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, none of them ours
         raise UserError(
-            f"{model}: no config.json of a model can be read ({' '.join(str(error).split())[:200]}); check the name"
+            f"{model}: no config.json of a model can be read ({' '.join(str(error).split())[:200]}); check the name and the connection, or give "
+            "a folder or a config.json"
         ) from error
 
 
@@ -188,7 +189,16 @@ def plan_run(
     draws = make_method(config).largest_draws(_meta_model(hf_config, config, device))
     with fake_processes(num_ranks()):
         plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in draws]
-    return max(plans, key=lambda plan: plan.peak_bytes)
+    plan = max(plans, key=lambda plan: plan.peak_bytes)
+    return replace(plan, remark="; ".join(filter(None, (plan.remark, _beyond_context(hf_config, tokens)))))
+
+
+def _beyond_context(hf_config: Any, tokens: int) -> str:
+    """What to tell of rows that are longer than the model was made for. It can run on them: its positions are computed."""
+    context = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int) or tokens <= context:
+        return ""
+    return f"rows of {tokens:,} tokens are longer than the {context:,} that the model was made for (max_position_embeddings)"
 
 
 def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
