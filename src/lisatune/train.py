@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lisatune.common.run_folder import check_output, finished, how_to_resume, only_run
+from lisatune.common.run_folder import finished, how_to_resume
 from lisatune.common.signals import stop_signals
 from lisatune.data.examples import HeldOut, Rows
 from lisatune.errors import BadRowError, UserError
@@ -21,6 +20,7 @@ from lisatune.run.bad_steps import skip_or_stop
 from lisatune.run.best import settle_on_best
 from lisatune.run.build import Run, build
 from lisatune.run.finish import finish
+from lisatune.run.hold import hold
 from lisatune.run.journal import Journal
 from lisatune.run.preflight import preflight
 from lisatune.run.progress import Evaluation, Progress
@@ -115,18 +115,6 @@ def _saved_before(error: UserError, run: Run, progress: Progress, journal: Journ
         f"{error}; stopped after step {progress.step:,} of {run.data.num_steps:,}, with a checkpoint. To leave bad rows out, "
         f"{how_to_resume(Path(run.config.output))} on_bad_row=skip; if you fix the row, add --allow-changes instead"
     )
-
-
-@contextmanager
-def hold(folder: Path, resume: bool) -> Iterator[None]:
-    """Make the run's folder and keep other runs out of it: rank 0 does so, while the others wait."""
-    with ExitStack() as stack:
-        with together():
-            if rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(only_run(folder))
-                check_output(folder, resume=resume, held=True)
-        yield
 
 
 def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console: Console) -> Evaluation:

@@ -5,6 +5,7 @@ import io
 import json
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lisatune.train import train
 from peaks import WIDE
 from runs import metrics
 from tiny import make_llama, make_tokenizer
+from torchrun import torchrun
 
 pytest.importorskip("trl", reason="the extra 'sft' is not installed")
 from lisatune.preferences.build import build_task, quiet_trl
@@ -262,3 +264,77 @@ def test_a_comparison_takes_the_rate_of_the_task(folder, tmp_path):
     assert [trial.config.precompute_ref_log_probs for trial in grid.trials] == [True, False]
     with pytest.raises(UserError, match="task has several values"):
         make_grid(given | {"task": ["dpo", "orpo"]}, tmp_path)
+
+
+OF_TWO = {
+    "dpo": {"task": "dpo"},
+    "kto": {"task": "kto", "precompute_ref_log_probs": True},
+    "orpo": {"task": "orpo"},
+    "reward": {"task": "reward"},
+    "LoRA": {"task": "dpo", "method": "lora"},
+}
+
+
+def on_processes(folder, name, num_processes, **more):
+    """A case with the same rows in each step, whatever the number of processes: 16 rows, 4 a step, 7 steps."""
+    given = settings(folder, output=f"{name} {num_processes}", **(OF_TWO[name] | more))
+    return given | {"adam_epsilon": 1e-3, "gradient_accumulation_steps": 2 // num_processes}
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """All runs on two processes, from one start of them: straight ones, one that a signal stops, and its end."""
+    pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    stopped = on_processes(folder, "dpo", 2) | {"output": str(folder / "dpo stopped"), "stopped_after": STOPPED_AFTER}
+    resumed = stopped | {"resume": True, "stopped_after": None}
+    none = on_processes(folder, "reward", 2, eval_rows=0, eval_steps=None, max_length=8)
+    none["output"] = str(folder / "no row")
+    cases = [*(on_processes(folder, name, 2) for name in OF_TWO), stopped, resumed, none]
+    (folder / "cases.json").write_text(json.dumps(cases))
+    torchrun(2, Path(__file__).parent / "tasks_in_processes.py", folder / "cases.json")
+    return folder
+
+
+def weights_of(folder, name):
+    return load_file(folder / name / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_train_as_one_does(name, two):
+    train(build_config(on_processes(two, name, 1)), console=Console(file=io.StringIO()))
+    alone, together = weights_of(two, f"{name} 1"), weights_of(two, f"{name} 2")
+    # sums in another order; TRL averages KTO's estimate of the divergence over the processes, so that its loss is another
+    bound = 1e-3 if name == "kto" else 2e-6
+    for weight, value in alone.items():
+        torch.testing.assert_close(value, together[weight], atol=bound, rtol=0, msg=lambda text: f"{name}: {text}")
+    for one, several in zip(metrics(two / f"{name} 1"), metrics(two / f"{name} 2"), strict=True):
+        same = {"tokens", "active_layers", "learning_rate"} & one.keys()
+        assert {key: one[key] for key in same} == {key: several[key] for key in same}
+        near = {"loss", "eval_loss", "grad_norm"} & one.keys()
+        assert {key: one[key] for key in near} == pytest.approx(
+            {key: several[key] for key in near}, rel=0.05 if name == "kto" else 1e-4
+        )
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_to_the_bit(two):
+    told = (two / "dpo stopped.told").read_text()
+    assert f"stopped after step {STOPPED_AFTER} of {STEPS}" in told
+    assert f"going on after step {STOPPED_AFTER} of {STEPS}" in told
+    straight, resumed = weights_of(two, "dpo 2"), weights_of(two, "dpo stopped")
+    assert all(torch.equal(value, resumed[weight]) for weight, value in straight.items())
+    assert metrics(two / "dpo stopped") == metrics(two / "dpo 2")
+
+
+def test_a_mistake_ends_both_processes_with_its_sentence(two):
+    assert "no row is within max_length" in (two / "no row.told").read_text()
+
+
+def test_the_forecast_of_several_processes_has_what_they_reserve_and_send(two):
+    config = make_llama(**WIDE).config
+    held = {}
+    for method in ("lisa", "full"):
+        own = {"task": "dpo", "method": method, "max_length": 64, "device": "cpu", "dtype": "float32"}
+        one, four = (plan_memory(config, nproc=number, **own) for number in (1, 4))
+        held[method] = four.total("gradients") - one.total("gradients")
+        assert four.sent_bytes_of == {"weights": 0, "gradients": 2 * 4 * one.num_trained * 3 // 4}
+    assert held == {"lisa": 0, "full": 4 * one.num_parameters}

@@ -134,6 +134,8 @@ def run(case):
         trainer = make_trainer(case, callbacks[1:] if case.get("late") else callbacks)
         if case.get("late"):
             trainer.add_callback(lisa)
+        if case.get("evaluate"):
+            trainer.evaluate(rows()[:16])  # a batch for each of two processes
         trainer.train(resume_from_checkpoint=case.get("resume"))
     except UserError as error:
         Path(case["output"]).mkdir(exist_ok=True, parents=True)

@@ -29,6 +29,7 @@ CASES = {
     "copies, checkpointed, sampled embedding": {"arguments": {"gradient_checkpointing": True}, "lisa": SAMPLED},
     "copies, gradient norm": {"lisa": {"sampler": "gradient_norm"}},
     "copies, tied, keep": {"model": {"tied": True}, "lisa": {"state_policy": "keep"}},
+    "copies, evaluated first": {"evaluate": True},
     "copies, slices": {"lisa": {"sampled_unit": "slices", "num_slices": 4, "train_norms": True}},
     "copies, slices, norms": {"lisa": {"sampled_unit": "slices", "num_slices": 4, "train_norms": True}},
     "copies, SFT": {"trainer": "sft"},

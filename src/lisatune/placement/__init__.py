@@ -12,14 +12,15 @@ from lisatune.placement.sharded import Sharded
 from lisatune.processes.collectives import num_ranks
 
 
-def choose_placement(*, offload_frozen: bool, shard_size: int, whole: bool = False) -> OnDevice:
+def choose_placement(*, offload_frozen: bool, shard_size: int, whole: bool = False, alone: bool = False) -> OnDevice:
     """The placement for the processes that there are.
 
     Args:
         offload_frozen: Keep frozen decoder layers in host memory, on one process.
         shard_size: Processes that share each weight, if there are several.
         whole: Each process needs all weights whole.
+        alone: Somebody else joins the processes.
     """
-    if num_ranks() > 1:
+    if num_ranks() > 1 and not alone:
         return Copies() if whole else Sharded(shard_size)
     return InHost() if offload_frozen else OnDevice()

@@ -30,7 +30,7 @@ from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.wire import Wire
 from lisatune.processes.collectives import num_ranks
 from lisatune.processes.tensors import local
-from lisatune.settings import TrainConfig, build_config, check_num_ranks
+from lisatune.settings import LAYERWISE, TrainConfig, build_config, check_num_ranks
 from lisatune.tasks import PAIRS, TASKS
 from lisatune.tasks.base import kernels_on_meta
 
@@ -293,12 +293,19 @@ def _learn_task(
     task = make_task(config)
     if task is None:
         return
-    reference = None
+    held: dict[str, Any] = {REFERENCE: None}
     if task.needs_reference and config.method != "lora":
-        reference = _meta_model(hf_config, config, device).requires_grad_(False).eval()
-        for tensor in (*reference.parameters(), *reference.buffers()):
+        held[REFERENCE] = _meta_model(hf_config, config, device).requires_grad_(False).eval()
+        for tensor in (*held[REFERENCE].parameters(), *held[REFERENCE].buffers()):
             ledger.book(tensor, REFERENCE)
-    learner.loss = lambda *_args, **_kwargs: task.step_loss(learner.model, reference, rows, tokens)
+    if num_ranks() > 1 and config.method not in LAYERWISE:  # DistributedDataParallel reserves all that it sends
+        held["buckets"] = torch.empty(_gradient_bytes(learner), dtype=torch.uint8, device="meta")
+        ledger.book(held["buckets"], "gradients/decoder")
+    learner.loss = lambda *_args, **_kwargs: task.step_loss(learner.model, held[REFERENCE], rows, tokens)
+
+
+def _gradient_bytes(learner: Learner) -> int:
+    return sum(p.numel() * p.element_size() for p in learner.model.parameters() if p.requires_grad)
 
 
 def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> None:
@@ -348,6 +355,8 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
                     ledger.book(value, f"state/{owner[whole_of(p)]}")
     if num_ranks() == 1:
         return {}
+    if config.task != "sft":
+        return {"weights": 0, "gradients": 2 * _gradient_bytes(learner) * (num_ranks() - 1) // num_ranks()}  # in a ring
     one, two = wires
     more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second
     sent = {kind: size + more * (size - one[kind]) for kind, size in two.items()}

@@ -31,8 +31,9 @@ from lisatune.methods.lora import lora_config, task_type
 from lisatune.models.load import check_positions, load_model
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, pulled
-from lisatune.preferences.rows import as_dataset, identity_of, tell_rows
-from lisatune.run.build import settle, settle_template
+from lisatune.preferences.rows import as_dataset, identity_of, in_one_place, tell_rows
+from lisatune.processes.collectives import barrier, check_alike, num_ranks, together
+from lisatune.run.build import settle, settle_template, what_must_be_alike
 from lisatune.run.determinism import be_deterministic
 from lisatune.run.schedule import make_schedule
 from lisatune.run.trackers import check_trackers
@@ -124,26 +125,20 @@ def build_task(
 
     With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
     """
-    check_trackers(config)
-    config, device = settle(config)
-    task = make_task(config)
-    assert task is not None
-    task.classes()  # says at once if TRL is missing
-    if config.full_determinism:
-        be_deterministic(device)
-    torch.manual_seed(config.seed)  # of a score head, and of adapters
-    model, tokenizer = load_model(
-        config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, auto_class=task.auto_class,
-        **task.model_options,
-    )  # fmt: skip
-    layers = find_layers(model, config.decoder_name)
-    console.print(layers.describe(), highlight=False)
-    if task.writes_text and not layers.says_causal() and not layers.is_causal():
-        raise UserError(
-            f"every token of {type(model).__name__} sees later tokens, so a next-token loss teaches nothing: set "
-            '"is_decoder": true in the config.json of the model'
-        )
-    config = settle_chat(config, tokenizer, console)
+    with together():
+        check_trackers(config)
+        config, device = settle(config)
+        task = make_task(config)
+        assert task is not None
+        task.classes()  # says at once if TRL is missing
+        if config.full_determinism:
+            be_deterministic(device)
+        model, tokenizer, layers = load(config, task, console)
+        config = settle_chat(config, tokenizer, console)
+    identity = identity_of(examples[0], held_out)
+    if num_ranks() > 1:
+        with together():
+            check_alike(what_must_be_alike(config, identity, model))
     if memory_bytes is not None:
         config = fitted(config, model.config, device.type, memory_bytes, console)
 
@@ -156,21 +151,42 @@ def build_task(
     template = tokenizer.chat_template
     if config.template_date is not None:
         tokenizer.chat_template = with_date(template, date.fromisoformat(config.template_date))
-    trainer = make_trainer(config, task, model, tokenizer, examples[0], held_out, lisa, device)
-    tell_rows("train", examples[0], len(trainer.train_dataset), console)
-    for name, rows in held_out.items():
-        kept = trainer.eval_dataset[name] if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
-        tell_rows(f"held out, {name}" if name else "held out", rows, len(kept), console)
-    longest = longest_row(trainer.train_dataset, config.max_length)
-    check_positions(model, longest)
+    with together():
+        trainer = make_trainer(config, task, model, tokenizer, examples[0], held_out, lisa, device)
+        tell_rows("train", examples[0], len(trainer.train_dataset), console)
+        for name, rows in held_out.items():
+            kept = trainer.eval_dataset[name] if isinstance(trainer.eval_dataset, dict) else trainer.eval_dataset
+            tell_rows(f"held out, {name}" if name else "held out", rows, len(kept), console)
+        longest = longest_row(trainer.train_dataset, config.max_length)
+        check_positions(model, longest)
     plan = plan_run(config, model.config, device.type, tokens=longest)
     console.print(plan.describe(), highlight=False)
     layers = find_layers(layers.model, config.decoder_name)  # with adapters, if there are any now
     num_steps = set_up_steps(config, trainer, layers)
     return TaskRun(
         config, task, tokenizer, trainer, lisa, layers, plan, meter, device, num_steps, list(held_out),
-        identity_of(examples[0], held_out), len(trainer.train_dataset), template,
+        identity, len(trainer.train_dataset), template,
     )  # fmt: skip
+
+
+def load(config: TrainConfig, task: Task, console: Console) -> tuple[Any, Any, Layers]:
+    """The model, its tokenizer, and the parts of the model.
+
+    Raises: UserError for a model that would write text and sees later tokens.
+    """
+    torch.manual_seed(config.seed)  # of a score head, and of adapters
+    model, tokenizer = load_model(
+        config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, auto_class=task.auto_class,
+        **task.model_options,
+    )  # fmt: skip
+    layers = find_layers(model, config.decoder_name)
+    console.print(layers.describe(), highlight=False)
+    if task.writes_text and not layers.says_causal() and not layers.is_causal():
+        raise UserError(
+            f"every token of {type(model).__name__} sees later tokens, so a next-token loss teaches nothing: set "
+            '"is_decoder": true in the config.json of the model'
+        )
+    return model, tokenizer, layers
 
 
 def settle_chat(config: TrainConfig, tokenizer: Any, console: Console) -> TrainConfig:
@@ -207,7 +223,7 @@ def make_trainer(
     Raises: UserError for what TRL refuses.
     """
     trainer_class, arguments_class = task.classes()
-    if device.type == "cuda" and device.index:
+    if device.type == "cuda" and device.index and num_ranks() == 1:
         raise UserError(
             f"device={device}: TRL takes the first GPU: set CUDA_VISIBLE_DEVICES={device.index}, and device=cuda"
         )
@@ -227,6 +243,9 @@ def make_trainer(
     held = {name: as_dataset(rows, config.task) for name, rows in held_out.items()}
     try:
         with quiet_trl(), TemporaryDirectory() as nowhere:  # nothing is written before the run holds its folder
+            if num_ranks() > 1 and config.precompute_ref_log_probs:
+                rows = in_one_place(rows, nowhere, "train")
+                held = {name: in_one_place(own, nowhere, f"held-out-{name}") for name, own in held.items()}
             arguments = arguments_class(output_dir=nowhere, **arguments_of(config, device), **task.options())
             arguments._n_gpu = min(1, arguments.n_gpu)  # one, however many are there
             trainer = trainer_class(
@@ -235,6 +254,7 @@ def make_trainer(
             )  # fmt: skip
             trainer.remove_callback(PrinterCallback)  # the journal shows the steps
             arguments.output_dir = str(Path(config.output) / CHECKPOINTS)
+            barrier()  # others may still read what lies there
     except (ValueError, TypeError, NotImplementedError) as error:
         if isinstance(error, UserError):
             raise
@@ -257,13 +277,15 @@ def arguments_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
         "dataset_num_proc": config.dataset_num_proc, "dataloader_pin_memory": device.type == "cuda",
         "train_sampling_strategy": "random" if config.shuffle and config.task != "kto" else "sequential",
+        # with layers, DistributedDataParallel looks after one norm, which every pass uses
+        "ddp_find_unused_parameters": False if config.method in LAYERWISE and config.sampled_unit != "slices" else None,
         "trust_remote_code": config.trust_remote_code, "remove_unused_columns": config.task != "orpo",
     }  # fmt: skip
 
 
 def set_up_steps(config: TrainConfig, trainer: Any, layers: Layers) -> int:
     """Give the trainer this package's optimizer and schedule. Returns the number of optimizer steps."""
-    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * num_ranks()
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * math.ceil(len(trainer.train_dataset) / a_step))
     optimizer = make_optimizer_over(config, make_groups(config, layers, trainer.model), layers)
     for group in optimizer.param_groups:

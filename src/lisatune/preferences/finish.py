@@ -19,12 +19,13 @@ from lisatune.models.load import save_model
 from lisatune.models.names import model_of
 from lisatune.preferences.build import TaskRun
 from lisatune.preferences.journal import Standing
+from lisatune.processes.collectives import barrier, rank
 from lisatune.run.finish import report_if_possible
 from lisatune.run.snapshot import environment
 
 
 def finish(run: TaskRun, standing: Standing, console: Console) -> dict[str, Any]:
-    """Save the trained model, then its card, the summary and the report.
+    """Save the trained model, then its card, the summary and the report; rank 0 does so, while the others wait.
 
     Returns: The summary, as ``summary.json`` holds it.
     """
@@ -39,6 +40,9 @@ def finish(run: TaskRun, standing: Standing, console: Console) -> dict[str, Any]
     }  # fmt: skip
     if standing.tensor_peak_bytes:
         summary["tensor_peak_bytes"] = standing.tensor_peak_bytes
+    if rank() > 0:
+        barrier()
+        return summary
     save_trained(run)
     versions = {"lisatune": __version__, "Python": platform.python_version(), **environment(run.device)}
     card = model_card(
@@ -47,6 +51,7 @@ def finish(run: TaskRun, standing: Standing, console: Console) -> dict[str, Any]
     write_whole(Path(model_of(str(folder))) / "README.md", card)
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     report_if_possible(folder, console)
+    barrier()
     return summary
 
 

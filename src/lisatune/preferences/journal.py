@@ -19,6 +19,7 @@ from lisatune.common.signals import StopSignal
 from lisatune.errors import UserError
 from lisatune.memory.measure import state_bytes
 from lisatune.preferences.build import TaskRun
+from lisatune.processes.collectives import most, num_ranks, rank, total
 from lisatune.run.build import is_due
 from lisatune.run.journal import sampled_parts
 from lisatune.run.metrics import Metrics
@@ -65,6 +66,8 @@ class TaskJournal(TrainerCallback, ExportableState):  # type: ignore[misc]
         run: The run, before its first step.
         stop: The signals that ask this process to stop.
         standing: How far the run has come.
+    Attributes:
+        signal: The one that stops the run, whichever process it was sent to.
     """
 
     def __init__(self, run: TaskRun, stop: StopSignal, standing: Standing) -> None:
@@ -72,6 +75,7 @@ class TaskJournal(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.standing = standing
         self._stop = stop
         self._times = SaveTimes(run.config)
+        self.signal = 0
         self._line: dict[str, Any] = {}
         self._tokens = 0
         self._counting, self._left_to_count = ExitStack(), STEPS_COUNTED
@@ -94,8 +98,13 @@ class TaskJournal(TrainerCallback, ExportableState):  # type: ignore[misc]
         )  # fmt: skip
 
     def evaluated(self) -> dict[str, float]:
-        """Held-out losses now, by name."""
-        return self._losses(self.run.trainer.evaluate()) if self.run.names else {}
+        """Held-out losses before training, by name."""
+        if not self.run.names:
+            return {}
+        losses = self._losses(self.run.trainer.evaluate())
+        # accelerate takes a model that was evaluated for one that is ready, and would train it without its wrapper
+        self.run.trainer.model._is_accelerate_prepared = False
+        return losses
 
     def state(self) -> dict[str, Any]:
         """What the Trainer's checkpoint keeps."""
@@ -108,7 +117,7 @@ class TaskJournal(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._begun, self._tokens = time.perf_counter(), 0
         state_of = self.run.trainer.optimizer.state.values()
         if (
-            self.run.device.type == "cpu" and self._left_to_count and len(state_of)
+            self.run.device.type == "cpu" and num_ranks() == 1 and self._left_to_count and len(state_of)
         ):  # not the first, which makes the state
             self._left_to_count -= 1
             state = [value for of in state_of for value in of.values() if isinstance(value, torch.Tensor)]
@@ -123,7 +132,9 @@ class TaskJournal(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.stop_counting()
         step, last = state.global_step, state.global_step >= self.run.num_steps
         config = self.run.config
+        self._tokens = int(total(torch.tensor(self._tokens)))
         self.standing.tokens += self._tokens
+        self.signal, save = most(self._stop.received, rank() == 0 and self._times.due(step))
         engine = self.run.lisa.engine if self.run.lisa else None
         self._line = {
             "active_layers": engine.active if engine else None, "sampled_parts": sampled_parts(engine), "tokens": self._tokens,
@@ -131,8 +142,8 @@ class TaskJournal(TrainerCallback, ExportableState):  # type: ignore[misc]
         }  # fmt: skip
         due = last or is_due(config.eval_steps, step)
         control.should_evaluate = bool(self.run.names) and due
-        control.should_save = not last and bool(self._stop.received or self._times.due(step))
-        control.should_training_stop = control.should_training_stop or last or bool(self._stop.received)
+        control.should_save = not last and bool(self.signal or save)
+        control.should_training_stop = control.should_training_stop or last or bool(self.signal)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Keep what the Trainer has computed of the step.

@@ -15,6 +15,7 @@ from lisatune.common.run_folder import checkpoint_steps
 from lisatune.errors import UserError
 from lisatune.preferences.build import TaskRun
 from lisatune.preferences.journal import Standing, TaskJournal
+from lisatune.processes.collectives import gathered, rank
 from lisatune.run.snapshot import environment
 from lisatune.settings import differences, read_settings, used_settings
 
@@ -25,7 +26,7 @@ def go_on(run: TaskRun, console: Console, *, allow_changes: bool) -> tuple[int, 
     Raises: UserError if settings or rows have changed and ``allow_changes`` is false, or there is nothing to go on from.
     """
     folder = run.folder
-    step, standing = newest(folder, console)
+    step, standing = gathered(newest(folder, console) if rank() == 0 else None)[0]
     before = standing.config if step else _settings_before(folder) or used_settings(run.config)
     here = environment(run.device)
     elsewhere = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.console import Console
 from lisatune.data.examples import HeldOut, Rows
 from lisatune.data.preferences import Judged
 from lisatune.errors import UserError, missing_package
+from lisatune.processes.collectives import barrier, gathered, rank, together
 from lisatune.tasks import TASKS
 
 
@@ -32,6 +34,27 @@ def as_dataset(rows: Rows, task: str) -> Any:
     return Dataset.from_list(
         [e.as_row() | ({"tools": json.dumps(list(e.tools)) if e.tools else None} if with_tools else {}) for e in judged]
     )
+
+
+def in_one_place(dataset: Any, folder: str, name: str) -> Any:
+    """The data set from a file that all processes read: TRL keeps next to it what one of them computes for all.
+
+    Args:
+        dataset: The same on each process.
+        folder: One that is there; that of rank 0 is taken.
+        name: Of the data set, another for each.
+    Raises: UserError on a host that does not see the folder.
+    """
+    from datasets import load_from_disk
+
+    place = Path(gathered(folder)[0]) / name
+    if rank() == 0:
+        dataset.save_to_disk(place)
+    barrier()
+    with together():
+        if not place.is_dir():
+            raise UserError("precompute_ref_log_probs=true works on one host only: leave it out, or use one host")
+    return load_from_disk(place)
 
 
 def identity_of(train: Rows, held_out: HeldOut) -> dict[str, str]:

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from lisatune.common.bars import training_bar
 from lisatune.common.files import CHECKPOINTS
-from lisatune.common.run_folder import check_output, how_to_resume, only_run
-from lisatune.common.signals import StopSignal, stop_signals
+from lisatune.common.run_folder import how_to_resume
+from lisatune.common.signals import stop_signals
 from lisatune.data.examples import HeldOut, Rows
 from lisatune.errors import Stopped
 from lisatune.plan.ladder import explain_out_of_memory
@@ -18,6 +18,8 @@ from lisatune.preferences.build import TaskRun, build_task, quiet_trl
 from lisatune.preferences.finish import finish
 from lisatune.preferences.journal import Standing, TaskJournal
 from lisatune.preferences.resume import go_on
+from lisatune.processes.collectives import rank, together
+from lisatune.run.hold import hold
 from lisatune.run.metrics import Metrics
 from lisatune.settings import TrainConfig, write_config
 
@@ -28,16 +30,16 @@ def train_task(
 ) -> dict[str, Any]:  # fmt: skip
     """Train as ``config`` says and leave the run's folder behind; arguments and errors as those of ``lisatune.train.train``."""
     run = build_task(config, *examples, console=console, memory_bytes=memory_bytes)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with only_run(run.folder), stop_signals() as stop:
-        check_output(run.folder, resume=resume, held=True)
-        step, standing = go_on(run, console, allow_changes=allow_changes) if resume else (0, Standing())
-        write_config(run.config, run.folder / "config.yaml")
-        take_steps(run, TaskJournal(run, stop, standing), step, stop, console)
+    with hold(run.folder, resume), stop_signals() as stop:
+        with together():
+            step, standing = go_on(run, console, allow_changes=allow_changes) if resume else (0, Standing())
+        if rank() == 0:
+            write_config(run.config, run.folder / "config.yaml")
+        take_steps(run, TaskJournal(run, stop, standing), step, console)
         return finish(run, standing, console)
 
 
-def take_steps(run: TaskRun, journal: TaskJournal, first_step: int, stop: StopSignal, console: Console) -> None:
+def take_steps(run: TaskRun, journal: TaskJournal, first_step: int, console: Console) -> None:
     """Take the steps that are left.
 
     Raises: Stopped after a checkpoint, if a signal came; UserError for a loss that is no number.
@@ -57,5 +59,5 @@ def take_steps(run: TaskRun, journal: TaskJournal, first_step: int, stop: StopSi
         finally:
             journal.stop_counting()
     step = run.trainer.state.global_step
-    if stop.received and step < run.num_steps:
-        raise Stopped(f"stopped after step {step:,} of {run.num_steps:,}; {how_to_resume(run.folder)}", stop.received)
+    if journal.signal and step < run.num_steps:
+        raise Stopped(f"stopped after step {step:,} of {run.num_steps:,}; {how_to_resume(run.folder)}", journal.signal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -183,7 +183,7 @@ def build(
     stop_at(model, data.ends())
     if num_ranks() > 1:
         with together():
-            check_alike(_what_must_be_alike(config, data, model))
+            check_alike(what_must_be_alike(config, data.identity, model))
 
     # the forecast; with memory_bytes, of the levers that make the run fit
     if memory_bytes is None:
@@ -247,11 +247,12 @@ def settle_template(config: TrainConfig, tokenizer: Any) -> TrainConfig:
     return config
 
 
-def _what_must_be_alike(config: TrainConfig, data: Data, model: torch.nn.Module) -> dict[str, Any]:
+def what_must_be_alike(config: TrainConfig, identity: Mapping[str, str], model: torch.nn.Module) -> dict[str, Any]:
+    """What all processes have to be given: settings, rows by their ``identity``, versions and weights."""
     settings = {name: value for name, value in used_settings(config).items() if not ROWS[name].place}
     versions = {f"the version of {package}": version(package) for package in ("torch", "transformers")}
     weights = {"the sum of the model's weights": _exact_sum(model)}
-    return settings | {f"the {name} data": value for name, value in data.identity.items()} | versions | weights
+    return settings | {f"the {name} data": value for name, value in identity.items()} | versions | weights
 
 
 def _exact_sum(model: torch.nn.Module) -> int:

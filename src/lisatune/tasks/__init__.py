@@ -14,8 +14,6 @@ from lisatune.common.choice import Choice
 if TYPE_CHECKING:
     from lisatune.tasks.base import Task
 
-SCRIPT = "give LisaCallback to TRL's trainer in a script of your own (examples/trl_dpo.py)"
-
 
 @dataclass(frozen=True)
 class TaskChoice(Choice):
@@ -35,10 +33,10 @@ CAREFUL = {"learning_rate": 1e-6}  # the defaults of TRL
 
 TASKS: dict[str, TaskChoice] = {
     "sft": TaskChoice("lisatune.train:train"),
-    "dpo": TaskChoice("lisatune.tasks.dpo:Dpo", 1, SCRIPT, PAIRS, CAREFUL),
-    "kto": TaskChoice("lisatune.tasks.kto:Kto", 1, SCRIPT, ("completion", "label"), CAREFUL),
-    "orpo": TaskChoice("lisatune.tasks.orpo:Orpo", 1, SCRIPT, PAIRS, CAREFUL),
-    "reward": TaskChoice("lisatune.tasks.reward:Reward", 1, SCRIPT, (*PAIRS, "margin"), {"learning_rate": 1e-4}),
+    "dpo": TaskChoice("lisatune.tasks.dpo:Dpo", columns=PAIRS, preset=CAREFUL),
+    "kto": TaskChoice("lisatune.tasks.kto:Kto", columns=("completion", "label"), preset=CAREFUL),
+    "orpo": TaskChoice("lisatune.tasks.orpo:Orpo", columns=PAIRS, preset=CAREFUL),
+    "reward": TaskChoice("lisatune.tasks.reward:Reward", columns=(*PAIRS, "margin"), preset={"learning_rate": 1e-4}),
 }
 
 

@@ -79,6 +79,8 @@ class Copies:
 
     Args:
         layers: The model, before the Trainer wraps it.
+    Attributes:
+        by_ddp: Whether DistributedDataParallel averages that tensor.
     Raises: UserError if no small tensor of the model trains in every step.
     Cost: a step sends the bytes of what trains, all at the end of the backward pass, and holds ``BUCKET_ELEMENTS`` of them once more.
     """
@@ -92,11 +94,14 @@ class Copies:
                 "need: use FSDP2 (examples/accelerate/fsdp2.yaml)"
             )
         self.kept: nn.Parameter = self.model.get_parameter(kept)
+        self.by_ddp = True
         names = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - {kept}
         self.model._ddp_params_and_buffers_to_ignore = sorted(names)  # type: ignore[assignment]
 
     def begin(self) -> None:
         """Give all processes the weights of the first one, as DDP does for what it looks after."""
+        # a model that was evaluated before is prepared for accelerate, which then leaves DistributedDataParallel out
+        self.by_ddp = not getattr(self.model, "_is_accelerate_prepared", False)
         if hasattr(self.model, "_ddp_params_and_buffers_to_ignore"):
             del self.model._ddp_params_and_buffers_to_ignore  # or a later training without LISA would average nothing
         with torch.no_grad():
@@ -106,7 +111,7 @@ class Copies:
     @torch.no_grad()
     def average(self) -> None:
         """Make every process' gradients their average."""
-        trained = [p for p in self.model.parameters() if p.requires_grad and p is not self.kept]
+        trained = [p for p in self.model.parameters() if p.requires_grad and not (self.by_ddp and p is self.kept)]
         used = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=self.kept.device)
         dist.all_reduce(used, dist.ReduceOp.MAX)
         gradients = [_gradient(p) for p, anywhere in zip(trained, used.tolist(), strict=True) if anywhere]
