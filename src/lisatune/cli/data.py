@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from array import array
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from lisatune.cli.common import OUTPUT, AsJson, ConfigFile, ModelName, console, quiet_libraries
 from lisatune.cli.train import data_of
+
+if TYPE_CHECKING:
+    from lisatune.data.examples import HeldOut, Rows
+    from lisatune.data.inspection import Inspection
+    from lisatune.settings import TrainConfig
 
 ROWS_SHOWN, ROWS_IN_JSON, ROWS_IN_PAGE = 5, 100, 200
 
@@ -47,37 +52,16 @@ def data(
     settings: dict[str, Any] = {"output": "none"} | read_settings(config, overrides or []) | {"data": data_of(data)}
     checked = build_config(settings | ({} if model is None else {"model": model}))
     from lisatune.data.examples import read_examples
-    from lisatune.errors import UserError
     from lisatune.models.names import check_model_name
 
-    if checked.task != "sft":
-        raise UserError(
-            f"lisatune data works with task=sft only; with task={checked.task}, lisatune train prints at its start which rows it uses"
-        )
     check_model_name(checked.model)
     train, held_out = read_examples(checked.model_copy(update={"streaming": False}))
     quiet_libraries()
-    from lisatune.data.inspection import inspect
-    from lisatune.data.view import show, write_page
-    from lisatune.models.load import load_tokenizer
-    from lisatune.run.build import settle_template
-    from lisatune.run.data import Encoding
-
-    tokenizer, num_embeddings = load_tokenizer(checked.model, trust_remote_code=checked.trust_remote_code)
-    checked = settle_template(checked, tokenizer)
-    encoding = Encoding(checked, tokenizer, num_embeddings, Console(quiet=True))
-    encoded = []
-    with console.status("tokenizing"):
-        for some in train:
-            lengths = array("l")
-            documents, counts = encoding.documents(some, "train", lengths=lengths, may_be_empty=True)
-            encoded.append((documents, counts, lengths or [len(document) for document in documents]))
-        held = {name: encoding.documents(some, "eval", may_be_empty=True)[1] for name, some in held_out.items()}
     wanted = rows or (ROWS_IN_JSON if as_json else ROWS_IN_PAGE if html else ROWS_SHOWN)
-    found = inspect(
-        train, encoded, tokenizer, max_length=checked.max_length, batch_size=checked.per_device_train_batch_size,
-        num_rows=wanted, seed=checked.seed, held_out={name: (held_out[name], counts) for name, counts in held.items()},
-    )  # fmt: skip
+    with console.status("tokenizing"):
+        found = inspected(checked, train, held_out, wanted)
+    from lisatune.data.view import show, write_page
+
     if html is not None:
         console.print(str(write_page(found, html, ids=ids)), markup=False, highlight=False, soft_wrap=True)
     if as_json:
@@ -85,3 +69,29 @@ def data(
     elif html is None:
         terminal = Console()
         terminal.print(show(found, ids=ids, marks=terminal.color_system is None))
+
+
+def inspected(config: TrainConfig, train: list[Rows], held_out: HeldOut, num_rows: int) -> Inspection:
+    """What a run with ``config`` would see of its rows."""
+    from lisatune.data.inspection import inspect
+    from lisatune.models.load import load_tokenizer
+    from lisatune.run.build import settle_template
+    from lisatune.run.data import Encoding
+
+    tokenizer, num_embeddings = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    if config.task != "sft":
+        from lisatune.preferences.inspection import inspect_task
+
+        return inspect_task(config, tokenizer, train[0], held_out, num_rows)
+    config = settle_template(config, tokenizer)
+    encoding = Encoding(config, tokenizer, num_embeddings, Console(quiet=True))
+    encoded = []
+    for some in train:
+        lengths = array("l")
+        documents, counts = encoding.documents(some, "train", lengths=lengths, may_be_empty=True)
+        encoded.append((documents, counts, lengths or [len(document) for document in documents]))
+    held = {name: encoding.documents(some, "eval", may_be_empty=True)[1] for name, some in held_out.items()}
+    return inspect(
+        train, encoded, tokenizer, max_length=config.max_length, batch_size=config.per_device_train_batch_size,
+        num_rows=num_rows, seed=config.seed, held_out={name: (held_out[name], counts) for name, counts in held.items()},
+    )  # fmt: skip

@@ -6,6 +6,7 @@ import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 from lisatune.data.examples import Rows, spread
@@ -26,12 +27,22 @@ class ShownRow:
         pieces: Parts of the text, each with whether it is learned.
         ids: Its tokens.
         labels: The tokens that are learned, -100 for others.
+        answer: Which answer of a judged row this is: ``chosen``, ``rejected`` or ``completion``.
+        label: Whether a completion is good.
     """
 
     where: str
     pieces: list[tuple[str, bool]]
     ids: list[int]
     labels: list[int]
+    answer: str = ""
+    label: bool | None = None
+
+    @property
+    def title(self) -> str:
+        """The place of the row, and which of its answers this is."""
+        label = "" if self.label is None else ", good" if self.label else ", bad"
+        return f"{self.where}: {self.answer}{label}" if self.answer else self.where
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Inspection:
         lengths: Tokens of each row before anything is cut.
         max_length: Tokens that a row may have.
         batch_size: Rows of a micro-batch.
-        padding: The share of a run's tokens that is padding, without packing and with it.
+        padding: The share of a run's tokens that is padding, without packing and with it; None where nothing is packed.
         rows: A few rows, spread evenly.
         special: The tokenizer's special tokens, which a view may set apart.
         held_out: Of each set to evaluate on: its name, the rows, and what became of them.
@@ -61,7 +72,7 @@ class Inspection:
     lengths: Sequence[int]
     max_length: int
     batch_size: int
-    padding: tuple[float, float]
+    padding: tuple[float, float | None]
     rows: list[ShownRow] = field(default_factory=list)
     special: list[str] = field(default_factory=list)
     held_out: list[tuple[str, Rows, Counts]] = field(default_factory=list)
@@ -80,6 +91,7 @@ class Inspection:
             "padding": {"batch_size": self.batch_size, "share": self.padding[0], "share_with_packing": self.padding[1]},
             "rows": [
                 {"where": row.where, "pieces": [list(piece) for piece in row.pieces]}
+                | ({"answer": row.answer} if row.answer else {}) | ({} if row.label is None else {"label": row.label})
                 | ({"ids": row.ids, "labels": row.labels} if ids else {})
                 for row in self.rows
             ],
@@ -156,8 +168,10 @@ def special_texts(tokenizer: Any) -> list[str]:
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
 
-def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> float:
-    """The share of padding in micro-batches of ``batch_size`` rows, each as wide as its longest row.
+def padding(lengths: Sequence[int], batch_size: int, seed: int = 0, of_row: int = 1) -> float:
+    """The share of padding in micro-batches of ``batch_size`` rows, each as wide as its longest text.
+
+    A row has ``of_row`` texts, whose lengths follow one another.
 
     Example:
         >>> padding([1, 1, 4, 4], 4)
@@ -165,8 +179,9 @@ def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> float:
     """
     if not lengths:
         return 0.0
-    order = random.Random(f"{seed}/0").sample(range(len(lengths)), len(lengths))
-    batches = [[lengths[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
+    rows = [lengths[first : first + of_row] for first in range(0, len(lengths), of_row)]
+    order = random.Random(f"{seed}/0").sample(rows, len(rows))
+    batches = [list(chain(*order[first : first + batch_size])) for first in range(0, len(order), batch_size)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
 

@@ -110,8 +110,9 @@ def _lengths(found: Inspection) -> RenderableType:
         bar = Text.assemble((_bar(count, most), "red" if marked else "green"), f" {count:,}" if count else "")
         table.add_row(f"{first:,}-{last:,}", bar)
     plain, packed = found.padding
+    with_packing = "" if packed is None else f", {packed:.0%} with packing=true"
     notes = Text(
-        f"padding {plain:.0%} of the tokens computed at {found.batch_size} rows a batch, {packed:.0%} with packing=true; longest row "
+        f"padding {plain:.0%} of the tokens computed at {found.batch_size} rows a batch{with_packing}; longest row "
         f"{max(found.lengths, default=0):,} tokens, max_length {found.max_length:,}"
     )
     return Padding(Group(Text("tokens of a row", style="cyan"), table, notes), (0, 0, 1, 0))
@@ -141,7 +142,7 @@ def _panel(row: ShownRow, special: Sequence[str], *, ids: bool, marks: bool) -> 
             numbers.append(f"{token} ", style=LEARNED if label != -100 else CONTEXT)
         body = Group(text, Text(), numbers)
     return Panel(
-        body, title=Text(row.where), title_align="left", subtitle=_size(row), subtitle_align="right", border_style="dim"
+        body, title=Text(row.title), title_align="left", subtitle=_size(row), subtitle_align="right", border_style="dim"
     )
 
 
@@ -187,13 +188,14 @@ def _page(found: Inspection, *, ids: bool) -> Iterator[str]:
 
 def _tiles(found: Inspection) -> str:
     counts = found.counts
+    packed = found.padding[1]
     tiles = [
         (f"{counts.used:,}", f"of {counts.read:,} rows used"),
         (f"{counts.tokens:,}", "tokens"),
         (f"{counts.labelled_tokens / max(1, counts.tokens):.0%}", f"learned, {counts.labelled_tokens:,} tokens"),
         (f"{max(found.lengths, default=0):,}", f"tokens in the longest row, max_length is {found.max_length:,}"),
         (f"{counts.truncated:,}", f"rows cut, {counts.cut_tokens:,} tokens lost"),
-        (f"{found.padding[0]:.0%}", f"padding, {found.padding[1]:.0%} with packing=true"),
+        (f"{found.padding[0]:.0%}", "padding" if packed is None else f"padding, {packed:.0%} with packing=true"),
     ]
     tiles += [(f"{held.used:,}", f"rows held out {name}".rstrip()) for name, _, held in found.held_out]
     return (
@@ -251,6 +253,6 @@ def _html_row(row: ShownRow, special: Sequence[str], *, ids: bool) -> str:
         text += f"<span class=learned>{inside}</span>" if learned else inside
     numbers = f"<div class=ids>{' '.join(map(str, row.ids))}</div>" if ids else ""
     return (
-        f"<div class=row><div class=where><span>{escape(row.where)}</span><span>{_size(row)}</span></div>"
+        f"<div class=row><div class=where><span>{escape(row.title)}</span><span>{_size(row)}</span></div>"
         f"<pre>{text}</pre>{numbers}</div>"
     )

@@ -16,6 +16,8 @@ from lisatune.errors import UserError, missing_package
 from lisatune.processes.collectives import barrier, gathered, rank, together
 from lisatune.tasks import TASKS
 
+WHERE = "where"  # the column with the place of a row, which TRL leaves alone
+
 
 def as_dataset(rows: Rows, task: str) -> Any:
     """The rows as a data set of ``datasets``.
@@ -31,9 +33,8 @@ def as_dataset(rows: Rows, task: str) -> Any:
     if "margin" in TASKS[task].columns and 0 < len(without) < len(judged):
         raise UserError(f"{without[0].where}: 'margin' is missing, but other rows have one: give each row one, or none")
     with_tools = any(example.tools for example in judged)
-    return Dataset.from_list(
-        [e.as_row() | ({"tools": json.dumps(list(e.tools)) if e.tools else None} if with_tools else {}) for e in judged]
-    )
+    tools = [{"tools": json.dumps(list(e.tools)) if e.tools else None} if with_tools else {} for e in judged]
+    return Dataset.from_list([e.as_row() | own | {WHERE: e.where} for e, own in zip(judged, tools, strict=True)])
 
 
 def in_one_place(dataset: Any, folder: str, name: str) -> Any:

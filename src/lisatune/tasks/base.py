@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +13,23 @@ import torch
 from torch import Tensor
 
 from lisatune.errors import missing_package
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer after its prompt, in tokens.
+
+    Args:
+        name: ``chosen``, ``rejected`` or ``completion``.
+        ids: The tokens of both, before anything is cut.
+        num_prompt: How many of them are the prompt.
+        whole_prompt: Whether a prompt stays whole that is longer than ``max_length``.
+    """
+
+    name: str
+    ids: list[int]
+    num_prompt: int
+    whole_prompt: bool = False
 
 
 @dataclass(kw_only=True)
@@ -64,6 +81,14 @@ class Task:
             tokens: Tokens of the longest.
         """
         raise NotImplementedError
+
+    def answers(self, row: Mapping[str, Any]) -> list[Answer]:
+        """What is in a row of TRL's own data set, which holds tokens."""
+        raise NotImplementedError
+
+    def why_left_out(self, answers: Sequence[Answer], max_length: int) -> str:
+        """Why TRL leaves a row with these answers out; empty if it does not."""
+        return ""
 
 
 @contextmanager

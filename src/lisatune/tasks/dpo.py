@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lisatune.tasks.base import Task, log_probs
+from lisatune.tasks import PAIRS
+from lisatune.tasks.base import Answer, Task, log_probs
 
 
 @dataclass(kw_only=True)
@@ -18,6 +20,8 @@ class Dpo(Task):
 
     trainer: ClassVar[str] = "trl:DPOTrainer"
     arguments: ClassVar[str] = "DPOConfig"
+
+    names: ClassVar[tuple[str, ...]] = PAIRS
 
     beta: float
     precompute_ref_log_probs: bool
@@ -30,6 +34,15 @@ class Dpo(Task):
     def needs_reference(self) -> bool:
         """Unless its log-probabilities are computed before training, by the model itself."""
         return not self.precompute_ref_log_probs
+
+    def answers(self, row: Mapping[str, Any]) -> list[Answer]:
+        """Prompt and answers stand apart."""
+        prompt = list(row["prompt_ids"])
+        return [Answer(name, prompt + list(row[f"{name}_ids"]), len(prompt)) for name in self.names]
+
+    def why_left_out(self, answers: Sequence[Answer], max_length: int) -> str:
+        """Of such a row nothing could be learned."""
+        return "the prompt fills max_length" if answers[0].num_prompt >= max_length else ""
 
     def step_loss(self, model: Any, reference: Any, rows: int, tokens: int) -> Tensor:
         """Both answers of a row go through the model together, then through the reference."""

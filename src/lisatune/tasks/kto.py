@@ -18,6 +18,7 @@ class Kto(Dpo):
 
     trainer = "trl:KTOTrainer"
     arguments = "KTOConfig"
+    names = ("completion",)
 
     def step_loss(self, model: Any, reference: Any, rows: int, tokens: int) -> Tensor:
         """Answers of other rows are scored first, without gradients, then the rows' own; then both by the reference."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from lisatune.tasks.base import Task, meta_ids
+from lisatune.tasks import PAIRS
+from lisatune.tasks.base import Answer, Task, meta_ids
+
+IGNORED = -100  # the label of a prompt
 
 
 @dataclass(kw_only=True)
@@ -23,6 +27,11 @@ class Orpo(Task):
     def options(self) -> dict[str, Any]:
         """Names are TRL's."""
         return {"beta": self.beta}
+
+    def answers(self, row: Mapping[str, Any]) -> list[Answer]:
+        """The labels say where an answer begins."""
+        num_prompt = {name: list(row[f"{name}_labels"]).count(IGNORED) for name in PAIRS}
+        return [Answer(name, list(row[f"{name}_input_ids"]), num_prompt[name], whole_prompt=True) for name in PAIRS]
 
     def step_loss(self, model: Any, reference: Any, rows: int, tokens: int) -> Tensor:
         """Both answers of a row go through the model together. TRL holds the logits of all tokens here."""
