@@ -194,7 +194,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         print(*(f"LISA: {line}" for line in lines), sep="\n")
 
     def _join(self, model: Any) -> None:
-        """Be one of the processes that there are, if there are several."""
+        """Join the other processes, if there are any."""
         if self._sharded:
             prepare_shards(model)
         elif num_ranks() > 1:

@@ -105,7 +105,7 @@ class Learner:
         return self.placement.call(function, *args, **kwargs)
 
     def after_switch(self) -> None:
-        """Let all that depends on which parameters train know that they have changed."""
+        """Tell everything that depends on which parameters train that they have changed."""
         self.placement.after_switch()
         for lever in self.levers:
             lever.after_switch(self)

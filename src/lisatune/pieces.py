@@ -47,7 +47,7 @@ class ModuleLayers(Layers):
     pieces: Pieces
 
     def parts(self) -> dict[str, dict[str, nn.Parameter]]:
-        """As ``Layers.parts``, with ``layers.0.self_attn.q_proj``, ..., ``layers.0.rest`` in place of ``layers.0``."""
+        """The same as ``Layers.parts``, but with ``layers.0.self_attn.q_proj``, ..., ``layers.0.rest`` in place of ``layers.0``."""
         parts: dict[str, dict[str, nn.Parameter]] = {}
         for part, parameters in super().parts().items():
             if not part.startswith("layers."):

@@ -33,7 +33,7 @@ class FrozenLearningRate(Lever):
     updates: FrozenUpdates = field(init=False, repr=False)
 
     def put_on(self, learner: Learner) -> None:
-        """Let the matrices of frozen decoder layers step in the backward pass."""
+        """Make the matrices of frozen decoder layers step in the backward pass."""
         self.updates = FrozenUpdates(
             learner.layers.decoder, self.frozen_learning_rate, self.seed, sign=self.frozen_step == "sign"
         )

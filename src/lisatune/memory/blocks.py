@@ -64,7 +64,7 @@ class Cut:
             slot.cut = self  # type: ignore[attr-defined]
 
     def place(self, blocks: Iterable[int]) -> None:
-        """Let the slots hold ``blocks``, distinct, at most as many as there are slots. Gradients of before are dropped.
+        """Put ``blocks`` into the slots: distinct blocks, at most as many as slots. Old gradients are dropped.
 
         A block that trains already stays in its slot. A slot that is left over, or whose block is empty, is frozen.
         """
@@ -91,7 +91,7 @@ class Cut:
         return tuple(block if block in wanted else next(new, None) for block in self.blocks or [None] * len(self.slots))
 
     def empty(self) -> None:
-        """Let no block train."""
+        """Freeze all blocks."""
         self.blocks, self.rows = (), ()
         for slot in self.slots:
             slot.grad = None

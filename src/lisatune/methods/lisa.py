@@ -74,7 +74,7 @@ class Lisa(Method):
         )  # fmt: skip
 
     def largest_draws(self, model: Any) -> list[tuple[int, ...]]:
-        """As the sampler says. With the embedding frozen, the backward pass ends early in some.
+        """The draws of the sampler. If the embedding is frozen, the backward pass ends early in some.
 
         A score head holds no logits, so there the lowest layer can need more than the top ones.
         """
@@ -98,13 +98,13 @@ class Lisa(Method):
         return self.engine.begin_step(number, optimizer)
 
     def gradients(self, learner: Learner, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
-        """As for any method. A sampler that learns sees the gradients before they are clipped."""
+        """The same as for any method. A sampler that learns sees the gradients before they are clipped."""
         loss = learner.backward(micro_batches, num_labelled)
         self._scores = self.engine.scores()
         return loss, learner.clip()
 
     def observe(self, number: int, bad: bool) -> None:
-        """Let a sampler that learns know of a step that was made."""
+        """Tell a sampler that learns about a step that was made."""
         if not bad:
             self.engine.observe(number, self._scores)
 

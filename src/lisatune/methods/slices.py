@@ -45,7 +45,7 @@ class Slices(Lisa):
         """Do nothing: the first draw is as large as any."""
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let ``optimizer`` hold the slices in place of the whole matrices."""
+        """Replace the whole matrices in ``optimizer`` by their slices."""
         self.engine.adopt(optimizer)
 
     def states(

@@ -162,7 +162,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def stop_at(model: Any, tokens: Sequence[int]) -> None:
-    """Let generation end at ``tokens`` too; they are saved in ``generation_config.json``."""
+    """Make generation end at ``tokens`` too. They are saved in ``generation_config.json``."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return

@@ -184,7 +184,7 @@ class AdamW(torch.optim.Optimizer):
             local(p.detach()).view(-1)[start : start + len(weight)] = weight
 
     def _update_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """As ``_update_stateless`` for each, but of many small parameters at a time: few kernels of a GPU, to the bit."""
+        """Update many small parameters at once: bit-identical to ``_update_stateless`` for each, with fewer GPU kernels."""
         for some in bundles(parameters, self._most(parameters)):
             weights = [local(p.detach()).view(-1) for p in some]
             grads = [local(p.grad).reshape(-1) for p in some]  # type: ignore[arg-type]

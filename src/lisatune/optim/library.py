@@ -79,7 +79,7 @@ class LibraryOptimizer(RoundedOptimizer):
         super().__init__(groups, {}, seed)
 
     def update_group(self, group: dict[str, Any]) -> None:
-        """Let the library update what has a gradient."""
+        """Call the library's step for the parameters that have a gradient."""
         inner = self._inner[group["inner"]]
         trained = [p for p in group["params"] if p.grad is not None]
         inner.state = self.state

@@ -36,7 +36,7 @@ class RoundedOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(params, {**defaults, "num_steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer`` does."""
+        """The same as in ``torch.optim.Optimizer``."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if not p.is_contiguous():
@@ -69,7 +69,7 @@ class RoundedOptimizer(torch.optim.Optimizer, ABC):
         p.detach().view(-1)[start:stop] = values
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer`` does, but state keeps its type, and is a copy."""
+        """The same as in ``torch.optim.Optimizer``, but state is a copy and keeps its type."""
         super().load_state_dict({**state_dict, "state": {}})
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]

@@ -185,7 +185,7 @@ class HeadPart:
 
 
 def watch_embedding(embedding: nn.Module, store: RowGradients) -> RemovableHandle:
-    """Let ``embedding`` leave its weight's gradient in ``store`` as parts, never as a whole.
+    """Make ``embedding`` put its weight's gradient into ``store`` in parts, never as a whole.
 
     Nothing changes while its weight asks for no gradient, or none is recorded (LISA may freeze and unfreeze it).
 

@@ -56,7 +56,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], unit: str = "nats per token") 
 
 
 def running_means(values: Sequence[float]) -> list[float]:
-    """Of each value and those before it, a mean in which a value weighs 0.9 times what the next one does.
+    """A running mean of the values, in which each value weighs 0.9 times as much as the next one.
 
     Divided by the sum of the weights, as Adam's moments are, so that the first values weigh no more than their share.
 

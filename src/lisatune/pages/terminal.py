@@ -12,7 +12,7 @@ from rich.text import Text
 
 @dataclass
 class Tables:
-    """As many columns beside each other as there is room for, the first one each time; no number is cut off."""
+    """Tables with as many columns as fit the width. Each begins with the first column. No number is cut off."""
 
     head: list[str]
     rows: list[list[str]]

@@ -18,7 +18,7 @@ from lisatune.processes.collectives import FAKE
 
 @contextmanager
 def fake_processes(num_ranks: int) -> Iterator[None]:
-    """Be the first of ``num_ranks`` processes, whose models lie on the meta device; inside training, be who one is.
+    """Act as the first of ``num_ranks`` processes, whose models are on the meta device. Inside training, change nothing.
 
     Example:
         >>> with fake_processes(8):

@@ -289,7 +289,7 @@ def _book_weights(ledger: Ledger, learner: Learner, parts: Mapping[Any, str]) ->
 def _learn_task(
     ledger: Ledger, learner: Learner, config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int
 ) -> None:
-    """Let a preference task have its own loss, and its reference model."""
+    """Give a preference task its own loss and its reference model."""
     task = make_task(config)
     if task is None:
         return

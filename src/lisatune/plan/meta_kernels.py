@@ -17,7 +17,7 @@ ATTENTION = "lisatune_plan"
 
 
 def register_attention(device: str) -> None:
-    """Let models built with ``attn_implementation=ATTENTION`` plan the attention of ``cuda`` or ``cpu``."""
+    """Register ``attn_implementation=ATTENTION``, which plans the attention of ``cuda`` or ``cpu``."""
     AttentionInterface.register(ATTENTION, partial(_attention, on_cpu=device == "cpu"))
 
 

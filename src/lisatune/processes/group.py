@@ -19,7 +19,7 @@ from lisatune.processes.launch import num_started
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that ``torchrun`` has started; without it, or if it has started one alone, do nothing.
+    """Join the processes that ``torchrun`` has started. Without torchrun, or with one process, do nothing.
 
     A process that waits for one that is gone gives up after 10 minutes; one may be so much slower in reading the data.
     """

@@ -313,7 +313,7 @@ class SliceEngine:
                 put |= own.keys()
 
     def _place(self, interval: int) -> None:
-        """Let the blocks of ``interval`` train, and freeze all else."""
+        """Unfreeze the blocks of ``interval``, and freeze all others."""
         if self._interval is None:
             for name, (_, parameter) in self._tensors().items():
                 parameter.requires_grad_(name in self.always)

@@ -112,7 +112,7 @@ class ReadWhole:
         module.__class__ = type(self.kind.__name__, (self.kind,), members)
 
     def remove(self) -> None:
-        """Let the module be as it was."""
+        """Put the module back as it was."""
         self.module.__class__ = self.kind
 
 

@@ -150,7 +150,7 @@ class Studio:
         return self._begin(name, ["train", "--config", f"runs/{name}/config.yaml", "--resume"])
 
     def stop(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Let the run save a checkpoint and end."""
+        """Make the run save a checkpoint and end."""
         name = self._run(asked)
         if not self._trains(name):
             raise UserError(f"runs/{name} is not training, or was not started here: stop it where it was started")
@@ -158,7 +158,7 @@ class Studio:
         return {}
 
     def state(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each run: whether it trains, has ended or can go on, and what it said last."""
+        """For each run: whether it trains, has ended or can be resumed, and its last line of output."""
         there = {name: (self.home / "runs" / name / SUMMARY).is_file() for name in self._there()}
         told = {name: "finished" if finished else "stopped" for name, finished in there.items()}
         told |= {name: "failed" for name, job in self._jobs.items() if job.poll() not in (None, 0) and name not in told}

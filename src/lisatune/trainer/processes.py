@@ -137,7 +137,7 @@ def _average(bucket: list[Tensor]) -> None:
 
 
 def prepare_shards(model: nn.Module) -> None:
-    """Let FSDP2 see every parameter before anything is frozen.
+    """Show FSDP2 every parameter before anything is frozen.
 
     It learns the types of gradients when a group of parameters is first used, from those that train then (pytorch#186998).
     """

@@ -132,7 +132,7 @@ class PageServer(ThreadingHTTPServer):
         return hmac.compare_digest(word.encode(errors="replace"), (self.token or secrets.token_hex()).encode())
 
     def server_bind(self) -> None:
-        """As the base class does, but without asking a name server for our name, which may take long."""
+        """The same as in the base class, but without a name server, which may take long."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
 

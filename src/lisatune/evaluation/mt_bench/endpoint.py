@@ -96,7 +96,7 @@ class Endpoint:
         )
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._client.close()
 
     def stop(self) -> None:
