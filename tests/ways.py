@@ -153,6 +153,12 @@ WAYS = [
         "LoRA off the device", CHECKPOINTED | {"method": "lora", "offload_frozen": True, "dtype": "bfloat16"},
         bit_equal_to={"method": "lora", "dtype": "bfloat16"}, **OFF_THE_DEVICE,
     ),
+    Way("frozen layers in 8 bits", CHECKPOINTED | {"frozen_bits": 8}, processes=None),
+    Way(
+        "frozen layers in 4 bits, off the device", CHECKPOINTED | {"frozen_bits": 4, "offload_frozen": True},
+        bit_equal_to=CHECKPOINTED | {"frozen_bits": 4}, also_with=("lora",), **OFF_THE_DEVICE,
+    ),
+    Way("QLoRA", CHECKPOINTED | {"method": "lora", "frozen_bits": 4, "dtype": "bfloat16"}, processes=None, **BFLOAT16),
     Way(
         "step in backward", UNCLIPPED | {"optimizer_in_backward": True}, bit_equal_to=UNCLIPPED, also_with=OTHERS,
         processes=None,

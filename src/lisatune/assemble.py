@@ -39,6 +39,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     placement = choose_placement(
         offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size, whole=method.needs_whole_weights,
         alone=config.task != "sft",  # TRL's trainer joins them
+        frozen_bits=config.frozen_bits,
     )  # fmt: skip
     linear_head = placement.place(model, layers, device)
     method.start(layers, linear_head=linear_head)

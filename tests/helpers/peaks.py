@@ -21,5 +21,7 @@ def measured_peak(config, model, rows, tokens, drawn):
     micro = Batch(ids, ids, torch.arange(tokens).repeat(rows, 1), torch.ones_like(ids, dtype=torch.bool))
     micros = [micro] * config.gradient_accumulation_steps
     learner.step(0, micros, rows * tokens)
-    held = tensor_bytes([*learner.model.parameters(), *learner.model.buffers()]) + state_bytes(learner.optimizer)
+    held = tensor_bytes(
+        [*learner.model.parameters(), *learner.model.buffers(), *learner.placement.copies()]
+    ) + state_bytes(learner.optimizer)
     return held + allocated_peak(lambda: learner.step(1, micros, rows * tokens))

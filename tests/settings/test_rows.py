@@ -36,6 +36,8 @@ def some_value(name):
     if name in REGISTRIES:
         return next(choice for choice in list(REGISTRIES[name])[1:])
     words = [w for kind in (FIELDS[name].annotation, *get_args(FIELDS[name].annotation)) for w in get_args(kind)]
+    if numbers := [word for word in words if type(word) is int]:
+        return numbers[0]
     words = [word for word in words if isinstance(word, str) and word != default]
     if isinstance(default, bool):
         return not default
@@ -146,6 +148,7 @@ def settings_of(words):
 ALLOWED = {
     "activation_offloading": {"gradient_checkpointing": True},
     "offload_frozen": {"gradient_checkpointing": True},
+    "frozen_bits": {"gradient_checkpointing": True},
     "optimizer_in_backward": {"max_grad_norm": 0},
     "eval_tasks": {"gradient_checkpointing": True},
     "precompute_ref_log_probs": {"task": "dpo"},

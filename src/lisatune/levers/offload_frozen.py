@@ -1,8 +1,9 @@
-"""Frozen decoder layers in host memory, on the device only while they are computed."""
+"""Frozen decoder layers in host memory, on the device in few bits or only while they are computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lisatune.errors import UserError
 from lisatune.levers.gradient_checkpointing import CheckpointedForward
+from lisatune.memory.few_bits import FewBits, Whole, few_bits
 from lisatune.memory.offload import Shuttle, to_device, to_host
 
 
@@ -31,9 +33,16 @@ class HostLayers:
     Embedding, head and norm are not touched, and buffers belong on the device: see ``rest_to_device``. The device of the
     model, which transformers reads from its first parameter, is therefore still that of the embedding.
 
+    With ``bits``, training computes frozen matrices from copies in 8 or 4 bits, which are made anew at each switch. What
+    trains is exact, and so is what lies in host memory: no update is ever rounded to few bits. An evaluation
+    (``model.eval()``) is one of the exact weights.
+
     Args:
         decoder: The decoder layers, the lowest first.
         device: Where the model computes.
+        bits: Bits of a frozen matrix while training, 8 or 4; None for the exact one.
+        stream: Keep nothing of frozen layers on the device. False, which needs ``bits``: their copies in few bits stay
+            there, and so do all vectors.
     Attributes:
         device: The device that was given.
     Raises: UserError if a layer is not checkpointed, or is streamed already; and in the forward pass, if a parameter
@@ -53,7 +62,9 @@ class HostLayers:
         160
     """
 
-    def __init__(self, decoder: Sequence[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, decoder: Sequence[nn.Module], device: torch.device, *, bits: int | None = None, stream: bool = True
+    ) -> None:
         checkpoints: list[CheckpointedForward] = []
         for layer in decoder:
             forward = layer.forward
@@ -67,12 +78,19 @@ class HostLayers:
             checkpoints.append(forward)
         self.device = device
         self._decoder = tuple(decoder)
+        self._bits = bits
+        self._stream = stream
         self._shuttle = Shuttle(device)
         self._in_host: set[nn.Parameter] = set()
+        self._small: dict[nn.Parameter, FewBits] = {}
         for index, checkpointed in enumerate(checkpoints):
             checkpointed.inner = _StreamedForward(self, index, _Body(decoder[index], checkpointed.inner))
-        for parameter in self._parameters():
-            self._move(parameter, to_host_memory=True)
+        movable = set(self._parameters())
+        for parameter in (p for layer in decoder for p in layer.parameters()):
+            if parameter in movable:
+                self._move(parameter, to_host_memory=True)
+            else:
+                parameter.data = parameter.data.to(device)
         self._settle()
 
     def place(self) -> None:
@@ -84,6 +102,13 @@ class HostLayers:
         if moved:
             self._settle()
 
+    def renew(self) -> None:
+        """Make the copies in few bits anew, for after the weights in host memory got other values."""
+        self._shuttle.drop()
+        for parameter in self._small:
+            self._shrink(parameter)
+        self._settle()
+
     def remove(self, device: torch.device) -> None:
         """Undo it: all parameters move to ``device``, and layers run as before (adapters can then be merged)."""
         self._shuttle.drop()
@@ -92,6 +117,7 @@ class HostLayers:
             assert isinstance(layer.forward.inner, _StreamedForward)
             layer.forward.inner = layer.forward.inner.body.inner
         self._in_host.clear()
+        self._small.clear()
         for parameter in self._parameters():
             parameter.data = parameter.data.to(device)
         self._settle()
@@ -100,17 +126,35 @@ class HostLayers:
         """Bytes of the parameters that lie in host memory."""
         return sum(p.numel() * p.element_size() for p in self._in_host)
 
+    def copies(self) -> list[Tensor]:
+        """Codes and scales of the frozen matrices."""
+        return [tensor for small in self._small.values() for tensor in small.tensors]
+
     def _parameters(self) -> list[nn.Parameter]:
-        return list({id(p): p for layer in self._decoder for p in layer.parameters()}.values())
+        """Those that move between the device and host memory."""
+        every = {id(p): p for layer in self._decoder for p in layer.parameters()}.values()
+        return [p for p in every if self._stream or p.ndim > 1]
 
     def _move(self, parameter: nn.Parameter, *, to_host_memory: bool) -> None:
         if not to_host_memory:
             parameter.data = to_device(parameter.data, self.device)
             self._in_host.discard(parameter)
+            self._small.pop(parameter, None)
             return
+        self._shrink(parameter)
         unpinned = self.device.type == "cuda" and parameter.device.type == "cpu"
         parameter.data = parameter.data.pin_memory() if unpinned else to_host(parameter.data)
         self._in_host.add(parameter)
+
+    def _shrink(self, parameter: nn.Parameter) -> None:
+        """Hold ``parameter`` in few bits besides, if it is a matrix and that was asked for."""
+        if self._bits is None or parameter.ndim < 2:
+            return
+        small = few_bits(parameter.data.to(self.device), self._bits)
+        if self._stream:
+            codes, scales = small.tensors
+            small = replace(small, tensors=(to_host(codes), to_host(scales)))
+        self._small[parameter] = small
 
     def _settle(self) -> None:
         if self.device.type == "cuda":
@@ -118,11 +162,22 @@ class HostLayers:
 
     def _run(self, index: int, body: _Body, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         streamed = self._streamed(index)
-        copies = self._shuttle.fetch(list(streamed.values()))
-        following = self._following(index, args)
-        if following is not None:
-            self._shuttle.prefetch(list(self._streamed(following).values()))
+        stored = self._stored(index, streamed)
+        tensors = [tensor for one in stored for tensor in one.tensors]
+        if self._stream or not self._decoder[index].training:
+            tensors = self._shuttle.fetch(tensors)
+            following = self._following(index, args)
+            if following is not None:
+                after = self._stored(following, self._streamed(following))
+                self._shuttle.prefetch([tensor for one in after for tensor in one.tensors])
+        parts = iter(tensors)
+        copies = [one.restore([next(parts) for _ in one.tensors]) for one in stored]
         return torch.func.functional_call(body, dict(zip(streamed, copies, strict=True)), args, kwargs)
+
+    def _stored(self, index: int, streamed: dict[str, nn.Parameter]) -> list[FewBits | Whole]:
+        """What the parameters ``streamed`` of layer ``index`` are computed from."""
+        small = self._small if self._decoder[index].training else {}
+        return [small.get(p) or Whole((p,)) for p in streamed.values()]
 
     def _following(self, index: int, args: tuple[Any, ...]) -> int | None:
         """The layer that runs after layer ``index``, if there is one."""

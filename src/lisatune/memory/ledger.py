@@ -47,6 +47,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         granularity: Bytes that the allocator rounds up to; 512 on CUDA, 1 to count exactly.
         device_type: Tensors elsewhere are not booked.
+        one_memory: The host's memory is the device's, as on a CPU, so what moves there is still held.
     Attributes:
         total_bytes: Held now, host memory left out.
         peak_bytes: The most that was held since the start, or since ``reset_peak``.
@@ -61,10 +62,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         (404, 804)
     """
 
-    def __init__(self, granularity: int = CUDA_GRANULARITY, device_type: str = "meta") -> None:
+    def __init__(
+        self, granularity: int = CUDA_GRANULARITY, device_type: str = "meta", *, one_memory: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity = granularity
         self.device_type = device_type
+        self.one_memory = one_memory
         self.label = "other"
         self.total_bytes = 0
         self.host_bytes = 0
@@ -129,7 +133,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        label = HOST if _off_device else self._now()
+        label = HOST if _off_device and not self.one_memory else self._now()
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
                 storage = local(leaf).untyped_storage()

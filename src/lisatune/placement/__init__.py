@@ -12,7 +12,9 @@ from lisatune.placement.sharded import Sharded
 from lisatune.processes.collectives import num_ranks
 
 
-def choose_placement(*, offload_frozen: bool, shard_size: int, whole: bool = False, alone: bool = False) -> OnDevice:
+def choose_placement(
+    *, offload_frozen: bool, shard_size: int, whole: bool = False, alone: bool = False, frozen_bits: int | None = None
+) -> OnDevice:
     """The placement for the processes that there are.
 
     Args:
@@ -20,7 +22,8 @@ def choose_placement(*, offload_frozen: bool, shard_size: int, whole: bool = Fal
         shard_size: Processes that share each weight, if there are several.
         whole: Each process needs all weights whole.
         alone: Somebody else joins the processes.
+        frozen_bits: Bits of frozen matrices while training, with the exact ones in host memory, on one process.
     """
     if num_ranks() > 1 and not alone:
         return Copies() if whole else Sharded(shard_size)
-    return InHost() if offload_frozen else OnDevice()
+    return InHost(frozen_bits, stream=offload_frozen) if offload_frozen or frozen_bits else OnDevice()

@@ -64,6 +64,13 @@ class OnDevice:
         For the forecast. Here nothing is gathered, so nothing is called.
         """
 
+    def weights_changed(self) -> None:
+        """Weights were read from a checkpoint."""
+
+    def copies(self) -> list[Tensor]:
+        """Tensors that stand for weights besides the parameters; for the forecast."""
+        return []
+
     def gather(self, model: nn.Module) -> None:
         """Put all weights of ``model`` in one memory, so that adapters can be merged. Training is over."""
 

@@ -239,7 +239,7 @@ def _plan_draw(
     from lisatune.plan.meta_kernels import ATTENTION, experts_on_meta
 
     model = _meta_model(hf_config, config, device)
-    ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1)
+    ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1, one_memory=device == "cpu")
     remark = ""
     if getattr(model.config, "_attn_implementation", None) != ATTENTION:
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
@@ -281,9 +281,9 @@ def _part(name: str) -> str:
 def _book_weights(ledger: Ledger, learner: Learner, parts: Mapping[Any, str]) -> None:
     for p, part in parts.items():
         ledger.book(p, f"weights/{part}")
-    for buffer in learner.model.buffers():
-        if buffer.is_meta:
-            ledger.book(buffer, "weights/decoder")
+    for tensor in (*learner.model.buffers(), *learner.placement.copies()):
+        if tensor.is_meta:
+            ledger.book(tensor, "weights/decoder")
 
 
 def _learn_task(

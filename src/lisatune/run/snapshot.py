@@ -158,6 +158,7 @@ class Snapshots:
         # weights first, since state goes where the weights that train now are
         store = open_store(checkpoint, in_shards=learner.placement.in_shards)
         _read_weights(checkpoint, store, {name: trainable[part] for part, name in weights.items()})
+        learner.placement.weights_changed()
 
         # what was sampled, so that the same parameters ask for gradients as then; then the optimizer's state
         if learner.engine is not None:

@@ -47,6 +47,8 @@ class Evaluation(BaseModel):
         never_with={
             "offload_frozen": "which keeps layers off the device: leave one of them out, and score the trained model with "
             "lisatune eval",
+            "frozen_bits": "which keeps exact layers off the device: leave one of them out, and score the trained model with "
+            "lisatune eval",
         }, tasks=SFT,
     )  # fmt: skip
     eval_tasks_steps: int | None = row(
@@ -70,7 +72,10 @@ class Evaluation(BaseModel):
         None, "A prompt, or a list of prompts, that the model answers before training and at each evaluation, greedily. The answers "
         "are in samples.jsonl.",
         min_length=1, free=True, one_process=True,
-        never_with={"offload_frozen": "whose layers are not on the device when an answer is made"}, tasks=SFT,
+        never_with={
+            "offload_frozen": "whose layers are not on the device when an answer is made",
+            "frozen_bits": "whose exact layers are not on the device when an answer is made",
+        }, tasks=SFT,
     )  # fmt: skip
     early_stopping: int | None = row(
         None, "Stop after this number of evaluations in a row without a new best. keep_best says what is best.",

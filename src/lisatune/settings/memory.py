@@ -12,6 +12,8 @@ from lisatune.settings.row import row
 from lisatune.settings.task import SFT
 
 ONE_MEMORY = "where host and device are one memory"
+NOTHING_FROZEN = {"method=full": "where no layer is frozen", "sampled_unit=slices": "where no layer is frozen"}
+NOT_KEPT = {"state_policy=keep": "which moves optimizer state before the layers: choose another state_policy"}
 
 
 class Memory(BaseModel):
@@ -71,14 +73,20 @@ class Memory(BaseModel):
             "optim!=sign": "has no effect with optim=sign, which has no state: leave it out",
         }, tasks=SFT,
     )  # fmt: skip
+    frozen_bits: Literal[4, 8] | None = row(
+        None,
+        "Compute frozen decoder layers from copies in 8 bits (int8) or 4 bits (NF4). The exact weights are in host memory, train "
+        "exactly and are saved. With method=lora this is QLoRA.",
+        methods=FIRST_ORDER, one_process=True, idle_with=NOTHING_FROZEN, never_with=NOT_KEPT,
+        needs={
+            "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer in "
+            "full on the device",
+        }, tasks=SFT,
+    )  # fmt: skip
     offload_frozen: bool = row(
         False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=9,
-        idle_with={
-            "method=full": "where no layer is frozen",
-            "sampled_unit=slices": "where no layer is frozen",
-        },
-        never_with={"state_policy=keep": "which moves optimizer state before the layers: choose another state_policy"},
+        idle_with=NOTHING_FROZEN, never_with=NOT_KEPT,
         needs={
             "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer on "
             "the device",

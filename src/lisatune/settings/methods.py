@@ -109,7 +109,7 @@ class Sampling(BaseModel):
         None,
         "Let frozen layers take small plain gradient steps at this rate, from gradients of activations that exist anyway.",
         gt=0, methods=LAYERWISE, one_process=True, was="inactive_learning_rate",
-        never_with={"offload_frozen": "", "optimizer_in_backward": ""} | NO_SLICES,
+        never_with={"offload_frozen": "", "frozen_bits": "", "optimizer_in_backward": ""} | NO_SLICES,
         needs={
             "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so the next micro-batch would see other "
             "weights: set gradient_accumulation_steps=1, or leave it out",
