@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from results import SHAPES, markdown, write_page
 
+from lisatune import UserError
 from lisatune.assemble import make_learner
 from lisatune.memory.measure import PeakMeter, allocated_peak, state_bytes, tensor_bytes
 from lisatune.plan.fake_processes import fake_processes
@@ -55,6 +56,11 @@ LEVERS: tuple[dict[str, Any], ...] = (
     {"offload_frozen": True},
 )
 SLICES = {"sampled_unit": "slices", "train_norms": True}  # one of 15, in each step
+FEW_BITS: tuple[dict[str, Any], ...] = (
+    {"frozen_bits": 8, "offload_frozen": False},
+    {"frozen_bits": 4, "offload_frozen": False},
+    {"frozen_bits": 4, "offload_frozen": True},
+)
 LLAMA_CASES: tuple[dict[str, Any], ...] = (
     {},
     {"gradient_checkpointing": True},
@@ -97,24 +103,27 @@ def paper_table(shapes: tuple[str, ...]) -> str:
 
 
 def lever_table(shape: str) -> str:
-    """Levers added one at a time, LISA beside LoRA r16 with the same levers as far as they concern it."""
-    head = [
-        "lever added",
-        "LISA, 2 layers, GiB",
-        "in host memory",
-        "LoRA r16, GiB",
-        "in host memory",
-        "LISA against LoRA",
-    ]
+    """Levers added one at a time: slices, two layers and LoRA r16 with the same levers, as far as a method has them."""
+    contenders: dict[str, dict[str, Any]] = {
+        "slices": SLICES, "two layers": {"recipe": "paper"}, "LoRA r16": {"method": "lora"},
+    }  # fmt: skip
+    head = ["levers", *(f"{name}, {where}" for name in contenders for where in ("GiB", "in host memory"))]
     rows = []
-    pulled: dict[str, Any] = {}
-    for lever in LEVERS:
-        pulled |= lever
-        lisa = plan_of(shape, 2, 2048, **pulled)
-        lora = plan_of(shape, 2, 2048, method="lora", **{k: v for k, v in pulled.items() if k != "vocabulary_blocks"})
+    pulled: dict[str, dict[str, Any]] = {name: {} for name in contenders}
+    for lever, alone in [(lever, False) for lever in LEVERS] + [(lever, True) for lever in FEW_BITS]:
+        cells = []
+        for contender, settings in contenders.items():
+            now = pulled[contender] | lever
+            try:
+                plan = plan_of(shape, 2, 2048, **settings, **now)
+            except UserError as error:  # the method has no such lever, which is said on the page
+                print(error, flush=True)
+                cells += ["-", "-"]
+                continue
+            cells += [_gib(plan.peak_bytes), _gib(plan.host_bytes)]
+            pulled[contender] = pulled[contender] if alone else now
         name = " ".join(f"{k}={str(v).lower()}" for k, v in lever.items()) or "none"
-        sizes = map(_gib, (lisa.peak_bytes, lisa.host_bytes, lora.peak_bytes, lora.host_bytes))
-        rows.append([f"`{name}`", *sizes, f"{lisa.peak_bytes / lora.peak_bytes:.2f}"])
+        rows.append([("all above, but " if alone else "+ " if lever else "") + f"`{name}`", *cells])
         print(*rows[-1], sep=" | ", flush=True)
     return markdown(head, rows)
 
@@ -131,10 +140,11 @@ def predict() -> None:
         "\n## Larger vocabularies\nThe same.\n",
         paper_table(("llama-3.1-8b", "qwen2.5-7b", "llama-3.2-3b")),
     ]
-    for shape in ("llama-3.1-8b", "llama-2-7b"):
+    for shape in ("llama-3.1-8b", "llama-2-7b", "llama-3.1-70b"):
         text += [
             f"\n## Levers added one at a time: {shape}\nPredicted GiB (2^30), batch 2 x 2048 tokens, bfloat16 weights, float32 "
-            "moments to begin with, loss always in chunks; embedding, head and two layers train.\n",
+            "moments to begin with, loss always in chunks. Slices: one of 15, norms train. Two layers: embedding and head train too. "
+            "A dash is a lever that the method does not have.\n",
             lever_table(shape),
         ]
     text.append(f"\nEvery figure is a prediction; all {time.perf_counter() - started:.0f} s of it ran without a GPU.")
