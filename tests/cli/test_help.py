@@ -1,6 +1,7 @@
 """The help of each command: it can be read without knowing the tool, and its examples would not be refused."""
 
 import inspect
+from importlib import metadata
 
 import pytest
 import typer
@@ -55,3 +56,20 @@ def test_the_shell_completes_commands(monkeypatch):
     monkeypatch.setenv("COMP_WORDS", "lisatune sc")
     monkeypatch.setenv("COMP_CWORD", "1")
     assert typed().stdout.split() == ["score-layers"]
+
+
+def test_the_version_is_printed():
+    assert typed("--version").stdout == f"lisatune {metadata.version('lisatune')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["plan", "--model", "m", "--data", "d"], "plan reads no data and writes nothing: leave out --data"),
+        (["eval", "runs/a"], "tasks are missing: give --tasks, for example --tasks gsm8k,mmlu"),
+    ],
+)
+def test_what_a_newcomer_types_is_answered_with_the_remedy(words, remedy):
+    done = typed(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"lisatune: {remedy}")

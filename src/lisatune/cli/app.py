@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -64,7 +65,24 @@ class Command(TyperCommand):
         return option
 
 
-app = typer.Typer(help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lisatune {metadata.version('lisatune')}")
+        raise typer.Exit
+
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback(help=HELP)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of no command."""
+
+
 for heading, commands in COMMANDS_OF.items():
     for name, run_command in commands.items():
         epilog = "Every setting with its default: lisatune settings" if name in TAKES_SETTINGS else None
@@ -90,6 +108,10 @@ def check_options(words: list[str]) -> None:
     from lisatune.settings.hints import hint_for
 
     if words[:1] and words[0] in TAKES_SETTINGS:
+        if words[0] == "plan" and any(word.partition("=")[0] in ("--data", "--output") for word in words):
+            raise UserError(
+                "plan reads no data and writes nothing: leave out --data and --output; max_length=N is the length of its rows"
+            )
         for word in words[1:]:
             name = word.partition("=")[0]
             if name.startswith("--") and (hint := hint_for(name)):

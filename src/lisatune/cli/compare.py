@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lisatune.cli.common import MACHINE, OUTPUT, AsJson, ConfigFile, DataName, ModelName, console, given
+from lisatune.cli.watch import watched
 from lisatune.common.console import tell
 from lisatune.errors import UserError
 
@@ -39,6 +41,14 @@ def compare(
     retry: Annotated[
         bool, typer.Option("--retry", help="Run again what has failed.", rich_help_panel="Stop and resume")
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show the runs in the browser, as lisatune watch does, until all have ended.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -67,9 +77,10 @@ def compare(
     if not isinstance(folder, str):
         raise UserError("output is missing: give --output, the folder of the comparison")
     memory_bytes = None if memory is None else parse_bytes(memory)
-    result = compare_all(
-        grid, Path(folder), console=console, memory_bytes=memory_bytes, retry=retry, drop_models=drop_models
-    )
+    with watched(Path(folder)) if watch else nullcontext():
+        result = compare_all(
+            grid, Path(folder), console=console, memory_bytes=memory_bytes, retry=retry, drop_models=drop_models
+        )
     if as_json:
         print(json.dumps(result))
     else:

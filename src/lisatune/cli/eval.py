@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from lisatune.cli.common import MACHINE, OUTPUT, AnyDevice, AsJson, TrustRemoteCode, console, quiet_libraries
+from lisatune.errors import UserError
 
 TASKS = "Tasks"
 
@@ -19,8 +20,9 @@ def evaluate(
         list[str], typer.Argument(metavar="RUN|MODEL...", help="Folders of runs or models, or hub names.")
     ],
     tasks: Annotated[
-        str, typer.Option(help="Tasks of lm-evaluation-harness, for example gsm8k,mmlu.", rich_help_panel=TASKS)
-    ],
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, for example gsm8k,mmlu.", rich_help_panel=TASKS),
+    ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
@@ -66,6 +68,8 @@ def evaluate(
     Example:
         lisatune eval runs/a --tasks gsm8k --limit 100
     """
+    if not tasks:
+        raise UserError("tasks are missing: give --tasks, for example --tasks gsm8k,mmlu")
     quiet_libraries()
     from lisatune.evaluation.tasks.harness import find_tasks, task_names
 

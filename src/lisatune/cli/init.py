@@ -14,7 +14,9 @@ from lisatune.recipes import names, text_of
 
 
 def init(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help=f"One of {', '.join(names())}.")],
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help=f"One of {', '.join(names())}.", show_default=False)
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="File to write. Default: RECIPE.yaml.", rich_help_panel=OUTPUT)
     ] = None,
@@ -27,6 +29,8 @@ def init(
         lisatune init instructions
         lisatune train --config instructions.yaml
     """
+    if recipe is None:
+        raise UserError(f"recipe is missing: choose one of {', '.join(names())}, as in lisatune init {names()[-2]}")
     path = output or Path(f"{recipe}.yaml")
     text = text_of(recipe, path)
     try:

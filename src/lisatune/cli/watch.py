@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lisatune.cli.common import console
-from lisatune.common.console import tell
+from lisatune.common.console import tell, warn
+from lisatune.errors import UserError
 
 if TYPE_CHECKING:
     from lisatune.watch.server import PageServer
@@ -55,3 +58,33 @@ def serve(server: PageServer, doing: str) -> None:
     tell(console, f"{doing}; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
         server.serve_forever()
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """Serve the page of ``folder`` from a thread while the block runs, on the usual port or any that is free.
+
+    What the block does is worth more than the page: without a port there is a warning, and no page.
+    """
+    from lisatune.watch.page import routes_of
+    from lisatune.watch.runs import Runs
+    from lisatune.watch.server import PORT, PageServer
+
+    server = None
+    for port in (PORT, 0):
+        with suppress(UserError):
+            server = PageServer(routes_of(Runs([folder], may_be_empty=True)), port=port)
+            break
+    if server is None:
+        warn(console, f"no page, because no port is free; later: lisatune watch {folder}")
+        yield
+        return
+    with server:
+        thread = Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        tell(console, f"watch it: {server.url}")
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()

@@ -18,6 +18,7 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
+from threading import BoundedSemaphore
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -25,6 +26,7 @@ from lisatune.errors import UserError, one_line
 
 PORT = 8421
 IDLE_SECONDS = 60  # that a connection may say nothing
+MOST_CONNECTIONS = 64  # at a time: each takes a thread and a file of the process, which may have other work
 LEAST_COMPRESSED = 1000  # bytes
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -84,6 +86,7 @@ class PageServer(ThreadingHTTPServer):
         self.routes, self.posts, self.host = dict(routes), dict(posts or {}), host
         self.token = token or (None if is_loopback(host) else new_token())
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._free = BoundedSemaphore(MOST_CONNECTIONS)
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
@@ -135,6 +138,17 @@ class PageServer(ThreadingHTTPServer):
         """The same as in the base class, but without a name server, which may take long."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for a further connection; the page asks again if not."""
+        return self._free.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """As the base class does; then there is room again."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a link that broke: the page asks again."""

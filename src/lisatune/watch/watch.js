@@ -27,7 +27,7 @@ async function ask() {
     const news = await response.json()
     const changed = take(news)
     failures = 0
-    const ended = [...runs.values()].every(run => ENDED.includes(run.facts.state))
+    const ended = runs.size > 0 && [...runs.values()].every(run => ENDED.includes(run.facts.state))
     wait = news.more ? 0 : ended ? PERIOD_WHEN_ENDED : PERIOD
     say('')
     stale ||= changed || !page.dataset.drawn
@@ -154,7 +154,7 @@ function draw() {
   const focus = document.activeElement?.dataset?.key, scrolled = [...page.querySelectorAll('.scroll')].map(one => one.scrollLeft)
   page.dataset.drawn = true
   stale = false
-  if (!runs.size) return page.replaceChildren(h('p', {id: 'link', role: 'status'}, link))
+  if (!runs.size) return page.replaceChildren(h('p', {id: 'link', role: 'status'}, link), h('p', {}, 'No run has begun yet.'))
   page.replaceChildren(
     h('p', {id: 'link', role: 'status'}, link),
     ...(runs.size > 1 ? [chips()] : []),
