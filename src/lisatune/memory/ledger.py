@@ -19,6 +19,8 @@ CUDA_GRANULARITY = 512  # the CUDA caching allocator rounds every block up to a 
 HOST = "host"
 GATHERED = "gathered"  # weights that other processes hold, while they are needed
 
+GATHER = "GatherBackward0"  # whose sum PyTorch makes in place, but not while anybody follows operations
+
 _off_device = 0
 
 
@@ -34,6 +36,12 @@ def off_device() -> Iterator[None]:
         yield
     finally:
         _off_device -= 1
+
+
+def _backward_of() -> str:
+    """The node of autograd's graph whose backward pass runs now; empty if none does."""
+    node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+    return "" if node is None else str(node.name())
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -132,6 +140,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.total_bytes -= num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.scatter_add.default and _backward_of() == GATHER:
+            func = torch.ops.aten.scatter_add_.default  # into zeros made for it, as without a ledger
         out = func(*args, **(kwargs or {}))
         label = HOST if _off_device and not self.one_memory else self._now()
         for leaf in tree_leaves(out):
@@ -144,7 +154,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _now(self) -> str:
-        return "backward" if torch._C._current_autograd_node() is not None else self.label  # type: ignore[attr-defined]
+        return "backward" if _backward_of() else self.label
 
     def _remember_peak(self, label: str) -> None:
         if self.total_bytes > self.peak_bytes:
