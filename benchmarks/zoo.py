@@ -52,6 +52,7 @@ FAMILIES = {
     "image-text": {name: kind for name, kind in IMAGES.items() if name not in CAUSAL},
     "seq2seq": dict(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
 }
+TOKENS = {"reformer": 64, "xlstm": 16}  # of a row, where a model takes no other number; 8 elsewhere
 VERDICTS = {
     "right": "all checks pass",
     "found": "the list is found; no pass of text alone is possible here, so it was not trained",
@@ -133,7 +134,7 @@ def judge(name: str, family: str) -> dict[str, Any]:
     row = {"layers": f"{layers.decoder_name} {len(layers.decoder)}", "plan": plan(config, model, layers, family)}
     if model.device.type == "meta":
         return row | {"verdict": "found", "note": "too large for this script"}
-    ids = torch.randint(5, 90, (2, 8), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 90, (2, TOKENS.get(name, 8)), generator=torch.Generator().manual_seed(1))
     try:
         ran, graded = full_training(model, ids)
     except Exception as error:
@@ -149,8 +150,11 @@ def judge(name: str, family: str) -> dict[str, Any]:
 def build(name: str, family: str) -> tuple[Any, Any]:
     """The small model; on the meta device where it is not small enough."""
     config = shrink(CONFIG_MAPPING[name])
-    if family == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = 0
+    if getattr(config, "is_encoder_decoder", False):
+        for token in ("decoder_start_token_id", "pad_token_id"):
+            if getattr(config, token, None) is None:
+                setattr(config, token, 0)
+    config.use_cache = False  # as in training; some caches count the layers of the other stack
     kind = FAMILIES[family][name]
     kind = getattr(transformers, kind[0] if isinstance(kind, list | tuple) else kind)
 
@@ -230,9 +234,10 @@ def loss_faults(model: Any, layers: Any, ids: torch.Tensor) -> list[str]:
     """Where lisatune's loss is not that of the model's logits."""
     model.eval()
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
-    batch = Batch(ids, labels, torch.arange(8).repeat(2, 1), torch.ones(2, 8, dtype=torch.bool))
+    positions = torch.arange(ids.shape[1]).repeat(2, 1)
+    batch = Batch(ids, labels, positions, torch.ones_like(ids, dtype=torch.bool))
     with torch.no_grad():
-        ours = batch_loss(layers, batch, 14, linear_head=layers.head_is_linear())
+        ours = batch_loss(layers, batch, 2 * (ids.shape[1] - 1), linear_head=layers.head_is_linear())
         logits = model(input_ids=ids).logits.float()
         if logits.shape[:2] != ids.shape:
             return []

@@ -76,7 +76,13 @@ FIXES: dict[str, dict[str, Any]] = {
         },
     },
     "ctrl": {"dff": 64},
-    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 4},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 4,
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {
         "topk_group": 1,
         "n_group": 1,
@@ -222,7 +228,7 @@ FIXES: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64, "context_length": 64},
     "step3p7_text": {"sliding_window": 8},
     "whisper": {"max_source_positions": 32, "max_target_positions": 64},
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 8},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "attn_layer_period": 2,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from transformers.models.kosmos2_5.modeling_kosmos2_5 import Kosmos2_5TextForCausalLM
 
 from lisatune import UserError, find_layers
 from lisatune.data.loader import Batch
@@ -18,6 +19,11 @@ SMALL = {
 KINDS = {
     "roberta": (hf.RobertaForCausalLM, hf.RobertaConfig, {"pad_token_id": 1}),
     "xlm-roberta": (hf.XLMRobertaForCausalLM, hf.XLMRobertaConfig, {"pad_token_id": 1}),
+    "kosmos-2.5": (
+        Kosmos2_5TextForCausalLM,
+        hf.Kosmos2_5TextConfig,
+        {"pad_token_id": 1, "embed_dim": 32, "layers": 2, "ffn_dim": 64, "attention_heads": 4},
+    ),
     "bert": (hf.BertLMHeadModel, hf.BertConfig, {"pad_token_id": 0}),
 }
 

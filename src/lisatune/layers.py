@@ -60,7 +60,9 @@ class Layers:
     def first_position(self) -> int:
         """The position of a row's first token: RoBERTa and its like begin after the row that is kept for padding."""
         for name, module in self.trunk_module.named_modules():
-            if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            counts = isinstance(module, nn.Embedding) and "position" in name
+            counts = counts or hasattr(module, "create_position_ids_from_input_ids")  # sinusoids (KOSMOS-2.5)
+            if counts and isinstance(module.padding_idx, int):
                 return module.padding_idx + 1
         return 0
 

@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 import torch
 from rich.console import Console
-from transformers import JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import DbrxConfig, DbrxForCausalLM, JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lisatune import LisaCallback, LisaEngine, UniformSampler, find_layers
 from lisatune.data.formats import parse_row, read_rows
@@ -35,6 +35,11 @@ MIXTURES = {
     # another name for the coefficient
     "jetmoe": lambda size: JetMoeForCausalLM(
         JetMoeConfig(vocab_size=size, num_key_value_heads=2, kv_channels=8, aux_loss_coef=0.5, **SIZES)
+    ),
+    # another name, in a config of its own; the model holds it
+    "dbrx": lambda size: DbrxForCausalLM(
+        DbrxConfig(vocab_size=size, d_model=32, n_heads=4, n_layers=2, output_router_logits=True, attn_config={"rope_theta": 1e4, "clip_qkv": 8},
+                   ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.5})
     ),
 }  # fmt: skip
 STEPS, RATE = 3, 1e-2

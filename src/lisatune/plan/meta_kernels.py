@@ -29,12 +29,11 @@ def _attention(
 
     Multi-head latent attention has values of another width than queries. A GPU has a fused kernel for that, a CPU none.
     """
-    if kwargs.get("s_aux") is not None:  # sinks, which no fused kernel of PyTorch has: the model's own keeps all scores
+    # sinks, and scores that are capped, which no fused kernel of PyTorch has: the model's own keeps all scores
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask = query.new_zeros(query.shape[0], 1, query.shape[2], key.shape[2])
         return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
-    if kwargs.get("softcap") is not None:
-        raise RuntimeError("its attention caps its scores, which no fused kernel of PyTorch does")
     groups = query.shape[1] // key.shape[1]
     other_width = query.shape[-1] != value.shape[-1]
     if on_cpu and (dropout or other_width):  # then there is no fused one
