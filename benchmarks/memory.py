@@ -43,7 +43,10 @@ PAPER: dict[str, tuple[float | None, ...]] = {
 COLUMNS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     **{f"LoRA r{rank}": {"method": "lora", "lora_r": rank} for rank in (128, 256, 512)},
-    **{f"LISA {name}": {"num_active": gamma} for name, gamma in (("E+H", 0), ("E+H+2L", 2), ("E+H+4L", 4))},
+    **{
+        f"LISA {name}": {"recipe": "paper", "num_active": gamma}
+        for name, gamma in (("E+H", 0), ("E+H+2L", 2), ("E+H+4L", 4))
+    },
 }
 LEVERS: tuple[dict[str, Any], ...] = (
     {},
@@ -61,22 +64,25 @@ FEW_BITS: tuple[dict[str, Any], ...] = (
     {"frozen_bits": 4, "offload_frozen": False},
     {"frozen_bits": 4, "offload_frozen": True},
 )
+LAYERS = {"recipe": "paper"}  # two layers, for 20 steps
+MOST = LAYERS | {
+    "gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True, "optimizer_in_backward": True,
+    "max_grad_norm": 0, "activation_offloading": True, "offload_optimizer": True,
+}  # fmt: skip
 LLAMA_CASES: tuple[dict[str, Any], ...] = (
-    {},
-    {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
+    LAYERS,
+    LAYERS | {"gradient_checkpointing": True},
+    LAYERS | {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
     {"method": "lora", "gradient_checkpointing": True},
     SLICES | {"gradient_checkpointing": True},
     SLICES | {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0},
-    {
-        "gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True, "optimizer_in_backward": True,
-        "max_grad_norm": 0, "activation_offloading": True, "offload_optimizer": True,
-    },
-    {
-        "gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True, "optimizer_in_backward": True,
-        "max_grad_norm": 0, "activation_offloading": True, "offload_optimizer": True, "offload_frozen": True,
-    },
-)  # fmt: skip
+    MOST,
+    MOST | {"offload_frozen": True},
+    MOST | {"frozen_bits": 8},
+    MOST | {"frozen_bits": 4},
+    MOST | {"frozen_bits": 4, "offload_frozen": True},
+    {"method": "lora", "gradient_checkpointing": True, "frozen_bits": 4},
+)
 
 
 def plan_of(shape: str, rows: int, tokens: int, device: str = "cuda", **settings: Any) -> Plan:
@@ -164,7 +170,7 @@ def ranks() -> None:
     rows = []
     for shape, gamma, count, shard_size in RANKS:
         methods: dict[str, dict[str, Any]] = {
-            f"LISA, {gamma} layers": {"num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
+            f"LISA, {gamma} layers": {"recipe": "paper", "num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
         }  # fmt: skip
         for name, settings in methods.items():
             with fake_processes(count):
@@ -193,9 +199,11 @@ def measure(rounds: int, minutes: float) -> None:
     cuda = torch.cuda.is_available()
     small = (
         {}, {"method": "lora"}, {"method": "full"}, {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
+        LAYERS | {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
         {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0},
-        {"dtype": "bfloat16"}, {"train_embedding": False, "train_head": False},
+        {"dtype": "bfloat16"}, LAYERS, LAYERS | {"train_embedding": False, "train_head": False},
+        LAYERS | {"gradient_checkpointing": True, "frozen_bits": 8},
+        {"method": "lora", "gradient_checkpointing": True, "frozen_bits": 4},
     )  # fmt: skip
     cases: list[tuple[str, int, int, dict[str, Any]]] = [("smollm2-135m", 4, 256, case) for case in small]
     cases += [("qwen2.5-0.5b", 2, 256, case) for case in ((small[0], small[1], small[4]) if not cuda else ())]
