@@ -310,11 +310,8 @@ def _batch(rows: int, tokens: int) -> Any:
 
 def _peak_of_allocator(learner: Any, batch: Any) -> int:
     """What lies there before the second step, and the most that the step adds."""
-    held = (
-        tensor_bytes(learner.model.parameters())
-        + tensor_bytes(learner.model.buffers())
-        + state_bytes(learner.optimizer)
-    )
+    parameters, buffers = learner.model.parameters(), learner.model.buffers()
+    held = tensor_bytes([*parameters, *buffers, *learner.placement.copies()]) + state_bytes(learner.optimizer)
     return held + allocated_peak(lambda: learner.step(1, [batch], batch.num_labelled))
 
 
