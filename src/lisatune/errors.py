@@ -91,5 +91,5 @@ def shown(value: Any) -> str:
     short.maxlevel = 2
     try:
         return short.repr(value)
-    except ValueError:  # of int, which writes no more than 4,300 digits
+    except ValueError:  # int writes 4,300 digits at most
         return "a number of too many digits"

@@ -19,7 +19,9 @@ from lisatune.structure import (
     owner_of_forward,
 )
 
-Trains = bool | Literal["sampled"]  # of embedding and head: in every interval, in none, or when drawn like a layer
+Trains = (
+    bool | Literal["sampled"]
+)  # embedding and head train in every interval, in none, or when they are drawn like a layer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lisatune.memory.blocks import Cut, cut_of
 from lisatune.optim.row_gradients import HeadPart, RowGradients
 from lisatune.slices.functions import whole_weight
 
-CHUNK_LOGITS = 2**25  # at most so many logits at once by default: 128 MiB in float32, 1,024 tokens of 32k, 261 of 128k
+CHUNK_LOGITS = 2**25  # the most logits at once by default: 128 MiB in float32, 1,024 tokens of 32k or 261 of 128k
 
 
 def linear_cross_entropy(
@@ -117,7 +117,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_CV = torch.nn.functional.linear(hidden[rows], weight, bias).float()
             target = labels[rows, None]
             target_logits = logits_CV.gather(1, target)
-            # in place, where logsumexp would make a second tensor of this size inside of itself
+            # computed in place, since logsumexp would make a second tensor of this size
             largest = logits_CV.amax(1, keepdim=True)
             softmax = logits_CV.sub_(largest).exp_()
             total = softmax.sum(1, keepdim=True)

@@ -55,7 +55,9 @@ def _nearest_list(model: nn.Module, embedding_name: str, owner: str = "") -> str
     modules = model.named_modules()
     stacks: list[str] = [name for name, m in modules if isinstance(m, nn.ModuleList) and is_stack(m)]
     outer = [s for s in stacks if not any(s.startswith(other + ".") for other in stacks)]
-    depth = {s: len(common_parent(embedding_name, s)) for s in outer}  # in characters: all begin alike
+    depth = {
+        s: len(common_parent(embedding_name, s)) for s in outer
+    }  # counted in characters, since all names begin alike
     nearest = [s for s in outer if depth[s] == max(depth.values())]
     levels = [s.count(".") for s in nearest]
     nearest = [s for s, level in zip(nearest, levels, strict=True) if level == min(levels)]

@@ -42,7 +42,7 @@ COMMANDS_OF: dict[str, dict[str, Callable[..., None]]] = {
     "Measure": {"eval": evaluate, "mt-bench": mt_bench, "compare": compare, "report": report},
     "Study layers": {"norms": norms, "score-layers": score_layers},
     "Help": {"env": env},
-}  # by the headings of `lisatune --help`
+}  # the headings of `lisatune --help`
 COMMANDS = {name: command for commands in COMMANDS_OF.values() for name, command in commands.items()}
 TAKES_SETTINGS = ("train", "data", "plan", "compare")
 HELP = """Fine-tune every weight matrix of a language model in the memory that LoRA needs.

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lisatune.processes.launch import number_started
 
-console = Console(stderr=True, quiet=number_started() > 0)  # of several processes one speaks
+console = Console(stderr=True, quiet=number_started() > 0)  # one of several processes speaks
 
 # headings of the help under which commands put their options; a command names a heading of its own too
 INPUT, ANSWERS, OUTPUT, MACHINE, OTHER = "Model and data", "Answers", "Output", "Machine", "Other"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lisatune.cli.common import AsJson, quiet_libraries
 
-# of the environment these are shown and no others: some hold passwords
+# only these variables of the environment are shown, since others may hold passwords
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "MKL_CBWR", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 FOR_DEVELOPERS = "dev"
 

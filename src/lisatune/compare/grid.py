@@ -21,7 +21,7 @@ from lisatune.methods import METHODS
 from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings, with_new_names
 from lisatune.tasks import TASKS
 
-Settings = tuple[dict[str, Any], list[str]]  # of a run, and the names of those that hold several values
+Settings = tuple[dict[str, Any], list[str]]  # the settings of a run, and the names of those with several values
 LossOf = Callable[[str], float | None]
 OPTUNA = "optuna"
 PLURALS = {"methods": "method", "seeds": "seed"}

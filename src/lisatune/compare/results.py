@@ -15,7 +15,7 @@ from lisatune.common.run_folder import finished
 from lisatune.compare.grid import Grid, Trial, command
 from lisatune.errors import UserError
 
-TOLERANCE = 1.01  # of peaks that count as equal: two runs of one setting differ by less than this
+TOLERANCE = 1.01  # peaks within this factor count as equal: two runs of one setting differ by less
 
 
 @dataclass(frozen=True)

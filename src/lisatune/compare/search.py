@@ -10,7 +10,7 @@ from typing import Any
 
 from lisatune.errors import UserError, missing_package
 
-MOST_ATTEMPTS = 50  # at values that were not tried yet
+MOST_ATTEMPTS = 50  # attempts to find values that were not tried yet
 Tried = Sequence[tuple[Mapping[str, Any], float]]  # searched values, and the loss that they came to
 
 

@@ -24,7 +24,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-HELD_OUT_SPLITS = ("test", "validation")  # of a folder that is given to evaluate on, the first that it has
+HELD_OUT_SPLITS = ("test", "validation")  # a folder for evaluation is read by the first of these that it has
 MAX_SHOWN, MAX_SHOWN_LETTERS = 12, 60  # names in a message, and letters of each
 
 

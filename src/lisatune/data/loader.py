@@ -234,7 +234,7 @@ class Loader:
             return
         is_mixture = isinstance(documents, Mixture)
         order: Sequence[Any] = documents.of_epoch(start.epoch) if is_mixture else range(len(documents))  # type: ignore[arg-type, union-attr]
-        if self.shuffle:  # of places, not of documents: those need not be in memory
+        if self.shuffle:  # places are shuffled, not documents, which need not be in memory
             order = random.Random(f"{self.seed}/{start.epoch}").sample(order, len(order))
         for first in range(start.first, len(order), WINDOW):
             yield first, [documents[place] for place in order[first : first + WINDOW]]

@@ -253,7 +253,7 @@ def _parse(text: str, path: Path, line: int | None = None) -> Any:
         raise UserError(f"{where}: JSON nested too deep to read; fix or remove it") from error
     except _Twice as error:
         raise UserError(f"{where}: '{shown(error)}' appears twice in one object; remove one of them") from error
-    except ValueError as error:  # of int(), which reads no more than 4,300 digits
+    except ValueError as error:  # int() reads 4,300 digits at most
         raise UserError(f"{where}: a number has too many digits to read; fix or remove it") from error
 
 

@@ -32,12 +32,12 @@ from lisatune.data.tokenize import BATCH_EXAMPLES, IGNORED, Counts, Encoded, Enc
 FORMAT = 3  # raised with each change of what an encoder makes of a row
 FILES = {
     "ids": None,  # uint16 or uint32: all ids, one document after the other
-    "lengths": np.uint32,  # of each document
-    "num_spans": np.uint32,  # of each document
+    "lengths": np.uint32,  # one for each document
+    "num_spans": np.uint32,  # one for each document
     "spans": np.uint32,  # begin and end of each span that is learned
     "span_weights": np.float32,  # what the loss of each span counts
-    "places": np.uint32,  # of each document: which place's text, and the row's number in it, and the answer's
-    "examples": np.uint32,  # of each document: the number of its example
+    "places": np.uint32,  # for each document: which place it is from, the number of the row there, and the number of the answer
+    "examples": np.uint32,  # for each document: the number of its example
 }
 
 

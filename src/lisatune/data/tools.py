@@ -21,7 +21,7 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"--tools {path}: cannot be read as JSON ({error}); give a list of functions") from error
     tools = found.get("tools", found) if isinstance(found, dict) else found
     row = {"prompt": "-", "completion": "-", "tools": tools}
-    read = RowParser()(Row(str(path), row)).tools  # as those of a row are read
+    read = RowParser()(Row(str(path), row)).tools  # read in the same way as those of a row
     if not read:
         raise UserError(
             f"--tools {path}: holds no functions; give a list of them with name, description and parameters"

@@ -22,7 +22,7 @@ BAR = 40  # letters of the longest bar
 LEARNED, CONTEXT = "bold green", "dim"
 SPECIAL = (" magenta", " underline")  # a special token in the context, and a learned one
 MARKS = "⟦⟧"  # around what is learned, where there are no colours
-MOST_LETTERS = 1500  # of a row in the terminal
+MOST_LETTERS = 1500  # letters of a row in the terminal
 
 STYLE = """<style>
 :root { --learned: #1a7f37; --over: #cf222e; --special: #8250df }

@@ -75,7 +75,7 @@ def checkpoint_layers(decoder: Sequence[nn.Module], num_layers: int | None = Non
                 "the model's own gradient checkpointing is on: call model.gradient_checkpointing_disable() first"
             )
     for index, layer in enumerate(decoder[:count]):
-        # on the instance, so that hooks of the module stay outside and run once
+        # set on the instance, so that hooks of the module stay outside and run once
         layer.forward = CheckpointedForward(layer, index)  # type: ignore[assignment]
 
 

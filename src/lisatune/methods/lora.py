@@ -47,7 +47,7 @@ class Lora(Method):
         model.peft_config["default"].base_model_name_or_path = self.model
         adapter = learner.placement.adapter(model)
         if rank() == 0:
-            shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+            shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
             model.save_pretrained(new, state_dict=adapter)
             replace_folder(new, folder / "adapter")
         if not self.save_merged:
@@ -120,11 +120,11 @@ def add_adapters(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name of its past
-            # on the meta device the adapters are made there at once: those of 70B would fill the memory otherwise
+            # a model on meta gets its adapters on meta: those of 70B would fill the memory otherwise
             wrapped = get_peft_model(model, adapters, autocast_adapter_dtype=False, low_cpu_mem_usage=first.is_meta)
     except ValueError as error:
         raise UserError(f"lora_target_modules={targets}: {error}") from error
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(first.dtype)  # on the meta device peft leaves them float32
+            parameter.data = parameter.data.to(first.dtype)  # peft leaves them float32 on the meta device
     return wrapped

@@ -95,7 +95,9 @@ class RandomDirections(RoundedOptimizer):
         copy = torch.empty_like(p)
         for start, z in zip(_starts(p), self.noise(p, direction), strict=True):
             part = slice(start, start + BLOCK)
-            copy.view(-1)[part] = torch.add(p.detach().view(-1)[part], z, alpha=distance)  # in float32 if p is bfloat16
+            copy.view(-1)[part] = torch.add(
+                p.detach().view(-1)[part], z, alpha=distance
+            )  # computed in float32 if p is bfloat16
         return copy
 
     def update_group(self, group: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lisatune.errors import UserError, did_you_mean, shown
 from lisatune.settings import read_settings
 
-ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of a folder that peft writes
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # the files of a folder that peft writes
 
 
 def model_of(run: str) -> str:

@@ -82,7 +82,7 @@ class AdamW(torch.optim.Optimizer):
         self.moments = Moments(state_bits, on_host=offload_state)
         self.row_gradients = RowGradients() if row_gradients is None else row_gradients
         self.block_elements = block_elements
-        self._places: dict[Tensor, tuple[int, int]] = {}  # of a parameter: its group's number, its own
+        self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> number of its group, and its own number
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "stateless": stateless}
         super().__init__(params, defaults | {"num_steps": 0})
 

@@ -87,7 +87,7 @@ def clip_gradients(
 ) -> Tensor:
     """Scale all gradients down to the global norm ``max_norm`` (0: leave them); returns the norm before, a scalar."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    # in float32, whatever the gradients are: torch's get_total_norm would round the norm to bfloat16
+    # the norm is float32 for any gradients: torch's get_total_norm would round it to bfloat16
     norms: list[Tensor] = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in parameters]
     if row_gradients is not None:
         norms += [row_gradients.sq_norm(p).sqrt() for p in row_gradients.parameters()]
@@ -97,5 +97,5 @@ def clip_gradients(
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         if row_gradients is not None:
-            row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch does
+            row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # torch does the same
     return norm

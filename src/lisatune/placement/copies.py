@@ -16,7 +16,7 @@ from lisatune.memory.bundles import bundles
 from lisatune.placement.base import OnDevice, write_files
 from lisatune.processes.collectives import FAKE, barrier, num_ranks, rank, total
 
-BUCKET_ELEMENTS = 2**23  # of gradients that are summed in one message: 32 MiB
+BUCKET_ELEMENTS = 2**23  # gradients summed in one message: 32 MiB
 
 
 class Copies(OnDevice):
@@ -30,7 +30,7 @@ class Copies(OnDevice):
 
     def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
         """Put a copy on the device of this process."""
-        if device.type == "meta":  # of a forecast no message leaves, even where there are others
+        if device.type == "meta":  # a forecast sends no message, even where there are other processes
             self.group = dist.new_group(backend=FAKE)
         return super().place(model, layers, device)
 

@@ -117,7 +117,7 @@ class ShardedModel(nn.Module):
         sizes = {"replicate": self.num_copies, "shard": shard_size}
         if self.num_copies == 1:
             del sizes["replicate"]
-        # of a forecast no message leaves, even where there are others
+        # a forecast sends no message, even where there are other processes
         backends: Any = dict.fromkeys(sizes, FAKE) if device.type == "meta" else None
         mesh = init_device_mesh(
             device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=backends
@@ -126,7 +126,7 @@ class ShardedModel(nn.Module):
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in layers.decoder:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        if not layers.tied:  # by itself, so that its gradient in float32 does not lie beside that of the head
+        if not layers.tied:  # a group of its own, so that its float32 gradient is not held beside that of the head
             fully_shard(layers.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         fully_shard(self, mesh=mesh, mp_policy=policy)
         self.stay_whole: list[Any] = [self] if layers.tied else [layers.embedding, self]

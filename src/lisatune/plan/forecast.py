@@ -226,7 +226,7 @@ def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
             return build(ATTENTION)
         except KeyError:  # an older class (Falcon) has a table of its own of attentions
             return build(None)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises many kinds, none of them ours
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"no causal language model can be built from this {type(hf_config).__name__}: {reason}"
@@ -356,7 +356,10 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
     if num_ranks() == 1:
         return {}
     if config.task != "sft":
-        return {"weights": 0, "gradients": 2 * _gradient_bytes(learner) * (num_ranks() - 1) // num_ranks()}  # in a ring
+        return {
+            "weights": 0,
+            "gradients": 2 * _gradient_bytes(learner) * (num_ranks() - 1) // num_ranks(),
+        }  # sent in a ring
     one, two = wires
     more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second
     sent = {kind: size + more * (size - one[kind]) for kind, size in two.items()}

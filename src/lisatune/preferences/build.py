@@ -174,7 +174,7 @@ def load(config: TrainConfig, task: Task, console: Console) -> tuple[Any, Any, L
 
     Raises: UserError for a model that would write text and sees later tokens.
     """
-    torch.manual_seed(config.seed)  # of a score head, and of adapters
+    torch.manual_seed(config.seed)  # seeds the score head and the adapters
     model, tokenizer = load_model(
         config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, auto_class=task.auto_class,
         **task.model_options,

@@ -61,7 +61,7 @@ def save_trained(run: TaskRun) -> None:
     run.tokenizer.chat_template = run.template
     if run.config.method == "lora":
         new = folder / ".adapter.new"
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
         model.save_pretrained(new)
         if not run.config.save_merged:
             run.tokenizer.save_pretrained(new)

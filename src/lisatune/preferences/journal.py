@@ -27,7 +27,7 @@ from lisatune.run.saving import SaveTimes
 from lisatune.run.snapshot import environment
 from lisatune.settings import used_settings
 
-STEPS_COUNTED = 3  # on a CPU, whose tensors are counted one by one
+STEPS_COUNTED = 3  # only on a CPU, where tensors are counted one by one
 NOT_LOGGED = ("epoch", "num_tokens", "num_input_tokens_seen", "total_flos", "train_loss")
 
 

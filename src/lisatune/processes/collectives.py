@@ -42,7 +42,7 @@ def most(*numbers: int) -> list[int]:
     """The largest that any process has of each number: how a signal that only one was sent reaches all."""
     if num_ranks() == 1:
         return list(numbers)
-    values = torch.tensor(numbers)  # on the CPU, by gloo: nothing waits for a GPU
+    values = torch.tensor(numbers)  # gloo sends it on the CPU, so nothing waits for a GPU
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return [int(value) for value in values]
 

@@ -52,7 +52,7 @@ def write_shards(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> lis
     written = []
     for number, name in enumerate(files, start=1):
         made = folder / f"shard-{rank() + 1:05d}-model-{number:05d}-of-{len(files):05d}.safetensors"
-        if made.exists():  # of a small tensor some processes hold nothing
+        if made.exists():  # some processes hold nothing of a small tensor
             written.append(made.rename(folder / f"{shard_name(name)}.safetensors"))
     return written
 

@@ -48,5 +48,5 @@ def first_element(tensor: Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return 0
     shards = tensor.device_mesh["shard"]
-    rows = -(-len(tensor) // shards.size())  # of each shard but the last, as torch.chunk cuts
+    rows = -(-len(tensor) // shards.size())  # rows of each shard but the last, as torch.chunk cuts
     return min(rows * shards.get_local_rank(), len(tensor)) * (tensor.numel() // len(tensor))

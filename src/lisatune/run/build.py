@@ -165,7 +165,7 @@ def build(
         )
         if num_ranks() > 1:
             check_saved_names(model)
-    torch.manual_seed(config.seed)  # of LoRA's adapters
+    torch.manual_seed(config.seed)  # seeds LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
     if not layers.says_causal() and not layers.is_causal():

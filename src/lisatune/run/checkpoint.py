@@ -24,7 +24,7 @@ from lisatune.processes.collectives import barrier, gathered, rank, together
 from lisatune.processes.shard_files import without_rank
 
 MANIFEST, STATE = "manifest.json", "state.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # of a file in a checkpoint: no path, nothing hidden
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # a file name in a checkpoint: no path, nothing hidden
 MOST_JSON_BYTES = 2**28
 Write = Callable[[Path, Mapping[str, Mapping[str, Tensor]]], list[Path]]
 
@@ -328,7 +328,7 @@ def _read_json(folder: Path, name: str) -> Any:
 def _check_plain(path: Path) -> None:
     try:
         plain, link = path.is_file(), path.is_symlink()
-    except OSError as error:  # in a folder that may not be read
+    except OSError as error:  # the folder may not be readable
         raise Damaged(f"{path} cannot be read ({error.strerror})") from error
     if link or not plain:
         raise Damaged(f"{path} is {'a link' if link else 'missing'}")

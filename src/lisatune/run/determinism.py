@@ -16,7 +16,11 @@ from torch import Tensor
 from lisatune.common.equal_sums import EQUAL_SUMS, VARIABLE, ask_for_equal_sums, processor_name
 from lisatune.errors import UserError
 
-MKL_MODES = {1: "off", 2: "AUTO", 3: "COMPATIBLE"}  # of mkl_cbwr_get; others are kinds of vector instructions
+MKL_MODES = {
+    1: "off",
+    2: "AUTO",
+    3: "COMPATIBLE",
+}  # values of mkl_cbwr_get; all others are kinds of vector instructions
 # rows and columns of the first factor, columns of the second: small and narrow products, in which a difference was seen, and
 # two that are not small
 SHAPES = ((1, 32, 32), (2, 32, 32), (8, 8, 8), (128, 64, 1), (16, 32, 96), (128, 64, 192))
@@ -32,7 +36,7 @@ def be_deterministic(device: torch.device) -> None:
     Raises: UserError if MKL has multiplied in this process already, so that it is too late for its mode; or if products on
         this processor still depend on where the numbers are in memory.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch's notes on reproducibility ask for
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch's notes on reproducibility ask for it
     torch.use_deterministic_algorithms(True)
     if device.type != "cpu":
         return

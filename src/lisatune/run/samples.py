@@ -17,7 +17,7 @@ from lisatune.models.load import learned_positions
 from lisatune.run.build import Run
 
 MAX_NEW_TOKENS = 128
-SHOWN_LETTERS = 300  # of a prompt or an answer in the terminal
+SHOWN_LETTERS = 300  # letters of a prompt or an answer in the terminal
 
 
 class Samples:

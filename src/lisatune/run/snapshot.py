@@ -26,7 +26,7 @@ from lisatune.run.progress import Count, Progress
 from lisatune.run.stores import ShardFiles, WholeFiles, open_store, saved_files
 from lisatune.slices.engine import SliceEngine
 
-COUNTERS = ("num_steps", "step")  # of an optimizer's groups; their other entries are settings
+COUNTERS = ("num_steps", "step")  # counters in an optimizer's groups; their other entries are settings
 
 
 class State(BaseModel):

@@ -25,7 +25,7 @@ def save_trained(run: Run, folder: Path) -> None:
             learner.model.generation_config.save_pretrained(folder / "adapter")
         return
     if rank() == 0:
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed here
+        shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
     learner.placement.save_model(model, run.tokenizer, new, run.config.decoder_name)
     if rank() == 0:
         replace_folder(new, folder / "model")

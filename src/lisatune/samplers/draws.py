@@ -13,7 +13,9 @@ from functools import lru_cache
 
 from lisatune.errors import UserError
 
-LOG_TIME_STEP = 0.125  # of the integral in inclusion_by_weights: twice as much costs 3e-11 of a chance at 8 of 224
+LOG_TIME_STEP = (
+    0.125  # step of the integral in inclusion_by_weights: a step twice as long costs 3e-11 of a chance at 8 of 224
+)
 
 
 def hashed(seed: int, interval: int, layer: int) -> int:

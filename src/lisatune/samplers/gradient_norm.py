@@ -81,7 +81,7 @@ class GradientNormSampler(Sampler):
         if not 0 < self.smoothing <= 1:
             raise UserError(f"smoothing is {self.smoothing}: choose a number above 0, at most 1")
         self._scores: list[float | None] = [None] * self.num_layers  # from before the current period
-        self._sums = [0.0] * self.num_layers  # of the current period
+        self._sums = [0.0] * self.num_layers  # sums of the current period
         self._counts = [0] * self.num_layers
         self._period = 0  # the one that was last observed; a period is refresh_intervals intervals
 

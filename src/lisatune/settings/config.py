@@ -14,7 +14,7 @@ from lisatune.settings.row import Row, row_of
 from lisatune.settings.steps import BadSteps, Saving, Steps
 from lisatune.settings.task import Task
 
-# in the order in which they are listed and written
+# they are listed and written in this order
 GROUPS: tuple[type[BaseModel], ...] = (
     Places, Task, Sampling, Lora, Mezo, Optim, BadSteps, Saving, Steps, Data, Evaluation, Memory, Machine,
 )  # fmt: skip

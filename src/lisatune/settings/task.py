@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from lisatune.settings.row import OneOf, row
 from lisatune.tasks import TASKS
 
-SFT = ("sft",)  # for rows of settings that TRL's trainers have nothing for
+SFT = ("sft",)  # tasks of the settings that TRL's trainers do not have
 
 
 class Task(BaseModel):

@@ -19,7 +19,7 @@ from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
 from lisatune.slices.modules import SlicedForward
 
-NAME = "lisatune_slices"  # of the modules that hold what trains
+NAME = "lisatune_slices"  # name of the modules that hold the trained slices
 
 
 class SliceEngine:
@@ -302,7 +302,7 @@ class SliceEngine:
 
     def _put_into_modules(self) -> None:
         of = {id(cut.weight): cut for cut in self.cuts.values()}
-        put: set[int] = set()  # of a tied pair, one module holds the slots
+        put: set[int] = set()  # one module of a tied pair holds the slots
         for module in list(self.layers.model.modules()):
             own = {id(p): of[id(p)] for p in module._parameters.values() if p is not None and id(p) in of}
             if own:

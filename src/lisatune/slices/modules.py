@@ -49,7 +49,7 @@ class ShownWeight(Tensor):
             return function(*args, **kwargs)
 
 
-UNUSUAL = ("max_norm", "scale_grad_by_freq", "sparse")  # of embeddings
+UNUSUAL = ("max_norm", "scale_grad_by_freq", "sparse")  # options of an embedding that its row gradients do not know
 
 
 class SlicedForward:

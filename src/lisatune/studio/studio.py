@@ -23,9 +23,9 @@ from lisatune.studio.places import Places
 from lisatune.watch.files import read_end, read_text
 from lisatune.watch.runs import MOST_CONFIG_BYTES, SUMMARY, Runs
 
-MOST_LOG_BYTES = 4000  # of a run's own words, the last ones
+MOST_LOG_BYTES = 4000  # the last bytes of a run's output
 ROWS_SHOWN = 12
-FORMS = {"folder": [], "bfloat16": ["--dtype", "bfloat16"], "delta": ["--delta"]}  # of an export
+FORMS = {"folder": [], "bfloat16": ["--dtype", "bfloat16"], "delta": ["--delta"]}  # forms of an export
 GGUF_TYPES = ("f16", "bf16", "q8_0")
 
 

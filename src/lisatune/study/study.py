@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SKEWED = (
     2.0  # the largest part this many times the median decoder layer: a word needs a bound, the numbers stand beside
 )
-MOST_COLUMNS = 60  # of a heat map: each of its cells is 100 bytes of the page or more
+MOST_COLUMNS = 60  # columns of a heat map: each cell is 100 bytes of the page or more
 # measure: what tables call it
 MEASURES = {
     "mean_norm": "the paper's mean norm",

@@ -16,7 +16,7 @@ from lisatune.memory.bundles import bundles
 from lisatune.processes.collectives import num_ranks
 from lisatune.trainer.settings import LisaSettings
 
-BUCKET_ELEMENTS = 2**23  # in one message: 16 MiB of bfloat16, 32 of float32, near the 25 MB of DDP's buckets
+BUCKET_ELEMENTS = 2**23  # one message: 16 MiB of bfloat16 or 32 MiB of float32, near the 25 MB of DDP's buckets
 INSTEAD = "use DistributedDataParallel (examples/accelerate/ddp.yaml)"
 TOO_LATE = (
     "on several processes LisaCallback has to be there when the Trainer is made: give it a model (no model_init) and "

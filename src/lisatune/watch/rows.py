@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MOST_LETTERS = 20_000  # of a text
-MOST_ITEMS = 2_000  # of a list
+MOST_LETTERS = 20_000  # the most letters of a text
+MOST_ITEMS = 2_000  # the most items of a list
 DIGITS = 6
 Reader = Callable[[Any], Any]
 

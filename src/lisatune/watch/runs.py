@@ -18,9 +18,9 @@ from lisatune.watch.rows import metrics_row, number, parsed, sample_row, text
 
 MOST_CONFIG_BYTES = 2**16
 MOST_JSON_BYTES = 2**23
-MOST_NEWS_BYTES = 2**18  # in one answer: some 600 steps, 20 KB when compressed
-LEAST_NEWS_BYTES = 2**16  # of one run, however many there are: a line is shorter
-MOST_NODES = 10_000  # of settings: aliases of YAML can stand for more than any memory holds
+MOST_NEWS_BYTES = 2**18  # bytes of one answer: some 600 steps, 20 KB when compressed
+LEAST_NEWS_BYTES = 2**16  # bytes of one run, whatever the number of runs: a line is shorter
+MOST_NODES = 10_000  # nodes of a settings file: aliases of YAML can expand beyond any memory
 MOST_ANSWERS = 200
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 SAMPLES, ANSWERS = "samples.jsonl", "answers.json"
@@ -182,7 +182,7 @@ def _in_short(value: Any) -> str:
 def _config(settings: dict[str, Any]) -> TrainConfig | None:
     with suppress(UserError):
         return build_config(settings)
-    return None  # of another version, or changed by hand
+    return None  # another version wrote it, or somebody changed it by hand
 
 
 def num_nodes(value: Any, most: int = MOST_NODES) -> int:

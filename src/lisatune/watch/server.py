@@ -210,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
             raise
         except (
             Exception
-        ) as error:  # of whatever a model's code or its memory raises: the server goes on, and the page is told
+        ) as error:  # a model's code and memory can raise anything: the server goes on, and the page shows the error
             traceback.print_exc()
             told = one_line(f"{type(error).__name__}: {error}")
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, Answer(told.encode(), "text/plain; charset=utf-8"))

@@ -110,7 +110,7 @@ class Answerer:
         model, tokenizer = load_model(
             self.name, dtype, trust_remote_code=self.trust_remote_code or trusts_code(self.name)
         )
-        tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)  # as in training
+        tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)  # the same as in training
         return model.to(self.device), tokenizer
 
     def _make(self, asked: Sequence[tuple[str, list[dict[str, str]]]], advance: Callable[[int], None]) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from lisatune.errors import UserError, missing_package, one_line
 
-TRIES, TRIES_TIMED_OUT = 6, 2  # of one request; each timeout has cost minutes, and maybe money, already
+TRIES, TRIES_TIMED_OUT = 6, 2  # tries of one request: fewer after timeouts, which cost minutes and maybe money
 LONGEST_WAIT_SECONDS = 600.0  # that a server may ask for; beyond it a person should know
 REPLACED = {"max_tokens": "max_completion_tokens", "temperature": None}
 TIMEOUT_SECONDS = 600.0  # a small judge on a CPU takes minutes for one verdict

@@ -76,7 +76,7 @@ def load_tasks(names: Sequence[str], data_dir: Path | None = None) -> Any:
                 loaded = manager.load([name])
             except UserError:
                 raise
-            except Exception as error:  # of the hub, of the network, of datasets: many kinds, none of them ours
+            except Exception as error:  # the hub, the network and datasets raise many kinds, none of them ours
                 raise UserError(_out_of_reach(name, bool(leaves), data_dir, error)) from error
             finally:
                 manager.task_index.update({leaf.name: leaf for leaf in leaves})

@@ -17,8 +17,8 @@ from lisatune.errors import UserError
 from lisatune.evaluation.tasks.harness import ASKED, load_tasks, quiet_harness
 from lisatune.evaluation.tasks.score import Score
 
-EXAMPLES_SEED = 1234  # of the examples shown before a question: the harness' own default
-RESAMPLES = 1000  # for standard errors that have no formula; means have one
+EXAMPLES_SEED = 1234  # the harness' own default, for the examples before a question
+RESAMPLES = 1000  # bootstrap resamples, for standard errors that have no formula
 Progress = Callable[[int, int], None]
 
 
@@ -56,7 +56,7 @@ class Scorer:
             self._group = load_tasks(tasks, data_dir)
             self._tasks = {task.task_name: task for task in self._group.get_all_tasks()}
         for task in self._tasks.values():
-            # as the harness does it: a task that says 0 keeps it, and one that says nothing has 0
+            # the harness does the same: a task that says 0 keeps it, and one that says nothing has 0
             of_task = task.get_config("num_fewshot")
             if of_task is None or (num_fewshot is not None and of_task != 0):
                 task.set_config(key="num_fewshot", value=num_fewshot or 0)
