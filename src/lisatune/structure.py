@@ -32,7 +32,7 @@ def decoder_lists(model: nn.Module, embedding_name: str) -> list[str]:
             raise UserError(f"{type(model).__name__} has an encoder and a decoder, but does not say which: {NAME_THEM}")
         own = embedding_of(half, "get_input_embeddings")
         inside = {id(module): name for name, module in half.named_modules()}
-        name = _nearest_list(half, inside.get(id(own), ""), owner=type(model).__name__)
+        name = _nearest_list(half, inside.get(id(own), ""), type(model).__name__, f"{names[id(half)]}.")
         found.append(f"{names[id(half)]}.{name}")
     return found
 
@@ -47,7 +47,7 @@ def embedding_of(model: nn.Module, getter: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _nearest_list(model: nn.Module, embedding_name: str, owner: str = "") -> str:
+def _nearest_list(model: nn.Module, embedding_name: str, owner: str = "", prefix: str = "") -> str:
     """The list that shares the longest path with the embedding; of several the one that is least deep.
 
     Lists inside other lists do not count.
@@ -61,9 +61,14 @@ def _nearest_list(model: nn.Module, embedding_name: str, owner: str = "") -> str
     nearest = [s for s in outer if depth[s] == max(depth.values())]
     levels = [s.count(".") for s in nearest]
     nearest = [s for s, level in zip(nearest, levels, strict=True) if level == min(levels)]
-    if len(nearest) != 1:
-        what = "no decoder layers" if not nearest else f"several lists of layers ({', '.join(nearest)})"
-        raise UserError(f"found {what} in {owner or type(model).__name__}: {NAME_THEM}")
+    owner = owner or type(model).__name__
+    if not nearest:
+        raise UserError(f"found no decoder layers in {owner}: {NAME_THEM}")
+    if len(nearest) > 1:
+        every = ",".join(f"{prefix}{name}" for name in nearest)
+        raise UserError(
+            f"found several lists of layers in {owner}: name those to sample, for example decoder_name={every}"
+        )
     return nearest[0]
 
 

@@ -156,6 +156,16 @@ def test_encoder_and_decoder_can_be_named_by_hand():
     assert len(layers.decoder) == 2
 
 
+def test_several_lists_are_refused_with_a_name_that_takes_them_all():
+    sizes = SMALL | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+    model = hf.HrmTextForCausalLM(hf.HrmTextConfig(**sizes))
+    with pytest.raises(UserError, match="several lists of layers in HrmTextForCausalLM") as refused:
+        find_layers(model)
+    layers = find_layers(model, str(refused.value).rpartition("decoder_name=")[2])
+    assert len(layers.decoder) == 4
+    assert not layers.parts()["outside"]
+
+
 def test_what_is_outside_is_named():
     model = make("marian")
     assert "frozen by its authors 65,536: model.encoder.embed_positions, model.decoder.embed_positions" in (
