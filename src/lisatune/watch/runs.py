@@ -51,22 +51,22 @@ class Runs:
     """All runs in some folders: of runs, of comparisons, or folders that hold such.
 
     Args:
-        folders: Whose runs are watched. Runs that begin later are found too.
-        may_be_empty: There need be no run yet.
-    Raises: UserError if there is none yet.
+        folders: Whose runs are watched. Runs that begin later are found too, and a folder that is made later.
+    Raises: UserError for a file.
     """
 
     folders: Sequence[Path]
-    may_be_empty: bool = False
     _facts: dict[str, tuple[Any, dict[str, Any]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.folders = list(dict.fromkeys(folder.expanduser().resolve() for folder in self.folders))
         for folder in self.folders:
-            if not self.may_be_empty and not any(_runs_in(folder)):
-                raise UserError(
-                    f"{folder}: holds no run and no comparison; give the output folder of lisatune train or compare"
-                )
+            if folder.is_file():
+                raise UserError(f"{folder} is a file: give the output folder of lisatune train or compare")
+
+    def without_runs(self) -> list[Path]:
+        """The folders in which no run has begun yet."""
+        return [folder for folder in self.folders if not any(_runs_in(folder))]
 
     def all(self) -> list[Run]:
         """Those that there are now; of two with one name the folder above tells which is which."""
