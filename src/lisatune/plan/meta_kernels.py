@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface
 from transformers.integrations import moe
 
@@ -34,6 +37,7 @@ def _attention(
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask = query.new_zeros(query.shape[0], 1, query.shape[2], key.shape[2])
         return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # positions are float32 under autocast
     groups = query.shape[1] // key.shape[1]
     other_width = query.shape[-1] != value.shape[-1]
     if on_cpu and (dropout or other_width):  # then there is no fused one
@@ -50,6 +54,46 @@ def _attention(
     else:
         out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout, True, scale=scaling)
     return out[0].transpose(1, 2).contiguous(), None
+
+
+PRODUCTS: tuple[tuple[Any, str], ...] = (
+    (nn.functional, "linear"), (torch, "matmul"), (torch, "bmm"), (torch, "addmm"), (torch, "einsum"), (Tensor, "matmul"),
+    (Tensor, "__matmul__"), (Tensor, "bmm"),
+)  # fmt: skip
+
+
+@contextmanager
+def mixed_on_meta(*, again: bool = False) -> Iterator[None]:
+    """Inside, products of float32 take bfloat16 on the meta device, for which PyTorch has no autocast.
+
+    A weight that trains is cast once in a forward pass, as autocast does it.
+
+    Args:
+        again: In a backward pass, where checkpointed layers are computed again: a cast lives as long as it is used.
+    """
+    known: MutableMapping[int, Tensor] = WeakValueDictionary() if again else {}
+
+    def half(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or not value.is_meta:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(torch.bfloat16)
+        cast = known.get(id(value))
+        if cast is None:
+            cast = known[id(value)] = value.to(torch.bfloat16)
+        return cast
+
+    def of_halves(product: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map(half, (args, kwargs))
+            return product(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in PRODUCTS:
+            stack.enter_context(patch.object(owner, name, of_halves(getattr(owner, name))))
+        yield
 
 
 class _GroupedProduct(torch.autograd.Function):

@@ -123,8 +123,8 @@ def log_probs(model: Any, rows: int, tokens: int) -> Tensor:
 
 
 @contextmanager
-def kernels_on_meta(device: str) -> Iterator[None]:
-    """Inside, TRL's fused head holds on meta what it holds on ``device``: on a GPU its kernels work in place."""
+def kernels_on_meta(device: str, mixed: bool = False) -> Iterator[None]:
+    """Inside, TRL's fused head holds on meta what it holds on ``device``: on a GPU its kernels work in place; ``mixed``: under autocast."""
     with trl_at_hand("a forecast of a preference task"):
         from trl.kernels import chunked_logprob
 
@@ -132,9 +132,12 @@ def kernels_on_meta(device: str) -> Iterator[None]:
         pass
 
     in_place = ("_forward_tile", "_backward_tile", "_addmm_fp32") if device == "cuda" else ()
-    asked = torch.is_autocast_enabled
+    asked, dtype_of = torch.is_autocast_enabled, torch.get_autocast_dtype
     # PyTorch knows no such setting of the meta device, and raises
-    settings = {"is_autocast_enabled": lambda *kind: kind != ("meta",) and asked(*kind)}
+    settings: dict[str, Callable[..., Any]] = {
+        "is_autocast_enabled": lambda *kind: mixed if kind == ("meta",) else asked(*kind),
+        "get_autocast_dtype": lambda kind: torch.bfloat16 if kind == "meta" else dtype_of(kind),
+    }
     with swapped(chunked_logprob, **dict.fromkeys(in_place, nothing)), swapped(torch, **settings):
         yield
 

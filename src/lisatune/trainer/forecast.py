@@ -18,7 +18,7 @@ from lisatune.memory.ledger import CUDA_GRANULARITY, Ledger
 from lisatune.methods.lisa import OneDraw
 from lisatune.optim.build import MetaAdamW
 from lisatune.optim.suited import each_of
-from lisatune.plan.meta_kernels import ATTENTION, experts_on_meta, register_attention
+from lisatune.plan.meta_kernels import ATTENTION, experts_on_meta, mixed_on_meta, register_attention
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
 from lisatune.slices.modules import ReadWhole
@@ -46,7 +46,7 @@ def predicted(model: Any, settings: LisaSettings, arguments: Any, optimizer: Any
     Cost: 1 to 7 seconds, whatever the size of the model.
     """
     try:
-        check_predictable(arguments, optimizer)
+        check_predictable(arguments, optimizer, sliced=settings.sampled_unit == "slices")
         tokens = longest_row(rows, getattr(arguments, "max_length", None))
         with torch.random.fork_rng(devices=[]):  # a model is made here, which may draw
             ledger = run_on_meta(model, settings, arguments, tokens)
@@ -64,12 +64,12 @@ def predicted(model: Any, settings: LisaSettings, arguments: Any, optimizer: Any
     return text, ledger.peak_bytes
 
 
-def check_predictable(arguments: Any, optimizer: Any) -> None:
+def check_predictable(arguments: Any, optimizer: Any, *, sliced: bool) -> None:
     """Raise Unpredicted for what is not known on the meta device."""
     if num_ranks() > 1:
         raise Unpredicted("several processes")
-    if arguments.bf16 or arguments.fp16:
-        raise Unpredicted("mixed precision keeps a second copy of what is in use")
+    if arguments.fp16 or (arguments.bf16 and sliced):
+        raise Unpredicted("of mixed precision only bf16 with layers is known")
     inner = getattr(each_of(optimizer)[0], "optimizer", each_of(optimizer)[0])
     if not isinstance(inner, torch.optim.AdamW) or getattr(arguments, "torch_compile", False):
         raise Unpredicted(f"only steps of AdamW are known, without compiling (here {type(inner).__name__})")
@@ -121,7 +121,10 @@ def loss_of(arguments: Any) -> tuple[Loss, Task | None]:
 def own_loss(model: Any, _reference: Any, rows: int, tokens: int) -> Tensor:
     """The model's own loss, which makes the logits of all tokens."""
     ids = meta_ids(rows, tokens)
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    from accelerate.utils.operations import convert_to_fp32  # an extra, but the Trainer has it
+
+    outputs = model(input_ids=ids, labels=ids, use_cache=False)
+    loss: Tensor = convert_to_fp32(outputs)["loss"]  # as accelerate does with what a model gives
     return loss
 
 
@@ -150,7 +153,8 @@ def run_on_meta(model: Any, settings: LisaSettings, arguments: Any, tokens: int)
     ledger = Ledger(1 if device == "cpu" else CUDA_GRANULARITY)
     loss, task = loss_of(arguments)
     rows, num_micro = arguments.per_device_train_batch_size, min(2, arguments.gradient_accumulation_steps)
-    with ledger, experts_on_meta(), kernels_on_meta(device) if task or loss is not own_loss else nullcontext():
+    trl = kernels_on_meta(device, arguments.bf16) if task or loss is not own_loss else nullcontext()
+    with ledger, experts_on_meta(), trl:
         copied, reference = meta_copy(model, arguments), None
         book(ledger, copied, "weights")
         if task and task.needs_reference:
@@ -170,7 +174,10 @@ def run_on_meta(model: Any, settings: LisaSettings, arguments: Any, tokens: int)
             ledger.reset_peak()
             engine.begin_step(step, optimizer)
             for _ in range(num_micro if step else 1):
-                (loss(copied, reference, rows, tokens) / num_micro).backward()  # type: ignore[no-untyped-call]
+                with mixed_on_meta() if arguments.bf16 else nullcontext():
+                    made = loss(copied, reference, rows, tokens) / num_micro
+                with mixed_on_meta(again=True) if arguments.bf16 else nullcontext():
+                    made.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
             for state in optimizer.state.values():
