@@ -41,9 +41,9 @@ def test_nothing_is_overwritten(tmp_path):
     [
         (
             [],
-            "recipe is missing: choose one of continue, gsm8k, instructions, pubmedqa, as in lisatune init instructions",
+            "recipe is missing: choose one of continue, dpo, gsm8k, instructions, pubmedqa, as in lisatune init instructions",
         ),
-        (["instruction"], "choose one of continue, gsm8k, instructions, pubmedqa; did you mean 'instructions'?"),
+        (["instruction"], "choose one of continue, dpo, gsm8k, instructions, pubmedqa; did you mean 'instructions'?"),
         (["../recipes/gsm8k"], "is not a recipe"),
         (["gsm8k", "--output", "nowhere/run.yaml"], "nowhere/run.yaml cannot be written (No such file or directory)"),
     ],

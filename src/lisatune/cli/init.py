@@ -30,7 +30,7 @@ def init(
         lisatune train --config instructions.yaml
     """
     if recipe is None:
-        raise UserError(f"recipe is missing: choose one of {', '.join(names())}, as in lisatune init {names()[-2]}")
+        raise UserError(f"recipe is missing: choose one of {', '.join(names())}, as in lisatune init instructions")
     path = output or Path(f"{recipe}.yaml")
     text = text_of(recipe, path)
     try:

@@ -14,7 +14,7 @@ def names() -> list[str]:
 
     Example:
         >>> names()
-        ['continue', 'gsm8k', 'instructions', 'pubmedqa']
+        ['continue', 'dpo', 'gsm8k', 'instructions', 'pubmedqa']
     """
     return sorted(Path(file.name).stem for file in files(__name__).iterdir() if file.name.endswith(".yaml"))
 
