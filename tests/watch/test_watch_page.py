@@ -74,6 +74,14 @@ def test_it_grows_while_the_run_does(tab, trained, going):
         assert "answer 4 " in text(tab)
 
 
+def test_it_waits_for_a_run_that_has_not_begun(tab, trained, tmp_path):
+    with server_of(tmp_path / "later") as server:
+        tab.open(server.url, DRAWN)
+        assert "No run has begun yet." in text(tab)
+        shutil.copytree(trained, tmp_path / "later")
+        tab.wait("document.body.innerText.includes('8 of 8')")  # the page asks by itself
+
+
 def test_the_map_shows_which_layers_trained(tab, trained):
     """Each layer's bar is as long as its share of the steps."""
     import json
