@@ -46,7 +46,14 @@ LATENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied", "mixtral", "deepseek_v3", "gpt_oss"])
+JETMOE = {  # whose routing copies numbers to the host
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_key_value_heads": 2,
+    "kv_channels": 8, "num_local_experts": 4,
+}  # fmt: skip
+INDEXER = {"index_topk": 16, "index_head_dim": 32, "index_n_heads": 4}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "tied", "mixtral", "deepseek_v3", "deepseek_v32", "gpt_oss"])
 def test_other_models_are_forecast_too(kind):
     models = {
         "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=4000, n_embd=128, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=2)),
@@ -54,6 +61,7 @@ def test_other_models_are_forecast_too(kind):
         "tied": lambda: make_llama(tied=True, **WIDE),
         "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**MIXTURE, num_local_experts=4)),
         "gpt_oss": lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**MIXTURE, head_dim=32, num_local_experts=4, layer_types=["full_attention"] * 3)),
+        "deepseek_v32": lambda: hf.AutoModelForCausalLM.from_config(hf.DeepseekV32Config(**MIXTURE, **LATENT, **INDEXER)),
         "deepseek_v3": lambda: hf.AutoModelForCausalLM.from_config(hf.DeepseekV3Config(**MIXTURE, **LATENT)),
     }  # fmt: skip
     model = models[kind]()
@@ -127,10 +135,8 @@ def test_a_plan_holds_nothing_whatever_the_size():
 
 
 def test_a_model_that_cannot_run_on_meta_says_so_and_names_its_formula():
-    settings = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
-    plan = plan_memory(hf.Gemma2Config(**settings), max_length=16, per_device_train_batch_size=1, num_active=1)
-    assert "Gemma2ForCausalLM cannot run on the meta device" in plan.describe()
+    plan = plan_memory(hf.JetMoeConfig(**JETMOE), max_length=16, per_device_train_batch_size=1, num_active=1)
+    assert "JetMoeForCausalLM cannot run on the meta device" in plan.describe()
     assert "formula of Korthikanti" in plan.describe()
     assert plan.total("weights") == 2 * plan.num_parameters
     assert plan.total("state") == 8 * plan.num_trained
@@ -238,8 +244,8 @@ def test_a_method_that_the_model_cannot_have_does_not_stop_the_others(tmp_path):
 
 
 def test_a_model_that_fails_in_its_own_code_on_meta_gets_the_formula():
-    plan = plan_memory(hf.MptConfig(vocab_size=128, d_model=32, n_heads=4, n_layers=4), max_length=8, num_active=1)
-    assert "MptForCausalLM cannot run on the meta device" in plan.remark
+    plan = plan_memory(hf.JetMoeConfig(**JETMOE), max_length=8, num_active=1)
+    assert "JetMoeForCausalLM cannot run on the meta device" in plan.remark
 
 
 def test_rows_longer_than_the_models_context_are_told():

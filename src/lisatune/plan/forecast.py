@@ -201,10 +201,10 @@ def _beyond_context(hf_config: Any, tokens: int) -> str:
     return f"rows of {tokens:,} tokens are longer than the {context:,} that the model was made for (max_position_embeddings)"
 
 
-def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
+def _meta_model(hf_config: Any, config: TrainConfig, device: str, *, masked: bool = False) -> nn.Module:
     import transformers
 
-    from lisatune.plan.meta_kernels import ATTENTION, register_attention
+    from lisatune.plan.meta_kernels import ATTENTION, MASKED, register_attention
 
     register_attention(device)
     task = make_task(config)
@@ -223,7 +223,7 @@ def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
 
     try:
         try:
-            return build(ATTENTION)
+            return build(MASKED if masked else ATTENTION)
         except KeyError:  # an older class (Falcon) has a table of its own of attentions
             return build(None)
     except Exception as error:  # transformers raises many kinds, none of them ours
@@ -234,19 +234,19 @@ def _meta_model(hf_config: Any, config: TrainConfig, device: str) -> nn.Module:
 
 
 def _plan_draw(
-    config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...]
-) -> Plan:
-    from lisatune.plan.meta_kernels import ATTENTION, experts_on_meta
+    config: TrainConfig, hf_config: Any, device: str, rows: int, tokens: int, drawn: tuple[int, ...], masked: bool = False
+) -> Plan:  # fmt: skip
+    from lisatune.plan.meta_kernels import ATTENTION, MASKED, experts_on_meta, masks_on_meta
 
-    model = _meta_model(hf_config, config, device)
+    model = _meta_model(hf_config, config, device, masked=masked)
     ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1, one_memory=device == "cpu")
     remark = ""
-    if getattr(model.config, "_attn_implementation", None) != ATTENTION:
+    if getattr(model.config, "_attn_implementation", None) not in (ATTENTION, MASKED):
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
 
     # the run's own learner takes two steps on the meta device, and the ledger books every tensor
     cannot_run, sent = False, dict[str, int]()
-    with ledger, experts_on_meta():
+    with ledger, experts_on_meta(), masks_on_meta():
         learner = make_learner(config, model, torch.device("meta"))
         parts = {p: _part(name) for name, parameters in learner.layers.parts().items() for p in parameters.values()}
         _book_weights(ledger, learner, parts)
@@ -261,6 +261,9 @@ def _plan_draw(
         except Exception as error:  # whatever a model's own code does that needs data
             cannot_run = True
             remark = f"{type(model).__name__} cannot run on the meta device ({' '.join(str(error).split())[:120]}): {FORMULA}"
+
+    if cannot_run and not masked:  # a model may work on the mask itself, which a fused kernel needs not
+        return _plan_draw(config, hf_config, device, rows, tokens, drawn, masked=True)
 
     # what it booked; for a model that cannot run there, a formula's numbers
     trained = [p for p in learner.model.parameters() if p.requires_grad]

@@ -13,15 +13,35 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations import moe
 
 ATTENTION = "lisatune_plan"
+MASKED = "lisatune_plan_masked"  # the same for a model whose own code works on the mask (DeepSeek-V3.2)
 
 
 def register_attention(device: str) -> None:
     """Register ``attn_implementation=ATTENTION``, which plans the attention of ``cuda`` or ``cpu``."""
-    AttentionInterface.register(ATTENTION, partial(_attention, on_cpu=device == "cpu"))
+    for name in (ATTENTION, MASKED):
+        AttentionInterface.register(name, partial(_attention, on_cpu=device == "cpu"))
+    AttentionMaskInterface.register(MASKED, _mask)
+
+
+def _mask(batch_size: int, q_length: int, kv_length: int, *_args: Any, **_kwargs: Any) -> Tensor:
+    """A mask as PyTorch's fused attention takes it."""
+    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
+
+
+@contextmanager
+def masks_on_meta() -> Iterator[None]:
+    """Inside, rows on the meta device are not looked at for several documents in one: there is nothing to see."""
+    packed = masking_utils.find_packed_sequence_indices
+
+    def found(position_ids: Tensor) -> Any:
+        return None if position_ids.is_meta else packed(position_ids)
+
+    with patch.object(masking_utils, "find_packed_sequence_indices", found):
+        yield
 
 
 def _attention(
