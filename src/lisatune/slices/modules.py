@@ -49,7 +49,7 @@ class ShownWeight(Tensor):
             return function(*args, **kwargs)
 
 
-UNUSUAL = ("max_norm", "scale_grad_by_freq", "sparse")  # options of an embedding that its row gradients do not know
+UNUSUAL = ("max_norm", "scale_grad_by_freq", "sparse")  # an embedding with one of these is not cut
 
 
 class SlicedForward:
