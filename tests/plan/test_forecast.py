@@ -36,6 +36,18 @@ def test_forecast_is_what_the_allocator_gives_out(way):
     assert plan.peak_bytes == sum(plan.bytes_of.values())
 
 
+@pytest.mark.parametrize("method", ["lisa", "full"])
+def test_two_gradients_of_a_tied_embedding_are_summed_in_place(method):
+    """With few tokens the peak is there; a third tensor of the embedding's size would be a tenth too much."""
+    config = plan_config(
+        {"method": method, "gradient_checkpointing": True} | ({"recipe": "paper"} if method == "lisa" else {}), "cpu"
+    )
+    model = make_llama(**WIDE | {"layers": 4}, tie_word_embeddings=True)
+    plan = plan_run(config, model.config, "cpu", rows=2, tokens=16)
+    assert plan.peak_at == "in the backward pass"
+    assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 2, 16, plan.drawn), rel=0.01)
+
+
 MIXTURE = {
     "vocab_size": 4000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 4, "num_experts_per_tok": 2,

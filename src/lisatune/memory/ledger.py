@@ -38,6 +38,15 @@ def off_device() -> Iterator[None]:
         _off_device -= 1
 
 
+def _sums_gradients(func: Any) -> bool:
+    """Whether autograd itself adds up two gradients of one tensor.
+
+    It does so in place where nobody else holds the first of them. A dispatch mode, such as a ledger, keeps it from that.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()  # else a checkpoint's forward
+    return in_backward and func is torch.ops.aten.add.Tensor
+
+
 def _backward_of() -> str:
     """The node of autograd's graph whose backward pass runs now; empty if none does."""
     node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
@@ -150,7 +159,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 known = self._entries.get(id(storage))
                 if known is None or known[2]() is not storage:
                     self.book(leaf, label)
-        self._remember_peak(label)
+        if not _sums_gradients(func):  # else the next operation does it, when autograd has let go of what it summed
+            self._remember_peak(label)
         return out
 
     def _now(self) -> str:
