@@ -45,7 +45,7 @@ def inspect_task(config: TrainConfig, tokenizer: Any, train: Rows, held_out: Hel
     tiny = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TINY)
     for name, value in task.model_options.items():
         setattr(tiny, name, value)
-    model = getattr(transformers, task.auto_class).from_config(tiny)
+    model = getattr(transformers, task.auto_class).from_config(tiny, trust_remote_code=False)
     trainer = make_trainer(plain, task, model, tokenizer, train, held_out, None, torch.device("cpu"))
 
     used, counts, lengths = counted(task, train, trainer.train_dataset, config.max_length)
