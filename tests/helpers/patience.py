@@ -1,5 +1,6 @@
 """How a test waits: for the event itself, with a limit that only a hang can reach."""
 
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
@@ -17,10 +18,16 @@ def wait_until(happened, process=None, pause=0.01):
         time.sleep(pause)
 
 
+def heed_ctrl_c():
+    """A shell that starts the tests in the background makes them, and all that they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(words, **options):
     """A process that ends with the test, even one that fails; it would be another test's ResourceWarning otherwise."""
-    with subprocess.Popen([str(word) for word in words], text=True, **options) as process:
+    words = [str(word) for word in words]
+    with subprocess.Popen(words, text=True, preexec_fn=heed_ctrl_c, **options) as process:
         try:
             yield process
         finally:

@@ -19,7 +19,7 @@ from lisatune.settings import build_config, read_settings
 from lisatune.watch.page import routes_of
 from lisatune.watch.runs import Runs
 from lisatune.watch.server import PageServer
-from patience import started
+from patience import HANG_SECONDS, started
 from serving import EVIL, append, get, lines, served
 from typed import typed
 
@@ -408,6 +408,6 @@ def test_the_command_prints_where_the_page_is(trained, tmp_path):
         with urllib.request.urlopen(url) as page:
             assert b"<h1>lisatune watch</h1>" in page.read()
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate()
+        _, told = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0
     assert told == "watching 1 run; Ctrl-C ends it\n"
