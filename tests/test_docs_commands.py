@@ -33,7 +33,7 @@ MODELS = ("MODEL", "M", "model.gguf", "HuggingFaceTB/SmolLM2-135M", "HuggingFace
 STAND_IN = dict.fromkeys(MODELS, "model") | dict.fromkeys(("ROWS", "D"), "rows.jsonl") | {"RUN": "runs/RUN"}
 SMALL = {
     "max_steps": "2", "eval_rows": "4", "max_length": "64", "per_device_train_batch_size": "2", "seed": "0", "norm_steps": "1",
-    "eval_tasks_steps": "1", "eval_limit": "1", "eval_steps": "1", "num_train_epochs": "0.1", "dp_shard_size": "2", "--nproc": "2", "--nproc-per-node": "2",
+    "eval_tasks_steps": "1", "eval_limit": "1", "eval_steps": "1", "num_train_epochs": "0.1", "dp_shard_size": "2", "trials": "2", "--nproc": "2", "--nproc-per-node": "2",
 }  # fmt: skip
 # what is added to a command that does not say it
 ADDED = {
@@ -64,7 +64,7 @@ def small(line, number, judge_url):
         name, equals, value = word.partition("=")
         if equals and name in SMALL:
             words[i] = f"{name}={SMALL[name]}"
-        elif equals and name.endswith("learning_rate"):
+        elif equals and name.endswith("learning_rate") and "search=optuna" not in line:  # which needs a range
             words[i] = f"{name}={value.partition(',')[0]}"
         elif word == "--judge-url":
             words[i + 1] = judge_url
