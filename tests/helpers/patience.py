@@ -24,10 +24,10 @@ def heed_ctrl_c():
 
 
 @contextmanager
-def started(words, **options):
+def started(words, preexec_fn=heed_ctrl_c, **options):
     """A process that ends with the test, even one that fails; it would be another test's ResourceWarning otherwise."""
     words = [str(word) for word in words]
-    with subprocess.Popen(words, text=True, preexec_fn=heed_ctrl_c, **options) as process:
+    with subprocess.Popen(words, text=True, preexec_fn=preexec_fn, **options) as process:
         try:
             yield process
         finally:
