@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_loss(problems):
 def test_many_runs_at_once_equal_the_engine(convergence, problems, policy, batch_rows):
     variants = [
         convergence.Variant(k, policy, corrected, weight_decay=0.1) for k in (1, 3, 20) for corrected in (False, True)
-    ]
+    ] + [convergence.Variant(k, policy, num_slices=count, weight_decay=0.1) for k in (1, 3) for count in (1, 3)]
     steps, seen = 60, []
     step = convergence.BlockAdam.step
     with pytest.MonkeyPatch.context() as patch:
