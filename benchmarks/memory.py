@@ -1,6 +1,7 @@
 """Peak memory: the paper's table and others predicted, levers added one at a time, and predictions against measurements.
 
-python benchmarks/memory.py predict            # tables of predictions; about 10 minutes on 2 cores, no GPU
+python benchmarks/memory.py predict            # tables of predictions; about 50 minutes on one core, no GPU
+python benchmarks/memory.py slices             # the default beside LoRA, predicted; about 5 minutes, no GPU
 python benchmarks/memory.py ranks              # several processes: what each holds and sends, predicted; 10 minutes, no GPU
 python benchmarks/memory.py measure            # real steps with random weights, on the GPU if there is one, beside their forecasts
 
@@ -163,6 +164,40 @@ RANKS = (  # shape, active layers, processes, processes that share each weight
 )  # fmt: skip
 
 
+PARTS: tuple[tuple[str, dict[str, Any]], ...] = (  # none, some and all of the levers that slices have
+    ("none", {}),
+    ("`gradient_checkpointing=true`", {"gradient_checkpointing": True}),
+    ("+ `optimizer_in_backward=true max_grad_norm=0`",
+     {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0}),
+    ("+ `activation_offloading=true`",
+     {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0, "activation_offloading": True}),
+)  # fmt: skip
+
+
+def slices() -> None:
+    """The default, slices with frozen norms, beside LoRA r16 with the same levers."""
+    contenders: dict[str, dict[str, Any]] = {
+        "slices": {},
+        "slices, norms train": SLICES,
+        "LoRA r16": {"method": "lora"},
+    }
+    rows = []
+    for shape, batch, tokens in (
+        ("llama-3.1-8b", 2, 2048), ("llama-2-7b", 2, 2048), ("llama-3.1-70b", 2, 2048), ("llama-2-7b", 1, 1024),
+    ):  # fmt: skip
+        for name, levers in PARTS:
+            peaks = [plan_of(shape, batch, tokens, **own, **levers).peak_bytes for own in contenders.values()]
+            rows.append([shape, f"{batch} x {tokens}", name, *(f"{peak / GB:.2f}" for peak in peaks)])
+            print(*rows[-1], sep=" | ", flush=True)
+    about = (
+        "Predicted GB (10^9) on a GPU with bfloat16 weights, loss in chunks. Slices are one of 15, as `lisatune train` has them by "
+        "default. LoRA is on all linear layers. ChunkFT publishes 13.72 GB for 1 x 1024 tokens with Llama-2-7B "
+        "(arXiv:2605.21177). Nothing here was measured."
+    )
+    head = ["model", "batch", "levers", *(f"{name}, GB" for name in contenders)]
+    print(write_page("memory-slices", about + "\n\n" + markdown(head, rows), __doc__ or ""))
+
+
 def ranks() -> None:
     """What each of several processes holds and sends."""
     head = ["model", "processes", "`dp_shard_size`", "method", "peak GiB of each", "weights", "gradients", "state", "gathered",
@@ -323,6 +358,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="what", required=True)
     kinds.add_parser("predict")
+    kinds.add_parser("slices")
     kinds.add_parser("ranks")
     measured = kinds.add_parser("measure")
     measured.add_argument("--rounds", type=int, default=3)
@@ -335,6 +371,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "predict":
         predict()
+    elif options.what == "slices":
+        slices()
     elif options.what == "ranks":
         ranks()
     elif options.what == "measure":

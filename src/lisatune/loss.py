@@ -20,7 +20,9 @@ from lisatune.memory.blocks import Cut, cut_of
 from lisatune.optim.row_gradients import HeadPart, RowGradients
 from lisatune.slices.functions import whole_weight
 
-CHUNK_LOGITS = 2**25  # the most logits at once by default: 128 MiB in float32, 1,024 tokens of 32k or 261 of 128k
+# the most logits and tokens at once by default: 64 MiB in float32 for a vocabulary of 32k, 128 MiB for one of 128k; the
+# products of fewer tokens would read the head's weight too often
+CHUNK_LOGITS, CHUNK_TOKENS = 2**25, 512
 
 
 def linear_cross_entropy(
@@ -49,7 +51,8 @@ def linear_cross_entropy(
         labels: Next-token ids, already shifted, shape (N,), int64; -100 means no target.
         bias: Bias of the head, shape (V,), if it has one.
         num_labelled: Divisor of the summed loss; the whole step's count when accumulating. Default: this call's.
-        chunk_tokens: Changes memory and speed, never the loss but for rounding. Default: what makes ``CHUNK_LOGITS``.
+        chunk_tokens: Changes memory and speed, never the loss but for rounding. Default: ``CHUNK_TOKENS``, or what makes
+            ``CHUNK_LOGITS``.
         row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
             its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
         cut: If given, that of ``weight``: only its trained rows get a gradient, of their own shape.
@@ -76,7 +79,7 @@ def linear_cross_entropy(
         labelled = torch.arange(len(labels), device=labels.device)
     else:
         labelled = (labels != IGNORED).nonzero().squeeze(1)
-    chunk_tokens = chunk_tokens or max(1, CHUNK_LOGITS // len(weight))
+    chunk_tokens = chunk_tokens or max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // len(weight)))
     divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
