@@ -28,8 +28,8 @@ class Way:
             it cannot be measured on a CPU.
         resumes: Whether a stopped run can be resumed to the bit.
         falls: By how much the held-out loss falls at least in 14 steps; less than half of what was seen.
-        processes: Pairs of a number of processes and a ``dp_shard_size`` with which it trains as on one process; empty
-            if that is not tried; None if several processes are refused.
+        processes: Pairs of a number of processes and a ``dp_shard_size`` with which whole runs train as on one process;
+            empty if that is not tried; None if it needs whole weights. ``tests/processes/test_copies.py`` tries that.
         more: Settings of the test with several processes alone; ``tied`` is a model whose embedding is its head.
     """
 
@@ -132,7 +132,7 @@ WAYS = [
     Way("some checkpointed", {"gradient_checkpointing": 2}, bit_equal_to={}, also_with=OTHERS),
     Way(
         "inputs off the device", CHECKPOINTED | {"activation_offloading": True}, bit_equal_to={}, also_with=OTHERS,
-        **OFF_THE_DEVICE,
+        forecast_within=None,
     ),
     Way("moments off the device", {"offload_optimizer": True}, bit_equal_to={}, also_with=OTHERS, **OFF_THE_DEVICE),
     Way(

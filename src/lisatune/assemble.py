@@ -37,8 +37,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     for lever in levers:
         lever.on_model(layers)
     placement = choose_placement(
-        offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size, whole=method.needs_whole_weights,
-        alone=config.task != "sft",  # TRL's trainer joins them
+        offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size, alone=config.task != "sft",  # TRL's trainer joins them
         frozen_bits=config.frozen_bits,
     )  # fmt: skip
     linear_head = placement.place(model, layers, device)

@@ -88,8 +88,14 @@ class Learner:
             )
             loss.backward()
             losses.append(loss.detach())
-        self.placement.sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])
+        self.sum_gradients()
         return self.placement.total(torch.stack(losses).sum())
+
+    def sum_gradients(self) -> None:
+        """Sum whole gradients over the processes, not those made in blocks. ``optimizer_in_backward`` replaces this."""
+        in_blocks = () if self.rows is None else self.rows
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        self.placement.sum_gradients(p for p in parameters if p.grad is not None or p not in in_blocks)
 
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm before. ``optimizer_in_backward`` replaces this."""

@@ -4,6 +4,7 @@ import torch
 
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
+from lisatune.processes.tensors import whole as whole_of_shards
 from lisatune.settings import build_config
 from tiny import VOCABULARY, make_llama
 
@@ -36,6 +37,7 @@ def run(steps=9, micro_rows=4, tied=False, **settings):
     told = []
     for step in range(steps):
         whole = batch(step)
-        loss, norm, _ = learner.step(step, whole.split(micro_rows), whole.num_labelled)
+        share = learner.placement.share(whole)
+        loss, norm, _ = learner.step(step, share.split(micro_rows), whole.num_labelled)
         told.append((loss.item(), norm.item()))
-    return {n: p.detach().clone() for n, p in learner.model.named_parameters()}, told
+    return {n: whole_of_shards(p.detach()).clone() for n, p in learner.model.named_parameters()}, told

@@ -43,7 +43,7 @@ def main(path):
     step = Learner.step
 
     def counted(*args):
-        if args[0].placement.in_shards and (args[1], rank()) == (deadly, 1) and not restarted():
+        if args[0].device.type != "meta" and (args[1], rank()) == (deadly, 1) and not restarted():
             Path(f"{path}.killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with Wire() as wire:
@@ -57,7 +57,7 @@ def main(path):
         for case in json.loads(Path(path).read_text()):
             sent.clear()
             deadly = case.pop("deadly_step", None)
-            options = {name: case.pop(name, False) for name in ("resume", "allow_changes")}
+            options = {name: case.pop(name) for name in ("resume", "allow_changes", "memory_bytes") if name in case}
             train(build_config(case), console=Console(file=io.StringIO()), **options)
             if rank() == 0:
                 (Path(case["output"]) / "sent.json").write_text(json.dumps(sent))

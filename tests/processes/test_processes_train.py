@@ -131,8 +131,12 @@ def check_sent(case, way, shard_size, num_ranks, folder):
 def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
     """Against what PyTorch's allocator gave out on each rank, within 1%, as for one process; the real step under gloo."""
     lisa, shards = {"num_active": 1}, {"dp_shard_size": num_ranks}
+    levers = {
+        "vocabulary_blocks": True, "optim": "adamw_8bit", "frozen_bits": 4, "gradient_checkpointing": True,
+        "optimizer_in_backward": True, "max_grad_norm": 0,
+    }  # fmt: skip
     cases = [
-        lisa, lisa | shards, {"method": "full"}, {"method": "full"} | shards, {"method": "lora"} | shards,
+        lisa, lisa | shards, lisa | levers, {"method": "full"}, {"method": "full"} | shards, {"method": "lora"} | shards,
         lisa | shards | {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
         lisa | {"dp_shard_size": 2},
     ]  # fmt: skip
@@ -148,7 +152,7 @@ def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
     copies, sharded = plans[0], plans[1]
     for kind in ("weights", "state"):
         assert sharded.total(kind) == pytest.approx(copies.total(kind) / num_ranks, rel=0.01)
-    assert (copies.total("gathered") > 0, copies.sent_bytes_of["weights"]) == (True, 0)
+    assert (copies.total("gathered"), copies.sent_bytes_of["weights"]) == (0, 0)
 
 
 def test_a_forecast_of_several_processes_on_the_command_line(model_folder, monkeypatch, capsys):
@@ -183,12 +187,26 @@ def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happene
     model_folder, data_file, tmp_path, shard_size
 ):
     """torchrun starts all anew; to the bit on as many processes, to rounding on another number."""
+    levers = {
+        "optim": "adamw_8bit", "vocabulary_blocks": True, "frozen_bits": 8, "gradient_checkpointing": True,
+        "sampler": "gradient_norm", "state_policy": "reset_all", "norm_steps": 2,
+    }  # fmt: skip
     run = COMMON | LISA | {"model": str(model_folder), "data": str(data_file), "dp_shard_size": shard_size}
     run |= {"max_steps": 8, "save_steps": 3, "gradient_accumulation_steps": 2, "interval_steps": 3}
     straight, killed = ({"output": str(tmp_path / name)} for name in ("straight", "killed"))
     cases = tmp_path / "cases.json"
-    best = run | {"keep_best": True, "eval_steps": 1, "learning_rate": 1.0, "output": str(tmp_path / "best")}
-    cases.write_text(json.dumps([run | straight, best, run | killed | {"deadly_step": 4}]))
+    best = (
+        run
+        | ({"samples": "What is 1 plus 1?"} if shard_size == 1 else {})
+        | {"keep_best": True, "eval_steps": 1, "learning_rate": 1.0, "output": str(tmp_path / "best")}
+    )
+    straight, killed = (of | (levers if shard_size == 1 else {}) for of in (straight, killed))
+    with fake_processes(2):
+        plan = plan_run(plan_config(run, "cpu"), make_llama().config, "cpu", tokens=64)
+    fitted = run | {"output": str(tmp_path / "fitted"), "max_steps": 1, "memory_bytes": plan.peak_bytes * 9 // 10}
+    fitted.pop("dp_shard_size")  # what is set stays
+    fitted = [fitted] if shard_size == 1 else []
+    cases.write_text(json.dumps([run | straight, best, run | killed | {"deadly_step": 4}, *fitted]))
     torchrun(2, HELPERS / "torchrun.py", cases, options=["--max-restarts=1"])
     assert Path(f"{cases}.killed").exists()
     before, after = weights(tmp_path / "straight"), weights(tmp_path / "killed")
@@ -199,7 +217,16 @@ def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happene
     ]
     assert told[0] == told[1]
     files = [path.name for path in (tmp_path / "straight" / "checkpoints" / "checkpoint-6").iterdir()]
-    assert any(name.endswith(("-rank0.safetensors", "-rank1.safetensors")) for name in files)
+    assert any(name.endswith("-rank1.safetensors") for name in files) == (shard_size > 1)
+    if shard_size == 1:
+        norms = [(tmp_path / name / "norms.jsonl").read_text() for name in ("straight", "killed")]
+        assert norms[0] == norms[1] != ""
+        answers = (tmp_path / "best" / "samples.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in answers] == list(range(9)), "one process writes them"
+        sent = [step["sent"] for step in json.loads((tmp_path / "killed" / "sent.json").read_text())]
+        planned = rows(tmp_path / "killed")[0]["plan"]["sent_bytes_of"]["gradients"]
+        assert max(sent) == pytest.approx(planned, abs=50), "the vocabulary's gradients twice"
+        assert "dp_shard_size: 2" in (tmp_path / "fitted" / "config.yaml").read_text(), "the first lever is enough"
     check_best(tmp_path / "best")
     for left in ("model", "summary.json"):
         path = tmp_path / "killed" / left
@@ -215,7 +242,7 @@ def check_best(folder):
     best = json.loads((folder / "summary.json").read_text())["best_step"]
     assert best == min(losses, key=losses.__getitem__) < 8
     trained, checkpoint = weights(folder), folder / "checkpoints" / f"checkpoint-{best}"
-    shards = [load_file(path) for path in sorted(checkpoint.glob("weights-norm-rank*.safetensors"))]
+    shards = [load_file(path) for path in sorted(checkpoint.glob("weights-norm*.safetensors"))]
     name = "model.norm.weight"
     assert torch.equal(trained[name], torch.cat([shard[name] for shard in shards if name in shard]))
     assert {path.name for path in checkpoint.parent.iterdir()} >= {f"checkpoint-{best}", "checkpoint-8"}
@@ -251,14 +278,17 @@ def test_ranks_that_were_given_different_things_stop_at_the_start(model_folder, 
         assert not (tmp_path / "run").exists()
 
 
-def test_what_works_on_one_process_alone_is_refused(monkeypatch):
+def test_what_needs_whole_weights_is_refused_in_shards(monkeypatch):
     def settings(**some):
         return build_config({"model": "m", "data": "d", "output": "o"} | some)
 
     for some in ({"method": "mezo"}, {"optim": "muon"}, {"sampler": "gradient_norm"}, {"frozen_learning_rate": 1e-3}):
-        check_num_ranks(settings(**some), 1)
-        with pytest.raises(UserError, match=f"{next(iter(some))}=.* works on one process only"):
-            check_num_ranks(settings(**some), 2)
+        check_num_ranks(settings(**some), 2)
+        with pytest.raises(UserError, match=f"{next(iter(some))}=.* needs whole weights in each process"):
+            check_num_ranks(settings(**some).model_copy(update={"dp_shard_size": 2}), 2)
+    task = {"task": "dpo", "optim": "adamw_8bit"}
+    with pytest.raises(UserError, match="optim=adamw_8bit works on one process only with task=dpo"):
+        check_num_ranks(settings(**task), 2)
     with pytest.raises(UserError, match="dp_shard_size=3 does not divide the 4 processes"):
         check_num_ranks(settings(dp_shard_size=3, recipe="paper"), 4)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -25,7 +25,7 @@ def test_json_has_every_setting_with_its_group_and_limits():
     assert list(entries) == list(ROWS)
     assert entries["seed"]["default"] == 0
     assert entries["seed"]["values"] == "whole number from 0"
-    assert entries["lora_use_dora"]["limits"] == "Only with method=lora, on one process."
+    assert entries["lora_use_dora"]["limits"] == "Only with method=lora, with dp_shard_size=1."
     assert entries["optim"]["limits"] == "Not with method=mezo."
     assert entries["num_train_epochs"]["limits"] == "Only without max_steps."
     assert entries["lora_r"]["group"] == "LoRA"

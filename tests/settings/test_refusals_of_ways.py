@@ -46,12 +46,13 @@ def test_no_two_ways_have_one_name():
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_way_is_refused_where_it_cannot_work_and_nowhere_else(way):
     config = build(way.settings)
-    check_num_ranks(config, 1)
-    if way.processes is None:
-        with pytest.raises(UserError, match=r"^\w+=.* works on one process only"):
-            check_num_ranks(config, 2)
-    else:
-        check_num_ranks(config, 2)
+    for num_ranks in (1, 2):
+        check_num_ranks(config, num_ranks)
+    if way.processes is None and config.sampled_unit != "slices":  # which a test of the settings refuses
+        with pytest.raises(UserError, match=r"^\w+=.* needs whole weights in each process"):
+            check_num_ranks(config.model_copy(update={"dp_shard_size": 2}), 2)
+    elif config.sampled_unit != "slices":
+        check_num_ranks(config.model_copy(update={"dp_shard_size": 2}), 2)
     if way.is_for_gpu:
         with pytest.raises(UserError, match=r"^\w+ has no effect on a CPU, where host and device are one memory"):
             build(way.settings, {"device": "cpu"})

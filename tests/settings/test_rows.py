@@ -215,16 +215,17 @@ def test_what_is_for_a_gpu_is_refused_on_a_cpu(name):
     build(ALLOWED.get(name, {}), {name: some_value(name), "device": "cuda"})
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.one_process])
-def test_what_works_on_one_process_is_refused_on_two(name):
-    alone = ROWS[name].one_process
-    for value in alone if isinstance(alone, tuple) else [some_value(name)]:
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.whole])
+def test_what_needs_whole_weights_is_refused_with_shards(name):
+    whole = ROWS[name].whole
+    for value in whole if isinstance(whole, tuple) else [some_value(name)]:
         method = {"method": "lora"} if name.startswith("lora") else {}
         config = build(ALLOWED.get(name, {}), method, {name: value})
-        check_num_ranks(config, 1)
-        with pytest.raises(UserError, match=f"^{name}=.* works on one process only"):
-            check_num_ranks(config, 2)
-    check_num_ranks(build({"method": "lora"} if name.startswith("lora") else {}), 2)
+        check_num_ranks(config, 2)
+        with pytest.raises(UserError, match=f"^{name}=.* needs whole weights in each process: .* dp_shard_size=1"):
+            check_num_ranks(config.model_copy(update={"dp_shard_size": 2}), 2)
+    method = {"method": "lora"} if name.startswith("lora") else {"recipe": "paper"}
+    check_num_ranks(build(method, {"dp_shard_size": 2}), 2)
 
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in REGISTRIES for choice in REGISTRIES[name]])
@@ -234,15 +235,17 @@ def test_choices_are_where_they_say(name, choice):
 
 
 @pytest.mark.parametrize(("name", "choice"), [(name, choice) for name in REGISTRIES for choice in REGISTRIES[name]])
-def test_choices_say_on_how_many_processes_they_work(name, choice):
+def test_choices_say_whether_they_need_whole_weights(name, choice):
     if name == "recipe":
         return  # the unit says it
     config = build({name: choice} | ({"sampler_options": {"weights": [1]}} if choice == "weighted" else {}))
-    if REGISTRIES[name][choice].processes == 1:
-        with pytest.raises(UserError, match=f"^{name}={choice} works on one process only"):
-            check_num_ranks(config, 2)
+    check_num_ranks(config, 2)
+    in_shards = config.model_copy(update={"dp_shard_size": 2})
+    if REGISTRIES[name][choice].whole:
+        with pytest.raises(UserError, match=f"^{name}={choice} needs whole weights in each process"):
+            check_num_ranks(in_shards, 2)
     else:
-        check_num_ranks(config, 2)
+        check_num_ranks(in_shards, 2)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -103,8 +103,6 @@ def train(
     settings |= {} if save_every is None else parse_period(save_every)
     checked = build_config(settings)
     memory_bytes = None if fit is None else parse_bytes(fit)
-    if memory_bytes is not None and (nproc or num_started()) > 1:
-        raise UserError("--fit works on one process only: leave it out, or start one process")
     if allow_changes and not resume:
         raise UserError("--allow-changes has no effect without --resume: add it, or leave this out")
     resume = resume or offer_to_go_on(Path(checked.output))

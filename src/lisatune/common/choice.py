@@ -13,16 +13,14 @@ class Choice:
 
     Args:
         place: ``MODULE:NAME`` of a class or a function. It is imported when it is used, because it needs torch.
-        processes: The most processes that it works on; None for any number.
-        instead: What to do where more processes are started.
+        whole: Each of several processes has to hold all weights whole.
     Example:
         >>> Choice("lisatune.common.amounts:gib").load()(2**30)
         '1.00 GiB'
     """
 
     place: str
-    processes: int | None = None
-    instead: str = "choose another"
+    whole: bool = False
 
     def load(self) -> Any:
         """The class or function itself."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from torch import nn
+
+from lisatune.errors import UserError
 from lisatune.layers import Layers
+from lisatune.processes.collectives import num_ranks
 
 if TYPE_CHECKING:
     from lisatune.learner import Learner
@@ -35,6 +39,18 @@ class Lever:
 
     def before_step(self, learner: Learner, number: int) -> None:
         """Optimizer step ``number`` (from 0) begins. Its learning rate is set."""
+
+    def check_experts(self, learner: Learner, setting: str) -> None:
+        """Refuse experts of which a process may have no gradient, while the others wait for it to sum one.
+
+        Raises: UserError on several processes, if experts are modules by themselves.
+        """
+        found = any(isinstance(m, nn.ModuleList) and "experts" in n for n, m in learner.layers.model.named_modules())
+        if found and num_ranks() > 1:
+            raise UserError(
+                f"{setting} on several processes needs a gradient of every weight on each of them, and the experts of "
+                f"{type(learner.layers.model).__name__} may have none: leave it out, or start one process"
+            )
 
     def also_trains(self, learner: Learner) -> set[str]:
         """Parts that change in a step although they are frozen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,9 +34,11 @@ class FrozenLearningRate(Lever):
 
     def put_on(self, learner: Learner) -> None:
         """Make the matrices of frozen decoder layers step in the backward pass."""
+        self.check_experts(learner, "frozen_learning_rate")
         self.updates = FrozenUpdates(
-            learner.layers.decoder, self.frozen_learning_rate, self.seed, sign=self.frozen_step == "sign"
-        )
+            learner.layers.decoder, self.frozen_learning_rate, self.seed, sign=self.frozen_step == "sign",
+            add_up=learner.placement.add_up,
+        )  # fmt: skip
 
     def before_step(self, learner: Learner, number: int) -> None:
         """Keep the ratio between the two rates, whatever the schedule does."""
@@ -70,6 +72,7 @@ class FrozenUpdates:
         seed: Seed of the rounding of bfloat16 weights.
         sign: Step by the gradient's sign, so that ``lr`` is a distance, as with Adam. FRUGAL does so, at a tenth of the
             learning rate in fine-tuning.
+        add_up: Sums a block of a gradient over the processes, in place.
     Attributes:
         lr: May be changed between steps.
         number: Number of the optimizer step, which seeds the rounding; to be set before each one.
@@ -87,8 +90,12 @@ class FrozenUpdates:
         [[0.5, -0.5]]
     """
 
-    def __init__(self, decoder: Sequence[nn.Module], lr: float, seed: int = 0, *, sign: bool = False) -> None:
+    def __init__(
+        self, decoder: Sequence[nn.Module], lr: float, seed: int = 0, *, sign: bool = False,
+        add_up: Callable[[Tensor], Tensor] = lambda block: block,
+    ) -> None:  # fmt: skip
         self.lr = lr
+        self.add_up = add_up
         self.sign = sign
         self.seed = seed
         self.number = 0
@@ -113,7 +120,7 @@ class FrozenUpdates:
         rows = max(1, BLOCK // weight.shape[1])
         for start in range(0, len(weight), rows):
             block = weight[start : start + rows]
-            change = (grad[:, start : start + rows].T @ input).float()
+            change = self.add_up((grad[:, start : start + rows].T @ input).float())
             change = (change.sign_() if self.sign else change).mul_(self.lr)
             moved = block.float().sub_(change)
             if weight.dtype == torch.bfloat16:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,12 +26,15 @@ class OptimizerInBackward(Lever):
     def put_on(self, learner: Learner) -> None:
         """Replace the two points of a step that come too late now."""
         assert isinstance(learner.optimizer, AdamW)
-        optimizer, stepper = learner.optimizer, StepInBackward(learner.optimizer)
+        self.check_experts(learner, "optimizer_in_backward")
+        optimizer, sum_gradients = learner.optimizer, learner.placement.sum_gradients
+        stepper = StepInBackward(optimizer, lambda p: sum_gradients([p]))
 
         def clip() -> Tensor:
             optimizer.step()  # updates what waits, and counts the step
             return stepper.grad_norm()
 
+        learner.sum_gradients = lambda: None  # type: ignore[method-assign]
         learner.clip = clip  # type: ignore[method-assign]
         learner.update = lambda bad: None  # type: ignore[method-assign]
 
@@ -48,6 +52,7 @@ class StepInBackward:
 
     Args:
         optimizer: Its learning rate has to be set before the backward pass.
+        sum_gradient: Called with a parameter whose gradient is there, before it is used: it may be summed over processes.
     Raises: UserError in a second backward pass of one step.
     Reference: Lv et al., LOMO, arXiv:2306.09782; PyTorch's tutorial "How to save memory by fusing the optimizer step
         into the backward pass".
@@ -61,8 +66,9 @@ class StepInBackward:
         (True, [2.9, 3.9], tensor(10.))
     """
 
-    def __init__(self, optimizer: AdamW) -> None:
+    def __init__(self, optimizer: AdamW, sum_gradient: Callable[[Tensor], None] = lambda p: None) -> None:
         self.optimizer = optimizer
+        self._sum_gradient = sum_gradient
         self._sq_norm: Tensor | None = None
         self._norm: Tensor | None = None
         self._updated: set[Tensor] = set()
@@ -93,6 +99,7 @@ class StepInBackward:
                 "a step in the backward pass cannot add up gradients of several micro-batches: call optimizer.step() "
                 "after each backward pass"
             )
+        self._sum_gradient(p)
         self._update(p)
 
     def _update(self, p: Tensor) -> None:

@@ -35,4 +35,5 @@ class VocabularyBlocks(Lever):
             )
         assert isinstance(learner.optimizer, AdamW)
         learner.rows = learner.optimizer.row_gradients
+        learner.rows.add_up = learner.placement.add_up
         watch_embedding(learner.layers.embedding, learner.rows)

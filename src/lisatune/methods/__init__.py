@@ -41,7 +41,7 @@ METHODS: dict[str, MethodChoice] = {
     ),
     "lora": MethodChoice("lisatune.methods.lora:Lora"),
     "full": MethodChoice("lisatune.methods.full:Full"),
-    "mezo": MethodChoice("lisatune.methods.mezo:Mezo", backward=False, processes=1),
+    "mezo": MethodChoice("lisatune.methods.mezo:Mezo", backward=False, whole=True),
 }  # fmt: skip
 
 # what a layerwise method samples

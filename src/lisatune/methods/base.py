@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,7 @@ class Method:
         layers: The parts of the model, from ``start`` on.
         linear_head: ``layers.head_is_linear()``, from ``start`` on.
         engine: LISA's engine, if the method has one.
-        needs_whole_weights: Whether each process has to hold all weights whole.
     """
-
-    needs_whole_weights: ClassVar[bool] = False
 
     decoder_name: str | None = None
     layers: Layers = field(init=False, repr=False)

@@ -50,7 +50,9 @@ class Mezo(Method):
 
     def gradients(self, learner: Learner, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
         """Loss, and root mean square of the slopes, which are not clipped."""
-        return self.prober.probe(self.prober.optimizer.number, micro_batches, num_labelled)
+        return self.prober.probe(
+            self.prober.optimizer.number, micro_batches, num_labelled, total=learner.placement.total
+        )
 
 
 class RandomDirections(RoundedOptimizer):
@@ -208,13 +210,17 @@ class ZerothOrder:
         return loss, slope
 
     @torch.no_grad()
-    def probe(self, number: int, micro_batches: Iterable[Batch], num_labelled: int) -> tuple[Tensor, Tensor]:
+    def probe(
+        self, number: int, micro_batches: Iterable[Batch], num_labelled: int, *,
+        total: Callable[[Tensor], Tensor] = lambda loss: loss,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Find the slopes of step ``number``, and leave them in ``optimizer``, for its next ``step``.
 
         Args:
             number: Number of the optimizer step, from 0.
             micro_batches: Batches on the model's device, all kept for the time of the step.
             num_labelled: Labelled tokens of all of them.
+            total: Sums a loss over the processes, in place. All of them draw the same directions.
         Returns: Mean of all losses, and root mean square of the slopes, whose square is on average that of the
             gradient's norm; scalars, float32. The model is left in the mode that it was in; dropout is off meanwhile.
         Raises: UserError if no parameter asks for a gradient, or a module whose parameters do is not called.
@@ -229,7 +235,7 @@ class ZerothOrder:
         with _evaluation_mode(self.layers.model):
             for direction in range(self.num_directions):
                 above, below = (
-                    self._loss_at(direction, distance, batches, num_labelled)
+                    self._loss_at(direction, distance, batches, num_labelled, total)
                     for distance in (self.epsilon, -self.epsilon)
                 )
                 losses.append((above + below) / 2)
@@ -238,11 +244,18 @@ class ZerothOrder:
         self.optimizer.slopes = found.float()
         return torch.stack(losses).mean().float(), found.square().mean().sqrt().float()
 
-    def _loss_at(self, direction: int, distance: float, batches: list[Batch], num_labelled: int) -> Tensor:
+    def _loss_at(
+        self,
+        direction: int,
+        distance: float,
+        batches: list[Batch],
+        num_labelled: int,
+        total: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         """The loss when each parameter is moved; scalar, float64: the difference of two such is small."""
         with self._moved(direction, distance):
             losses = [batch_loss(self.layers, batch, num_labelled, linear_head=self.linear_head) for batch in batches]
-        return torch.stack(losses).sum(dtype=torch.float64)
+        return total(torch.stack(losses).sum(dtype=torch.float64))
 
     @contextmanager
     def _moved(self, direction: int, distance: float) -> Iterator[None]:

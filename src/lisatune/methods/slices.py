@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from lisatune.slices.engine import SliceEngine
 @dataclass(kw_only=True)
 class Slices(Lisa):
     """``Lisa`` with another engine, for ``sampled_unit=slices``. ``SliceEngine`` is the whole of it."""
-
-    needs_whole_weights: ClassVar[bool] = True  # a slice is some rows of a tensor, which a shard may not hold
 
     num_slices: int
     train_norms: Trains

@@ -36,13 +36,13 @@ OURS = "lisatune.optim.build:make_adamw"
 OPTIMS: dict[str, OptimChoice] = {
     "adamw": OptimChoice(OURS, in_blocks=True),
     "adamw_16bit": OptimChoice(OURS, in_blocks=True, state_bits=16),
-    "adamw_8bit": OptimChoice(OURS, in_blocks=True, state_bits=8, processes=1),
-    "sign": OptimChoice(OURS, in_blocks=True, stateless=True, processes=1),
-    "sgd": OptimChoice("lisatune.optim.library:make_sgd", processes=1),
-    "lars": OptimChoice("lisatune.optim.layerwise:make_lars", processes=1),
-    "lamb": OptimChoice("lisatune.optim.layerwise:make_lamb", processes=1),
-    "adafactor": OptimChoice("lisatune.optim.library:make_adafactor", processes=1),
-    "muon": OptimChoice("lisatune.optim.library:make_muon", processes=1),
+    "adamw_8bit": OptimChoice(OURS, in_blocks=True, state_bits=8, whole=True),
+    "sign": OptimChoice(OURS, in_blocks=True, stateless=True, whole=True),
+    "sgd": OptimChoice("lisatune.optim.library:make_sgd", whole=True),
+    "lars": OptimChoice("lisatune.optim.layerwise:make_lars", whole=True),
+    "lamb": OptimChoice("lisatune.optim.layerwise:make_lamb", whole=True),
+    "adafactor": OptimChoice("lisatune.optim.library:make_adafactor", whole=True),
+    "muon": OptimChoice("lisatune.optim.library:make_muon", whole=True),
 }
 
 

@@ -5,6 +5,7 @@ Shapes: V vocabulary, D width, N tokens of a micro-batch, R rows of a block, K t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +43,8 @@ class RowGradients:
 
     Args:
         block_elements: The most elements of one temporary.
+    Attributes:
+        add_up: Sums a block over the processes, in place. All of them make the same blocks in the same order.
     Cost: of the embedding, K * D additions for a block. Of the head, a product of N * R * D for the logits and another
         for the gradient: over all blocks one product of N * V * D more than the dense way.
     Example:
@@ -54,6 +57,7 @@ class RowGradients:
 
     def __init__(self, block_elements: int = 2**22) -> None:
         self.block_elements = block_elements
+        self.add_up: Callable[[Tensor], Tensor] = lambda block: block
         self._parts: dict[Tensor, list[GradientTerm]] = {}
         self._factor: Tensor | float = 1.0
 
@@ -74,7 +78,7 @@ class RowGradients:
         first, *others = (part.block(p.detach(), start, stop, self.block_elements) for part in self._parts[p])
         for other in others:
             first += other
-        return first.mul_(self._factor)
+        return (first if p.is_meta else self.add_up(first)).mul_(self._factor)  # a forecast makes a few blocks alone
 
     @torch.no_grad()
     def sq_norm(self, p: Tensor) -> Tensor:

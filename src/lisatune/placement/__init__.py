@@ -6,24 +6,26 @@ It is decided once, by ``choose_placement``, and asked of the object that this r
 from __future__ import annotations
 
 from lisatune.placement.base import OnDevice
-from lisatune.placement.copies import Copies
+from lisatune.placement.copies import Copies, CopiesInHost
 from lisatune.placement.in_host import InHost
 from lisatune.placement.sharded import Sharded
 from lisatune.processes.collectives import num_ranks
 
 
 def choose_placement(
-    *, offload_frozen: bool, shard_size: int, whole: bool = False, alone: bool = False, frozen_bits: int | None = None
+    *, offload_frozen: bool, shard_size: int, alone: bool = False, frozen_bits: int | None = None
 ) -> OnDevice:
     """The placement for the processes that there are.
 
     Args:
-        offload_frozen: Keep frozen decoder layers in host memory, on one process.
-        shard_size: Processes that share each weight, if there are several.
-        whole: Each process needs all weights whole.
+        offload_frozen: Keep frozen decoder layers in host memory. Needs whole weights.
+        shard_size: Processes that share each weight, if there are several. With 1 each has all weights whole.
         alone: Somebody else joins the processes.
-        frozen_bits: Bits of frozen matrices while training, with the exact ones in host memory, on one process.
+        frozen_bits: Bits of frozen matrices while training, with the exact ones in host memory. Needs whole weights.
     """
-    if num_ranks() > 1 and not alone:
-        return Copies() if whole else Sharded(shard_size)
-    return InHost(frozen_bits, stream=offload_frozen) if offload_frozen or frozen_bits else OnDevice()
+    several, in_host = num_ranks() > 1 and not alone, offload_frozen or frozen_bits is not None
+    if several and shard_size > 1:
+        return Sharded(shard_size)
+    if in_host:
+        return (CopiesInHost if several else InHost)(frozen_bits, stream=offload_frozen)
+    return Copies() if several else OnDevice()

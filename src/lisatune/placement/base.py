@@ -52,6 +52,10 @@ class OnDevice:
         """Sum over the processes of what each has computed of its share; may be in place."""
         return value
 
+    def add_up(self, part: Tensor) -> Tensor:
+        """Sum of a part of a gradient over the processes, float32, in place. All come to it in the same order."""
+        return part
+
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the gradients of ``parameters`` over the processes, if the backward pass has not done so."""
 

@@ -1,4 +1,4 @@
-"""A whole copy of the model on each of several processes, for methods that need whole weights."""
+"""A whole copy of the model on each of several processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lisatune.data.loader import Batch
 from lisatune.layers import Layers
 from lisatune.memory.bundles import bundles
 from lisatune.placement.base import OnDevice, write_files
+from lisatune.placement.in_host import InHost
 from lisatune.processes.collectives import FAKE, barrier, num_ranks, rank, total
 
 BUCKET_ELEMENTS = 2**23  # gradients summed in one message: 32 MiB
@@ -42,16 +43,30 @@ class Copies(OnDevice):
         """Sum over the processes, in place."""
         return total(value)
 
+    def add_up(self, part: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        dist.all_reduce(part, group=self.group)
+        return part
+
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make every process' gradients their sum, in float32; one that a process lacks counts as 0."""
-        for bucket in bundles((p for p in parameters if p.requires_grad), BUCKET_ELEMENTS):
-            for p in bucket:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            flat = torch.cat([p.grad.reshape(-1).float() for p in bucket])  # type: ignore[union-attr]
-            dist.all_reduce(flat, group=self.group)
-            for p, part in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
-                p.grad.copy_(part.view_as(p))  # type: ignore[union-attr]
+        for bucket in bundles(map(_gradient, (p for p in parameters if p.requires_grad)), BUCKET_ELEMENTS):
+            if len(bucket) == 1 and bucket[0].is_contiguous():  # a large one, in pieces
+                for piece in torch.split(bucket[0].view(-1), BUCKET_ELEMENTS):
+                    self._sum(piece)
+                continue
+            flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+            self._sum(flat)
+            for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _sum(self, flat: Tensor) -> None:
+        """Sum over the processes, in float32, in place."""
+        if flat.dtype == torch.float32:
+            self.add_up(flat)
+        else:
+            flat.copy_(self.add_up(flat.float()))
 
     def save_model(self, model: Any, tokenizer: Any, folder: Path, decoder_name: str | None) -> None:
         """The first process writes a Hugging Face folder; the others wait."""
@@ -66,3 +81,13 @@ class Copies(OnDevice):
     def write(self, folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
         """The first process writes."""
         return write_files(folder, files) if rank() == 0 else []
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+class CopiesInHost(Copies, InHost):
+    """``Copies`` whose frozen decoder layers are in host memory, as ``InHost`` has them; each process has its own."""

@@ -368,8 +368,18 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
     sent = {kind: size + more * (size - one[kind]) for kind, size in two.items()}
     return {
         "weights": sent.get("all_gather", 0),
-        "gradients": sent.get("reduce_scatter", 0) + sent.get("all_reduce", 0),
+        "gradients": sent.get("reduce_scatter", 0) + sent.get("all_reduce", 0) + _sent_in_blocks(learner, config),
     }
+
+
+def _sent_in_blocks(learner: Learner, config: TrainConfig) -> int:
+    """Bytes of the gradients that are summed a block at a time: for their norm, and again for the update."""
+    if learner.rows is None:
+        return 0
+    modules: list[Any] = [learner.layers.embedding, learner.layers.head]
+    elements = sum(p.numel() for p in {module.weight for module in modules} if p.requires_grad)
+    times = 1 if config.optimizer_in_backward else 2
+    return int(2 * 4 * elements * times * (num_ranks() - 1) / num_ranks())
 
 
 def _meta_batch(rows: int, tokens: int) -> Batch:

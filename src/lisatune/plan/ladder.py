@@ -14,7 +14,7 @@ from lisatune.errors import UserError
 from lisatune.optim import OPTIMS
 from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
-from lisatune.processes.collectives import num_ranks, rank
+from lisatune.processes.collectives import most, num_ranks, rank
 from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays, with_new_names
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
@@ -145,10 +145,10 @@ def climb(
     rungs: list[Rung] = []
     for next_rung in ladder(config, hf_config, device, tokens=tokens):
         rungs.append(next_rung)
-        if next_rung.plan.peak_bytes <= budget:
+        if fits := _fits(next_rung, budget):
             break
     last = rungs[-1]
-    if last.plan.peak_bytes > budget:
+    if not fits:
         smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
         levers = pulled(rungs[0], smallest) or "no lever is left to pull"
         raise UserError(
@@ -160,6 +160,11 @@ def climb(
     if last.lever == "gradient_checkpointing=true":
         rungs[-1] = _fewest_recomputed(last, budget, rung)
     return rungs
+
+
+def _fits(rung: Rung, budget: int) -> bool:
+    """Whether no process would hold more than ``budget``; all of them get the same answer."""
+    return most(rung.plan.peak_bytes)[0] <= budget
 
 
 def ladder(config: TrainConfig, hf_config: Any, device: str = "cuda", *, tokens: int | None = None) -> Iterator[Rung]:
@@ -237,7 +242,7 @@ def _fewest_recomputed(last: Rung, budget: int, rung: Callable[[str, TrainConfig
     while enough - few > 1:
         middle = (few + enough) // 2
         tried = rung(f"gradient_checkpointing={middle}", _with(last.config, gradient_checkpointing=middle))
-        if tried.plan.peak_bytes <= budget:
+        if _fits(tried, budget):
             enough, best = middle, tried
         else:
             few = middle

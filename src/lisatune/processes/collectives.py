@@ -1,9 +1,9 @@
 """Training on several processes: who they are, what they agree on, and a model that lies in shards among them.
 
-The engine is PyTorch's: ``torchrun`` starts the processes, FSDP2 (``fully_shard``) holds the weights and sums the gradients.
+The engine is PyTorch's: ``torchrun`` starts the processes, FSDP2 (``fully_shard``) holds shards and sums their gradients.
 DistributedDataParallel does not fit: it decides once which parameters have gradients. FSDP2 decides anew in each backward
-pass, so of frozen layers no gradient is made, copied or sent. A model that every process holds whole is its shard of size
-1, where nothing but gradients travels; so replicated, sharded and both at once are one mechanism.
+pass, so of frozen layers no gradient is made, copied or sent. Where every process holds a whole copy, ``placement.copies``
+sums what has a gradient, and nothing else travels.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models.load import check_positions, check_saved_names, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
-from lisatune.processes.collectives import check_alike, num_ranks, together
+from lisatune.processes.collectives import check_alike, gathered, num_ranks, together
 from lisatune.processes.group import local_device
 from lisatune.run.coverage import describe_coverage
 from lisatune.run.data import Data, prepare_data
@@ -121,10 +121,14 @@ class Run:
         )
 
     def task_scores(self) -> dict[str, float] | None:
-        """Scores on ``eval_tasks``, if there are any; the run goes on as if it had not been asked."""
+        """Scores on ``eval_tasks``, if there are any; the run goes on as if it had not been asked.
+
+        Each of several processes scores its copy, so that none waits; the scores of rank 0 count.
+        """
         if self.scorer is None:
             return None
-        return numbers(self.scorer(self.learner.model, self.tokenizer))
+        scores: dict[str, float] = gathered(numbers(self.scorer(self.learner.model, self.tokenizer)))[0]
+        return scores
 
     def held_out_losses(self) -> dict[str, float]:
         """Loss on the held-out rows, by the name that ``eval_data`` gives them; empty if there are none."""
@@ -163,7 +167,7 @@ def build(
         model, tokenizer = loaded or load_model(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
         )
-        if num_ranks() > 1:
+        if num_ranks() > 1 and config.dp_shard_size > 1:
             check_saved_names(model)
     torch.manual_seed(config.seed)  # seeds LoRA's adapters
     layers = find_layers(model, config.decoder_name)
@@ -189,7 +193,7 @@ def build(
     if memory_bytes is None:
         plan = plan_run(config, model.config, device.type, tokens=data.longest)
     else:
-        with console.status("looking for what fits"):
+        with console.status("looking for what fits"), together():
             rungs = climb(config, model.config, memory_bytes, device.type, tokens=data.longest)
         config, plan = rungs[-1].config, rungs[-1].plan
         levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"

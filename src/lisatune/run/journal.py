@@ -14,6 +14,7 @@ from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
 from lisatune.learner import Outcome
 from lisatune.memory.measure import state_bytes
+from lisatune.processes.collectives import rank
 from lisatune.run.build import Run, is_due
 from lisatune.run.metrics import Metrics
 from lisatune.run.progress import Evaluation, Progress
@@ -38,7 +39,7 @@ class Journal:
         self._console = console
         self._recorder: NormRecorder | None = None
         self._samples: Samples | None = None
-        if run.config.norm_steps:
+        if run.config.norm_steps and rank() == 0:
             self._recorder = NormRecorder(run.learner.layers, self.run.folder, source=run.config.model)
             console.print(self._recorder.describe(), highlight=False)
 
@@ -49,7 +50,7 @@ class Journal:
         with ExitStack() as stack:
             self._metrics = stack.enter_context(Metrics(config, self.run.folder, progress.step))
             self._advance = stack.enter_context(training_bar(self.run.data.num_steps, self._console))
-            if config.samples:
+            if config.samples and rank() == 0:
                 self._samples = stack.enter_context(Samples(self.run, self._console, progress.step))
             if self._recorder:
                 stack.enter_context(self._recorder).begin(progress.step, progress.trained_steps or None)

@@ -27,7 +27,7 @@ class Sampler(ABC):
         learns: It learns from the gradients of the layers that it drew: ``observe``, ``state_dict`` and
             ``load_state_dict`` do something. Drawing changes nothing. What is observed in an interval changes later
             draws, and never that interval's: a run that is stopped and resumed in mid-interval draws what it had drawn.
-        processes: The most processes that it works on; None for any number.
+        whole: Each of several processes has to hold all weights whole.
         for_slices: It can draw slices: it has the field ``num_active``, and never draws more than that.
     Example:
         >>> from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Sampler(ABC):
 
     num_layers: int
     learns: ClassVar[bool] = False
-    processes: ClassVar[int | None] = None
+    whole: ClassVar[bool] = False
     for_slices: ClassVar[bool] = False
 
     @abstractmethod

@@ -67,7 +67,7 @@ class GradientNormSampler(Sampler):
     smoothing: float = field(default=0.5, kw_only=True)
     refresh_intervals: int = field(default=1, kw_only=True)
     learns: ClassVar[bool] = True
-    processes: ClassVar[int | None] = 1
+    whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_counts(self.num_layers, self.num_active)

@@ -43,7 +43,7 @@ class Evaluation(BaseModel):
     )  # fmt: skip
     eval_tasks: str | list[str] | None = row(
         None, "Tasks of lm-evaluation-harness on which the model is scored, for example gsm8k,mmlu.",
-        one_value=True, one_process=True,
+        one_value=True, whole=True,
         never_with={
             "offload_frozen": "which keeps layers off the device: leave one of them out, and score the trained model with "
             "lisatune eval",
@@ -71,7 +71,7 @@ class Evaluation(BaseModel):
     samples: str | list[str] | None = row(
         None, "A prompt, or a list of prompts, that the model answers before training and at each evaluation, greedily. The answers "
         "are in samples.jsonl.",
-        min_length=1, free=True, one_process=True,
+        min_length=1, free=True, whole=True,
         never_with={
             "offload_frozen": "whose layers are not on the device when an answer is made",
             "frozen_bits": "whose exact layers are not on the device when an answer is made",

@@ -66,7 +66,7 @@ def _limits(name: str) -> str:
     only += [f"with optim={' or '.join(row.optims)}"] if row.optims else []
     only += [f"without {one[:-5]}" if one.endswith("=null") else f"with {one}" for one in row.only_with]
     only += ["on a GPU"] if row.gpu else []
-    only += ["on one process"] if row.one_process is True else []
+    only += ["with dp_shard_size=1"] if row.whole is True else []
     sentences = [f"Only {', '.join(only)}."] if only else []
     return " ".join(sentences + ([f"Not with method={' or '.join(others)}."] if others and most else []))
 

@@ -50,7 +50,7 @@ class Machine(BaseModel):
         None,
         "Write each layer's norms to norms.jsonl every so many steps, for lisatune norms.",
         ge=1,
-        one_process=True,
+        whole=True,
         tasks=SFT,
     )
     logging_steps: int = row(1, "Write a line to metrics.jsonl every so many steps.", ge=1, one_value=True)

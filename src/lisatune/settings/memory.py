@@ -41,14 +41,14 @@ class Memory(BaseModel):
     )  # fmt: skip
     activation_offloading: bool = row(
         False, "Keep the inputs of checkpointed layers in host memory.",
-        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=8,
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, ladder=8,
         needs={
             "gradient_checkpointing": "moves the inputs of checkpointed layers: set gradient_checkpointing=true, or leave it out"
         }, tasks=SFT,
     )  # fmt: skip
     vocabulary_blocks: bool = row(
         False, "Make and use the gradients of embedding and head a block of rows at a time, never whole.",
-        methods=FIRST_ORDER, one_process=True, ladder=4,
+        methods=FIRST_ORDER, whole=True, ladder=4,
         idle_with={"method=lora": "which trains neither embedding nor head"},
         needs=IN_BLOCKS | {
             "train_embedding or train_head": "has no effect while embedding and head are frozen: leave it out",
@@ -58,7 +58,7 @@ class Memory(BaseModel):
     )  # fmt: skip
     optimizer_in_backward: bool = row(
         False, "Update each weight as soon as its gradient exists. Needs max_grad_norm=0.",
-        methods=FIRST_ORDER, one_process=True, ladder=2,
+        methods=FIRST_ORDER, whole=True, ladder=2,
         needs=IN_BLOCKS | {
             "max_grad_norm=0": "cannot clip by the global norm, which is known only when all weights are updated: set "
             "max_grad_norm=0, or leave it out",
@@ -68,7 +68,7 @@ class Memory(BaseModel):
     )  # fmt: skip
     offload_optimizer: bool = row(
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
-        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=7, needs=IN_BLOCKS | {
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, whole=True, ladder=7, needs=IN_BLOCKS | {
             NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no optimizer state: leave it out",
             "optim!=sign": "has no effect with optim=sign, which has no state: leave it out",
         }, tasks=SFT,
@@ -77,7 +77,7 @@ class Memory(BaseModel):
         None,
         "Compute frozen decoder layers from copies in 8 bits (int8) or 4 bits (NF4). The exact weights are in host memory, train "
         "exactly and are saved. With method=lora this is QLoRA.",
-        methods=FIRST_ORDER, one_process=True, idle_with=NOTHING_FROZEN, never_with=NOT_KEPT,
+        methods=FIRST_ORDER, whole=True, idle_with=NOTHING_FROZEN, never_with=NOT_KEPT,
         needs={
             "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer in "
             "full on the device",
@@ -85,7 +85,7 @@ class Memory(BaseModel):
     )  # fmt: skip
     offload_frozen: bool = row(
         False, "Keep frozen decoder layers in host memory, and bring them to the device one at a time.",
-        methods=FIRST_ORDER, gpu=ONE_MEMORY, one_process=True, ladder=9,
+        methods=FIRST_ORDER, gpu=ONE_MEMORY, whole=True, ladder=9,
         idle_with=NOTHING_FROZEN, never_with=NOT_KEPT,
         needs={
             "gradient_checkpointing=true": "needs gradient_checkpointing=true, or the backward pass would keep every layer on "

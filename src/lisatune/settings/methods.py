@@ -102,13 +102,13 @@ class Sampling(BaseModel):
     inverse_chance: bool = row(
         False,
         "Divide the updates of a sampled layer by its chance to be sampled. On average they are then those of full.",
-        methods=LAYERWISE, one_process=True,
+        methods=LAYERWISE, whole=True,
         never_with={"optimizer_in_backward": "which updates before the step"} | NO_SLICES, tasks=SFT,
     )  # fmt: skip
     frozen_learning_rate: float | None = row(
         None,
         "Let frozen layers take small plain gradient steps at this rate, from gradients of activations that exist anyway.",
-        gt=0, methods=LAYERWISE, one_process=True, was="inactive_learning_rate",
+        gt=0, methods=LAYERWISE, whole=True, was="inactive_learning_rate",
         never_with={"offload_frozen": "", "frozen_bits": "", "optimizer_in_backward": ""} | NO_SLICES,
         needs={
             "gradient_accumulation_steps=1": "moves frozen layers in each backward pass, so the next micro-batch would see other "
@@ -123,7 +123,7 @@ class Sampling(BaseModel):
     state_policy: Literal["reset_layers", "reset_all", "keep"] = row(
         "reset_layers",
         "Optimizer state when new layers are sampled: drop that of frozen layers, drop all, or keep it on the CPU.",
-        methods=LAYERWISE, one_process=("keep",),
+        methods=LAYERWISE, whole=("keep",),
     )  # fmt: skip
     train_embedding: bool | Literal["sampled"] = row(
         True,
@@ -155,9 +155,7 @@ class Lora(BaseModel):
         True, "False saves the adapters alone, without a copy of the model in which they are merged.", methods=("lora",),
         free=True,
     )  # fmt: skip
-    lora_use_dora: bool = row(
-        False, "Learn magnitude and direction separately (DoRA).", methods=("lora",), one_process=True
-    )
+    lora_use_dora: bool = row(False, "Learn magnitude and direction separately (DoRA).", methods=("lora",), whole=True)
 
 
 class Mezo(BaseModel):

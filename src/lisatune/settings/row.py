@@ -26,13 +26,13 @@ class Row:
         never_with: Conditions that must not hold once it is set, each with a reason, or with a reason and a remedy.
         idle_with: Conditions under which it would have no effect, each with a reason.
         gpu: Why it has no effect on a CPU; empty if it has one.
-        one_process: True if it works on one process alone; or the values that do.
+        whole: True if each of several processes has to hold all weights whole; or the values with which it has to.
         free: A resumed run may change it, because it changes no weight beyond rounding.
         one_value: Runs can only be compared within one value of it.
         place: It names a place, which each host may have elsewhere; the content is compared instead.
         ladder: Where the planner pulls it; the lower, the less time it costs. None: the planner leaves it alone.
         pulled: The value to which the planner sets it; None if the planner finds the value.
-        choices: Finds what a choice says about itself, by its name. It works on ``processes`` processes at most.
+        choices: Finds what a choice says about itself, by its name: ``whole``, and what conditions ask for.
         was: Its name in an earlier version, which is still understood.
     """
 
@@ -44,7 +44,7 @@ class Row:
     never_with: Mapping[str, str] = field(default_factory=dict)
     idle_with: Mapping[str, str] = field(default_factory=dict)
     gpu: str = ""
-    one_process: bool | tuple[str, ...] = False
+    whole: bool | tuple[str, ...] = False
     free: bool = False
     one_value: bool = False
     place: bool = False

@@ -146,10 +146,13 @@ def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
     if num_ranks == 1:
         return
     for name, value in used_settings(config).items():
-        alone = ROWS[name].one_process
-        alone = value in alone if isinstance(alone, tuple) else alone and is_on(name, config)
-        if alone:
-            raise UserError(f"{name}={value} works on one process only: leave it out, or start one process")
-        if ROWS[name].choices and ((choice := _choice(name, config)).processes or num_ranks) < num_ranks:
-            instead = getattr(choice, "instead", "choose another")
-            raise UserError(f"{name}={value} works on one process only: {instead}, or start one process")
+        row = ROWS[name]
+        whole = value in row.whole if isinstance(row.whole, tuple) else row.whole and is_on(name, config)
+        if not whole and not (row.choices and _choice(name, config).whole):
+            continue
+        if config.dp_shard_size > 1:
+            raise UserError(f"{name}={value} needs whole weights in each process: leave it out, or set dp_shard_size=1")
+        if config.task != "sft":  # TRL's trainer joins the processes
+            raise UserError(
+                f"{name}={value} works on one process only with task={config.task}: leave it out, or start one process"
+            )
