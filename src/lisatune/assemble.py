@@ -38,7 +38,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
         lever.on_model(layers)
     placement = choose_placement(
         offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size, alone=config.task != "sft",  # TRL's trainer joins them
-        frozen_bits=config.frozen_bits,
+        frozen_bits=config.frozen_bits, sums_in_float32=config.reduce_dtype == "float32",
     )  # fmt: skip
     linear_head = placement.place(model, layers, device)
     method.start(layers, linear_head=linear_head)

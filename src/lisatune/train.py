@@ -37,6 +37,7 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     memory_bytes: int | None = None,
+    host_bytes: int | None = None,
     examples: tuple[Sequence[Rows], HeldOut] | None = None,
 ) -> dict[str, Any]:
     """Train as ``config`` says and leave the run's folder behind.
@@ -49,6 +50,7 @@ def train(
             ``full_determinism`` they do.
         allow_changes: Go on although settings or data are not those that the run began with.
         memory_bytes: If given, pull levers until the run fits into a device of that size.
+        host_bytes: If given, leave out levers with which a process would take more host memory.
         examples: What ``preflight`` returned, if it was called already.
     Returns: The summary, also in ``summary.json``: losses before and after, seconds, tokens, peak and state bytes.
     Raises: UserError for whatever the user can mend; Stopped if SIGINT or SIGTERM came, after a checkpoint.
@@ -70,9 +72,10 @@ def train(
             from lisatune.preferences.train import train_task  # TRL's trainer takes the steps
 
             return train_task(
-                config, examples, console=console, resume=resume, allow_changes=allow_changes, memory_bytes=memory_bytes
-            )
-        run = build(config, *examples, console=console, memory_bytes=memory_bytes)
+                config, examples, console=console, resume=resume, allow_changes=allow_changes, memory_bytes=memory_bytes,
+                host_bytes=host_bytes,
+            )  # fmt: skip
+        run = build(config, *examples, console=console, memory_bytes=memory_bytes, host_bytes=host_bytes)
         return train_built(run, console=console, resume=resume, allow_changes=allow_changes)
 
 

@@ -30,6 +30,16 @@ def test_copies_are_outside_of_autograd():
     assert not to_device(weight * 2, CPU).requires_grad
 
 
+def test_pinned_blocks_are_rounded_up_and_kept():
+    with Ledger(pinned=True) as ledger:
+        host = to_host(torch.empty(100, device="meta"))
+        assert ledger.host_bytes == 512
+        del host
+        other = host_zeros((128,), torch.float32, like=torch.empty(1, device="meta"))
+        assert (ledger.host_bytes, ledger.host_peak_bytes) == (512, 512)
+    assert other.is_meta
+
+
 def test_on_meta_host_memory_is_not_the_devices():
     with Ledger(granularity=1) as ledger:
         tensor = torch.empty(100, device="meta")

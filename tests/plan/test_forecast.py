@@ -8,7 +8,7 @@ import transformers as hf
 
 from lisatune import UserError, plan_memory
 from lisatune.plan.forecast import plan_config, plan_run
-from lisatune.plan.ladder import climb, forecast, largest
+from lisatune.plan.ladder import climb, forecast, ladder, largest
 from peaks import WIDE, measured_peak
 from tiny import make_llama
 from ways import WAYS
@@ -194,6 +194,25 @@ def test_a_smaller_micro_batch_keeps_the_step():
     config = plan_config(options, "cpu")
     last = climb(config, TINY, enough, "cpu")[-1].config
     assert (last.per_device_train_batch_size, last.gradient_accumulation_steps) in ((4, 2), (2, 4))
+
+
+def test_host_memory_is_a_budget_too():
+    """What would take more is left out."""
+    settings = {
+        "recipe": "paper", "num_active": 1, "gradient_checkpointing": True, "vocabulary_blocks": False,
+        "optimizer_in_backward": False, "optim": "adamw", "per_device_train_batch_size": 1,
+    }  # fmt: skip
+    rungs = list(ladder(plan_config(settings), TINY))
+    hosts = [rung.plan.host_bytes for rung in rungs]
+    levers = ["", "offload_optimizer=true", "activation_offloading=true", "offload_frozen=true"]
+    assert [rung.lever for rung in rungs] == levers
+    assert 0 == hosts[0] < hosts[1] < hosts[2] < hosts[3]
+    within = list(ladder(plan_config(settings), TINY, host_bytes=hosts[3] - hosts[1]))
+    assert [rung.lever for rung in within] == [levers[0], *levers[2:]], (
+        "the moments are too large, what comes after is not"
+    )
+    with pytest.raises(UserError, match=r"MiB of host memory are needed, but there are 0.0 MiB: leave out a setting"):
+        climb(plan_config(settings | {"offload_frozen": True}), TINY, 2**34, host_bytes=1)
 
 
 def test_a_memory_that_nothing_fits_into():

@@ -15,6 +15,8 @@ MORE = {
     "blocks of a tied pair": {"vocabulary_blocks": True, "tied": True},
     "LoRA of 8 bits": CHECKPOINTED | {"method": "lora", "frozen_bits": 8},
     "inputs off the device, in shards": CHECKPOINTED | {"activation_offloading": True, "dp_shard_size": 2},
+    "sums in bfloat16": {"dtype": "bfloat16", "reduce_dtype": "auto"},
+    "sums in bfloat16, in shards": {"dtype": "bfloat16", "reduce_dtype": "auto", "dp_shard_size": 2},
     "sign of frozen layers": {"frozen_learning_rate": 1e-3, "frozen_step": "sign"},
 }
 CASES = {way.name: way.settings for way in WAYS if way.processes is None} | MORE

@@ -182,6 +182,18 @@ def test_a_forecast_of_several_processes_on_the_command_line(model_folder, monke
     assert "dp_shard_size=3 does not divide the 8 processes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_sums_in_bfloat16_send_half(shard_size):
+    case = {"num_active": 1, "dtype": "bfloat16", "dp_shard_size": shard_size}
+    with fake_processes(2):
+        sent = [
+            plan_run(plan_config(case | more, "cpu"), make_llama().config, "cpu", rows=2, tokens=8).sent_bytes_of
+            for more in ({}, {"reduce_dtype": "auto"})
+        ]
+    assert sent[0]["weights"] == sent[1]["weights"]
+    assert sent[0]["gradients"] == pytest.approx(2 * sent[1]["gradients"], rel=0.001)  # and a loss and a norm
+
+
 @pytest.mark.parametrize("shard_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
     model_folder, data_file, tmp_path, shard_size
@@ -289,6 +301,8 @@ def test_what_needs_whole_weights_is_refused_in_shards(monkeypatch):
     task = {"task": "dpo", "optim": "adamw_8bit"}
     with pytest.raises(UserError, match="optim=adamw_8bit works on one process only with task=dpo"):
         check_num_ranks(settings(**task), 2)
+    with pytest.raises(UserError, match="reduce_dtype has no effect on one process"):
+        check_num_ranks(settings(reduce_dtype="auto"), 1)
     with pytest.raises(UserError, match="dp_shard_size=3 does not divide the 4 processes"):
         check_num_ranks(settings(dp_shard_size=3, recipe="paper"), 4)
     monkeypatch.setenv("WORLD_SIZE", "2")

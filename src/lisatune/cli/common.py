@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from lisatune.errors import UserError
 from lisatune.processes.launch import number_started
 
 console = Console(stderr=True, quiet=number_started() > 0)  # one of several processes speaks
@@ -56,3 +57,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def check_host_memory(host_bytes: int | None, memory_bytes: int | None, device: str, other: str) -> None:
+    """Refuse ``--host-memory`` where it has no effect; ``other`` is the option that it goes with.
+
+    Raises: UserError.
+    """
+    if host_bytes is None:
+        return
+    if memory_bytes is None:
+        raise UserError(f"--host-memory has no effect without {other}: add it, or leave this out")
+    if device == "cpu":
+        raise UserError("--host-memory has no effect on a CPU, where host and device are one memory: leave it out")

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lisatune.cli.common import INPUT, MACHINE, AsJson, ConfigFile, Overrides, console, given, quiet_libraries
+from lisatune.cli.common import (
+    INPUT,
+    MACHINE,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    check_host_memory,
+    console,
+    given,
+    quiet_libraries,
+)
 from lisatune.errors import UserError
 
 
@@ -27,6 +37,13 @@ def plan(
     gpu_memory: Annotated[
         str | None,
         typer.Option(help="Find settings that fit into this memory, for example 24GiB.", rich_help_panel=MACHINE),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="With --gpu-memory: host memory that a process may take, for example 64GiB. Python and its libraries come on top.",
+            rich_help_panel=MACHINE,
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, mps or cpu.", rich_help_panel=MACHINE)] = "cuda",
     nproc: Annotated[
@@ -52,6 +69,8 @@ def plan(
     settings = read_settings(config, overrides or []) | given(model=model)
     settings.pop("device", None)
     memory_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
+    host_bytes = None if host_memory is None else parse_bytes(host_memory)
+    check_host_memory(host_bytes, memory_bytes, device, "--gpu-memory")
     methods = [settings.pop("method")] if "method" in settings else [m.strip() for m in method.split(",")]
     if settings.get("model") is None:
         raise UserError("model is missing: give --model, a Hugging Face folder, a config.json or a hub name")
@@ -59,7 +78,7 @@ def plan(
     from lisatune.plan.ladder import forecast
 
     with console.status("planning"):
-        result = forecast(settings, methods, device, memory_bytes, nproc)
+        result = forecast(settings, methods, device, memory_bytes, nproc, host_bytes)
     if as_json:
         print(json.dumps(result.as_dict()))
         return

@@ -20,6 +20,7 @@ from lisatune.cli.common import (
     DataName,
     ModelName,
     Overrides,
+    check_host_memory,
     console,
     given,
     quiet_libraries,
@@ -73,6 +74,14 @@ def train(
             rich_help_panel=MACHINE,
         ),
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEMORY",
+            help="With --fit: host memory that a process may take, for example 64GiB. Python and its libraries come on top.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     nproc: Annotated[
         int | None,
         typer.Option(
@@ -103,6 +112,8 @@ def train(
     settings |= {} if save_every is None else parse_period(save_every)
     checked = build_config(settings)
     memory_bytes = None if fit is None else parse_bytes(fit)
+    host_bytes = None if host_memory is None else parse_bytes(host_memory)
+    check_host_memory(host_bytes, memory_bytes, checked.device, "--fit")
     if allow_changes and not resume:
         raise UserError("--allow-changes has no effect without --resume: add it, or leave this out")
     resume = resume or offer_to_go_on(Path(checked.output))
@@ -125,6 +136,7 @@ def train(
         resume=resume,
         allow_changes=allow_changes,
         memory_bytes=memory_bytes,
+        host_bytes=host_bytes,
         examples=examples,
     )
 

@@ -63,10 +63,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         granularity: Bytes that the allocator rounds up to; 512 on CUDA, 1 to count exactly.
+        pinned: Host memory is pinned, whose blocks torch rounds up to a power of two.
         device_type: Tensors elsewhere are not booked.
         one_memory: The host's memory is the device's, as on a CPU, so what moves there is still held.
     Attributes:
         total_bytes: Held now, host memory left out.
+        host_bytes: Held now in host memory.
+        host_peak_bytes: The most that was held in host memory since the start. Torch keeps pinned blocks that were let go.
         peak_bytes: The most that was held since the start, or since ``reset_peak``.
         peak: Bytes by label at that moment.
         peak_label: What was being done at that moment: the label of the last tensor made.
@@ -80,15 +83,17 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, granularity: int = CUDA_GRANULARITY, device_type: str = "meta", *, one_memory: bool = False
-    ) -> None:
+        self, granularity: int = CUDA_GRANULARITY, device_type: str = "meta", *, one_memory: bool = False,
+        pinned: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]
         self.granularity = granularity
         self.device_type = device_type
         self.one_memory = one_memory
+        self.pinned = pinned
         self.label = "other"
         self.total_bytes = 0
-        self.host_bytes = 0
+        self.host_bytes = self.host_peak_bytes = 0
         self.peak_bytes = 0
         self.peak: Mapping[str, int] = {}
         self.peak_label = ""
@@ -125,7 +130,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if known[0] == HOST:
                 return
             self._strike(id(storage))
-        num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
+        num_bytes = self._size(storage.nbytes(), label)
         if num_bytes == 0:
             return
         key = id(storage)
@@ -133,8 +138,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held[label] += num_bytes
         if label == HOST:
             self.host_bytes += num_bytes
+            self.host_peak_bytes = max(self.host_peak_bytes, self.host_bytes)
         else:
             self.total_bytes += num_bytes
+
+    def _size(self, num_bytes: int, label: str) -> int:
+        """What an allocator takes for ``num_bytes``."""
+        if label == HOST and self.pinned:
+            return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+        return -(-num_bytes // self.granularity) * self.granularity
 
     def reset_peak(self) -> None:
         """Forget the peak so far; the next operation begins a new one."""

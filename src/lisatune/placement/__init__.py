@@ -13,7 +13,12 @@ from lisatune.processes.collectives import num_ranks
 
 
 def choose_placement(
-    *, offload_frozen: bool, shard_size: int, alone: bool = False, frozen_bits: int | None = None
+    *,
+    offload_frozen: bool,
+    shard_size: int,
+    alone: bool = False,
+    frozen_bits: int | None = None,
+    sums_in_float32: bool = True,
 ) -> OnDevice:
     """The placement for the processes that there are.
 
@@ -22,10 +27,13 @@ def choose_placement(
         shard_size: Processes that share each weight, if there are several. With 1 each has all weights whole.
         alone: Somebody else joins the processes.
         frozen_bits: Bits of frozen matrices while training, with the exact ones in host memory. Needs whole weights.
+        sums_in_float32: Sum gradients in float32; else in their own type.
     """
     several, in_host = num_ranks() > 1 and not alone, offload_frozen or frozen_bits is not None
     if several and shard_size > 1:
-        return Sharded(shard_size)
-    if in_host:
-        return (CopiesInHost if several else InHost)(frozen_bits, stream=offload_frozen)
-    return Copies() if several else OnDevice()
+        return Sharded(shard_size, sums_in_float32=sums_in_float32)
+    if several:
+        copies = CopiesInHost(frozen_bits, stream=offload_frozen) if in_host else Copies()
+        copies.sums_in_float32 = sums_in_float32
+        return copies
+    return InHost(frozen_bits, stream=offload_frozen) if in_host else OnDevice()

@@ -23,11 +23,14 @@ BUCKET_ELEMENTS = 2**23  # gradients summed in one message: 32 MiB
 class Copies(OnDevice):
     """Each of several processes holds all weights; the gradients of what trains are summed, and nothing else is sent.
 
-    Cost: a step sends the gradients of what trains in float32, after the last backward pass, and holds one bucket of them.
+    Cost: a step sends the gradients of what trains, after the last backward pass, and holds one bucket of them.
+    Attributes:
+        sums_in_float32: Whether gradients are summed in float32; else in their own type.
     """
 
     can_write_behind = False  # all processes come to a checkpoint together, between two steps
     group: Any = None
+    sums_in_float32: bool = True
 
     def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
         """Put a copy on the device of this process."""
@@ -50,7 +53,7 @@ class Copies(OnDevice):
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Make every process' gradients their sum, in float32; one that a process lacks counts as 0."""
+        """Make every process' gradients their sum; one that a process lacks counts as 0."""
         for bucket in bundles(map(_gradient, (p for p in parameters if p.requires_grad)), BUCKET_ELEMENTS):
             if len(bucket) == 1 and bucket[0].is_contiguous():  # a large one, in pieces
                 for piece in torch.split(bucket[0].view(-1), BUCKET_ELEMENTS):
@@ -62,8 +65,8 @@ class Copies(OnDevice):
                 gradient.copy_(part.view_as(gradient))
 
     def _sum(self, flat: Tensor) -> None:
-        """Sum over the processes, in float32, in place."""
-        if flat.dtype == torch.float32:
+        """Sum over the processes, in place."""
+        if flat.dtype == torch.float32 or not self.sums_in_float32:
             self.add_up(flat)
         else:
             flat.copy_(self.add_up(flat.float()))

@@ -25,20 +25,22 @@ class Sharded(OnDevice):
 
     Args:
         shard_size: Processes among which each weight is split; the others hold copies of the shards.
+        sums_in_float32: Whether gradients are summed in float32; else in their own type.
     """
 
     in_shards: ClassVar[bool] = True
     can_write_behind = False  # shards are written by all processes together, between two steps
     root: ShardedModel
 
-    def __init__(self, shard_size: int) -> None:
+    def __init__(self, shard_size: int, *, sums_in_float32: bool = True) -> None:
         self.shard_size = shard_size
+        self.sums_in_float32 = sums_in_float32
 
     def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
         """Split the weights. The head is tried before, on the CPU: no device ever sees all of them."""
         self.device = device
         linear_head = layers.head_is_linear()
-        self.root = ShardedModel(layers, self.shard_size, device)
+        self.root = ShardedModel(layers, self.shard_size, device, torch.float32 if self.sums_in_float32 else None)
         return linear_head
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -105,12 +107,15 @@ class ShardedModel(nn.Module):
         layers: The model; it is changed in place. Parameters become other objects, so the optimizer has to be made later.
         shard_size: Processes among which each weight is split; the others hold copies of the shards.
         device: Where the shards go.
+        reduce_dtype: Type in which gradients are summed; None for their own.
     Raises: UserError if the processes cannot be divided like this.
     Cost: while a decoder layer is computed, its weights whole; embedding, norm and head whole from the forward to the end
         of the backward pass.
     """
 
-    def __init__(self, layers: Layers, shard_size: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: Layers, shard_size: int, device: torch.device, reduce_dtype: torch.dtype | None = torch.float32
+    ) -> None:
         super().__init__()
         self.model = layers.model
         self.num_copies = num_ranks() // shard_size
@@ -122,8 +127,7 @@ class ShardedModel(nn.Module):
         mesh = init_device_mesh(
             device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=backends
         )
-        # sums of gradients in float32, whatever the weights are
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         for layer in layers.decoder:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         if not layers.tied:  # a group of its own, so that its float32 gradient is not held beside that of the head

@@ -58,7 +58,8 @@ class Plan:
     ``bytes_of`` has the keys ``weights``, ``gradients`` and ``state`` for each of ``decoder`` (with the norm and all that
     is not a vocabulary matrix), ``embedding`` and ``head``, as in ``weights/head``, then ``gathered`` (weights that other
     processes hold, while they are needed), ``reference`` (a preference task's second copy), ``activations`` and ``temporaries`` (of the loss, the backward pass and the
-    step). A tied pair counts as ``embedding``. Of several processes these are the first one's, which has the largest
+    step). A tied pair counts as ``embedding``. ``host_bytes`` is the most in host memory, where pinned blocks are rounded up to
+    a power of two: frozen layers with their exact weights, optimizer state and inputs of layers, as far as levers put them there. Of several processes these are the first one's, which has the largest
     shards, and ``sent_bytes_of`` what it sends the others in a step: ``weights`` and ``gradients``, if they stand in a ring.
     """
 
@@ -239,7 +240,7 @@ def _plan_draw(
     from lisatune.plan.meta_kernels import ATTENTION, MASKED, experts_on_meta, masks_on_meta
 
     model = _meta_model(hf_config, config, device, masked=masked)
-    ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1, one_memory=device == "cpu")
+    ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1, one_memory=device == "cpu", pinned=device == "cuda")
     remark = ""
     if getattr(model.config, "_attn_implementation", None) not in (ATTENTION, MASKED):
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
@@ -270,7 +271,7 @@ def _plan_draw(
     plan = Plan(
         method=config.method, rows=rows, tokens=tokens, device=device, num_layers=len(learner.layers.decoder), drawn=drawn,
         num_parameters=sum(p.numel() for p in parts), num_trained=sum(p.numel() for p in trained),
-        peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_bytes,
+        peak_bytes=ledger.peak_bytes, bytes_of=_bytes_of(ledger.peak), host_bytes=ledger.host_peak_bytes,
         peak_at=WHERE.get(ledger.peak_label, ""), settings=config.model_dump(exclude={"model", "data", "output"}),
         remark=remark, num_ranks=num_ranks(), sent_bytes_of=sent,
     )  # fmt: skip

@@ -82,11 +82,12 @@ def forecast(
     device: str = "cuda",
     memory_bytes: int | None = None,
     nproc: int = 1,
+    host_bytes: int | None = None,
 ) -> Forecast:
     """Plans of ``methods`` with the same settings; with ``memory_bytes`` also the levers that make the first one fit.
 
     A setting that plays no part in a method (``lora_r`` in LISA, ``vocabulary_blocks`` in LoRA) is left out for it. With
-    ``nproc`` processes, plans are those of one of them. A method that the model cannot have (LoRA on a Mamba) is told in
+    ``nproc`` processes, plans are those of one of them; so is ``host_bytes``, the limit of host memory. A method that the model cannot have (LoRA on a Mamba) is told in
     ``refused``, and does not stop the others.
 
     Raises: UserError for settings that cannot be, if the first method cannot be, or if nothing fits.
@@ -105,9 +106,13 @@ def forecast(
                 refused[config.method] = str(error)
         if memory_bytes is None:
             return Forecast(plans, refused=refused)
-        rungs = climb(configs[0], hf_config, memory_bytes, device)
+        rungs = climb(configs[0], hf_config, memory_bytes, device, host_bytes=host_bytes)
         return Forecast(
-            plans, budget_of(memory_bytes, device), rungs, reach(rungs[-1], hf_config, memory_bytes, device), refused
+            plans,
+            budget_of(memory_bytes, device),
+            rungs,
+            reach(rungs[-1], hf_config, memory_bytes, device, host_bytes=host_bytes),
+            refused,
         )
 
 
@@ -120,8 +125,9 @@ def _for_method(settings: dict[str, Any], method: str, *, alone: bool) -> dict[s
 
 
 def climb(
-    config: TrainConfig, hf_config: Any, memory_bytes: int, device: str = "cuda", *, tokens: int | None = None
-) -> list[Rung]:
+    config: TrainConfig, hf_config: Any, memory_bytes: int, device: str = "cuda", *, tokens: int | None = None,
+    host_bytes: int | None = None,
+) -> list[Rung]:  # fmt: skip
     """Pull levers until the run fits; the last rung is the one that does.
 
     A lever that the user has set, either way, stays as it is, and one that is refused with the rest is left out. Rows of
@@ -134,6 +140,7 @@ def climb(
         memory_bytes: Memory of the device; ``UNCOUNTED_BYTES`` of it are left for what a forecast does not count.
         device: ``cuda``, ``mps`` or ``cpu``.
         tokens: Tokens of a row; by default ``max_length``.
+        host_bytes: Host memory for each process, if it is limited. A lever that would take more is left out.
     Raises: UserError telling the smallest peak there is and what it would need, if nothing fits.
     Cost: a forecast for each rung, and for halving the number of checkpointed layers.
     """
@@ -143,18 +150,24 @@ def climb(
         return Rung(lever, config, plan_run(config, hf_config, device, tokens=tokens))
 
     rungs: list[Rung] = []
-    for next_rung in ladder(config, hf_config, device, tokens=tokens):
+    for next_rung in ladder(config, hf_config, device, tokens=tokens, host_bytes=host_bytes):
         rungs.append(next_rung)
+        if not _fits_host(next_rung, host_bytes):  # the first one: what the user has set
+            raise UserError(
+                f"{gib(next_rung.plan.host_bytes)} of host memory are needed, but there are {gib(host_bytes or 0)}: leave "
+                "out a setting that moves something there (offload_frozen, frozen_bits, offload_optimizer, activation_offloading)"
+            )
         if fits := _fits(next_rung, budget):
             break
     last = rungs[-1]
     if not fits:
         smallest = min(rungs, key=lambda r: r.plan.peak_bytes)
         levers = pulled(rungs[0], smallest) or "no lever is left to pull"
+        host = "" if host_bytes is None else f"; with {gib(host_bytes)} of host memory"
         raise UserError(
             f"nothing fits into {gib(memory_bytes)} ({gib(max(0, budget))} for the run, the rest kept free): the smallest peak "
             f"of method={config.method} with rows of {smallest.plan.tokens} tokens is {gib(smallest.plan.peak_bytes)} "
-            f"({levers}). Take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
+            f"({levers}{host}). Take a device of {gib(smallest.plan.peak_bytes + UNCOUNTED_BYTES[device])}, a smaller "
             "max_length, or a smaller model"
         )
     if last.lever == "gradient_checkpointing=true":
@@ -162,15 +175,42 @@ def climb(
     return rungs
 
 
+def _fits_host(rung: Rung, host_bytes: int | None) -> bool:
+    """Whether each process stays within ``host_bytes`` of host memory; all of them get the same answer."""
+    return host_bytes is None or most(rung.plan.host_bytes)[0] <= host_bytes
+
+
 def _fits(rung: Rung, budget: int) -> bool:
     """Whether no process would hold more than ``budget``; all of them get the same answer."""
     return most(rung.plan.peak_bytes)[0] <= budget
 
 
-def ladder(config: TrainConfig, hf_config: Any, device: str = "cuda", *, tokens: int | None = None) -> Iterator[Rung]:
-    """``config`` with one more lever at a time, in their order; each costs a forecast."""
-    for lever, tried in [("", config), *_more(config)]:
-        yield Rung(lever, tried, plan_run(tried, hf_config, device, tokens=tokens))
+def ladder(
+    config: TrainConfig,
+    hf_config: Any,
+    device: str = "cuda",
+    *,
+    tokens: int | None = None,
+    host_bytes: int | None = None,
+) -> Iterator[Rung]:
+    """``config`` with one more lever at a time, in their order; each costs a forecast.
+
+    A lever that would take more than ``host_bytes`` of host memory is left out.
+    """
+
+    def rung(lever: str, config: TrainConfig) -> Rung:
+        return Rung(lever, config, plan_run(config, hf_config, device, tokens=tokens))
+
+    yield rung("", config)
+    for name, value in LEVERS:
+        while (more := _with_lever(config, name, value)) is not None:
+            found = rung(_typed(name, more), more)
+            if not _fits_host(found, host_bytes):
+                break
+            config = more
+            yield found
+            if name != "per_device_train_batch_size":
+                break
 
 
 @contextmanager
@@ -211,24 +251,27 @@ def pulled(first: Rung, last: Rung) -> str:
     return " ".join(f"{name}={str(after[name]).lower()}" for name in after if after[name] != before[name])
 
 
-def _more(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Configs with one more lever each."""
-    for name, value in LEVERS:
-        if name == "per_device_train_batch_size":
-            while config.per_device_train_batch_size % 2 == 0 and not config.optimizer_in_backward:
-                rows, times = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
-                config = _with(config, per_device_train_batch_size=rows, gradient_accumulation_steps=times)
-                yield f"per_device_train_batch_size={rows} gradient_accumulation_steps={times}", config
-            continue
-        if name in config.model_fields_set or (name == "optim" and not OPTIMS[config.optim].in_blocks):
-            continue
-        if name == "dp_shard_size" and num_ranks() == 1:
-            continue
-        try:
-            config = _with(config, **{name: num_ranks() if name == "dp_shard_size" else value})
-        except UserError:  # it has no effect with this method, or cannot go with what is set
-            continue
-        yield f"{name}={str(getattr(config, name)).lower()}", config
+def _with_lever(config: TrainConfig, name: str, value: Any) -> TrainConfig | None:
+    """``config`` with a lever more; None if there is none to pull."""
+    if name == "per_device_train_batch_size":
+        if config.per_device_train_batch_size % 2 or config.optimizer_in_backward:
+            return None
+        rows, times = config.per_device_train_batch_size // 2, config.gradient_accumulation_steps * 2
+        return _with(config, per_device_train_batch_size=rows, gradient_accumulation_steps=times)
+    if name in config.model_fields_set or (name == "optim" and not OPTIMS[config.optim].in_blocks):
+        return None
+    if name == "dp_shard_size" and num_ranks() == 1:
+        return None
+    try:
+        return _with(config, **{name: num_ranks() if name == "dp_shard_size" else value})
+    except UserError:  # it has no effect with this method, or cannot go with what is set
+        return None
+
+
+def _typed(name: str, config: TrainConfig) -> str:
+    """The lever ``name`` of ``config`` as one types it."""
+    names = [name] + (["gradient_accumulation_steps"] if name == "per_device_train_batch_size" else [])
+    return " ".join(f"{name}={str(getattr(config, name)).lower()}" for name in names)
 
 
 def _with(config: TrainConfig, **more: Any) -> TrainConfig:
@@ -249,13 +292,18 @@ def _fewest_recomputed(last: Rung, budget: int, rung: Callable[[str, TrainConfig
     return best
 
 
-def reach(rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda") -> dict[str, int]:
+def reach(
+    rung: Rung, hf_config: Any, memory_bytes: int, device: str = "cuda", *, host_bytes: int | None = None
+) -> dict[str, int]:
     """How far ``rung`` can be stretched within the same memory, each by itself: sequence, micro-batch, active layers."""
     budget, config, plan = budget_of(memory_bytes, device), rung.config, rung.plan
     limit = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
 
     def peak(config: TrainConfig = config, rows: int = plan.rows, tokens: int = plan.tokens) -> int:
-        return plan_run(config, hf_config, device, rows=rows, tokens=tokens).peak_bytes
+        found = plan_run(config, hf_config, device, rows=rows, tokens=tokens)
+        if host_bytes is None or not config.activation_offloading:
+            return found.peak_bytes
+        return max(found.peak_bytes, found.host_bytes - host_bytes + budget)  # whichever is full first
 
     longest = largest(lambda n: peak(tokens=n), budget, plan.tokens, unit=64 if plan.tokens >= 64 else 1, limit=limit)
     found = {

@@ -120,10 +120,11 @@ def build_task(
     *,
     console: Console,
     memory_bytes: int | None = None,
+    host_bytes: int | None = None,
 ) -> TaskRun:
     """Load the model and the rows, and set the trainer up.
 
-    With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
+    With ``memory_bytes``, levers are pulled until the run fits into a device of that size, and into ``host_bytes`` of host memory.
     """
     with together():
         check_trackers(config)
@@ -140,7 +141,8 @@ def build_task(
         with together():
             check_alike(what_must_be_alike(config, identity, model))
     if memory_bytes is not None:
-        config = fitted(config, model.config, device.type, memory_bytes, console)
+        with together():
+            config = fitted(config, model.config, device.type, memory_bytes, host_bytes, console)
 
     meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
     lisa = Told(console, **of_callback(config)) if config.method in LAYERWISE else None
@@ -200,10 +202,12 @@ def settle_chat(config: TrainConfig, tokenizer: Any, console: Console) -> TrainC
     return config
 
 
-def fitted(config: TrainConfig, hf_config: Any, device: str, memory_bytes: int, console: Console) -> TrainConfig:
+def fitted(
+    config: TrainConfig, hf_config: Any, device: str, memory_bytes: int, host_bytes: int | None, console: Console
+) -> TrainConfig:
     """``config`` with the levers that make it fit, with rows of ``max_length``."""
     with console.status("looking for what fits"):
-        rungs = climb(config, hf_config, memory_bytes, device)
+        rungs = climb(config, hf_config, memory_bytes, device, host_bytes=host_bytes)
     levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
     console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
     return rungs[-1].config

@@ -26,10 +26,10 @@ from lisatune.settings import TrainConfig, write_config
 
 def train_task(
     config: TrainConfig, examples: tuple[Sequence[Rows], HeldOut], *, console: Console, resume: bool = False,
-    allow_changes: bool = False, memory_bytes: int | None = None,
+    allow_changes: bool = False, memory_bytes: int | None = None, host_bytes: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train as ``config`` says and leave the run's folder behind; arguments and errors as those of ``lisatune.train.train``."""
-    run = build_task(config, *examples, console=console, memory_bytes=memory_bytes)
+    run = build_task(config, *examples, console=console, memory_bytes=memory_bytes, host_bytes=host_bytes)
     with hold(run.folder, resume), stop_signals() as stop:
         with together():
             step, standing = go_on(run, console, allow_changes=allow_changes) if resume else (0, Standing())

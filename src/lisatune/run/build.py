@@ -152,10 +152,11 @@ def build(
     console: Console,
     loaded: tuple[Any, Any] | None = None,
     memory_bytes: int | None = None,
+    host_bytes: int | None = None,
 ) -> Run:
     """Load the model (or take ``loaded``, a model and its tokenizer), encode the data, and set the method up.
 
-    With ``memory_bytes``, levers are pulled until the run fits into a device of that size.
+    With ``memory_bytes``, levers are pulled until the run fits into a device of that size, and into ``host_bytes`` of host memory.
     """
     # the model, whole and on the CPU
     with together():
@@ -194,7 +195,7 @@ def build(
         plan = plan_run(config, model.config, device.type, tokens=data.longest)
     else:
         with console.status("looking for what fits"), together():
-            rungs = climb(config, model.config, memory_bytes, device.type, tokens=data.longest)
+            rungs = climb(config, model.config, memory_bytes, device.type, tokens=data.longest, host_bytes=host_bytes)
         config, plan = rungs[-1].config, rungs[-1].plan
         levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
         console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)

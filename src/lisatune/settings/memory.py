@@ -29,6 +29,13 @@ class Memory(BaseModel):
             "weights in each process: leave it out, or set recipe=paper",
         }, tasks=SFT,
     )  # fmt: skip
+    reduce_dtype: Literal["float32", "auto"] = row(
+        "float32",
+        "Number type in which processes sum gradients. auto is the gradient's own: with bfloat16, half is sent.",
+        free=True, needs={
+            "dtype!=float32": "has no effect with dtype=float32, whose gradients are float32: leave it out",
+        }, tasks=SFT,
+    )  # fmt: skip
     dtype: Literal["auto", "float32", "bfloat16"] = row(
         "auto",
         "Number type of the weights. auto is bfloat16 on a GPU and float32 on a CPU. bfloat16 updates are rounded "

@@ -144,6 +144,8 @@ def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
             f"{num_ranks} or a divisor"
         )
     if num_ranks == 1:
+        if is_on("reduce_dtype", config):
+            raise UserError("reduce_dtype has no effect on one process, which sums nothing: leave it out")
         return
     for name, value in used_settings(config).items():
         row = ROWS[name]
