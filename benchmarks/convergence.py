@@ -673,7 +673,7 @@ swings by eta about the minimum, a gap that goes as eta squared."""
 
 SLICED = [Variant(k, policy, num_slices=3) for k in INTERVALS for policy in ("keep", "reset_layers")]
 SLICE_KINDS = [FULL, *(Variant(k, policy) for k in (1, 20) for policy in ("keep", "reset_layers")), *SLICED,
-               Variant(1, "reset_layers", num_slices=1)]  # fmt: skip
+               Variant(1, "reset_all", num_slices=1)]  # fmt: skip
 
 
 def slices(options: argparse.Namespace) -> None:
@@ -732,7 +732,7 @@ SLICES_ABOUT = """\
 The problem, the rates and the columns are those of [the convex page](2026-11-25-convergence-convex.md), with {seeds}
 seeds. There are 9 blocks of 6 weights. "Layers": 2 of 8 blocks are drawn, and the ninth trains always, so a third of the
 weights trains in a step. "Slices, 1 of 3": 2 of the 6 weights of every block train, each in its turn, so again a third.
-"Slices, 1 of 1" trains all weights. With K = 1 and dropped state a step is the sign of the gradient. That is what
+"Slices, 1 of 1" trains all weights. With K = 1 and dropped state, or all reset, a step is the sign of the gradient. That is what
 `lisatune train` does by default. The arithmetic is vectorised; a test holds it to `SliceEngine` with `torch.optim.AdamW`.
 
 **What carries over from the theorem.** Its proof stands on randomised block-coordinate Adam, which gives every block the

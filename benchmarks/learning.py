@@ -120,8 +120,8 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch8": Study("smollm2", "gsm8k", 400, batch=8, names=BEST, scale=0.5),
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
-    "stories-100": Study("stories15M", "gsm8k", 100, names=(*MAIN, *WHOLE), max_length=256),
-    "stories-400": Study("stories15M", "gsm8k", 400, names=(*MAIN, *WHOLE), max_length=256, scale=0.7),
+    "stories-100": Study("stories15M", "gsm8k", 100, names=(*WHOLE, *MAIN), max_length=256),
+    "stories-400": Study("stories15M", "gsm8k", 400, names=(*WHOLE, *MAIN), max_length=256, scale=0.7),
 }
 
 
@@ -179,10 +179,11 @@ def wanted(name: str, contender: str, middle: float, runs: Path) -> Iterator[Tri
 
 
 def pending(names: Sequence[str], runs: Path) -> Iterator[Trial]:
-    """Every missing trial, the most important first."""
+    """Every missing trial: of each study the first seed of all contenders, then the other seeds at the best rates."""
     for name in names:
-        for contender, own in contenders_of(STUDIES[name]).items():
-            yield from wanted(name, contender, own.middle, runs)
+        contenders = contenders_of(STUDIES[name]).items()
+        found = [trial for contender, own in contenders for trial in wanted(name, contender, own.middle, runs)]
+        yield from sorted(found, key=lambda trial: trial.seed != STUDIES[name].seeds[0])
 
 
 def make_rows(folder: Path) -> None:
@@ -253,7 +254,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     settings = {
         "model": model, "data": str(rows / f"{study.data}.jsonl"), "output": str(folder / "run"), "eval_data": sets,
         "max_steps": study.steps, "warmup_steps": max(5, study.steps // 20), "per_device_train_batch_size": study.batch,
-        "max_length": study.max_length, "eval_steps": max(1, study.steps // 8), "learning_rate": trial.rate,
+        "max_length": study.max_length, "eval_steps": max(1, study.steps // 2), "learning_rate": trial.rate,
         "seed": trial.seed, "device": device, "dtype": "float32", "save_minutes": 1e6, **contender.settings, **study.extra,
     }  # fmt: skip
     loaded, tokenizer = load(model, device)
