@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from lisatune import UserError, linear_cross_entropy
 from lisatune import loss as cross_entropy
+from lisatune.memory.ledger import Ledger
 from lisatune.optim.row_gradients import RowGradients
 
 
@@ -205,3 +206,16 @@ def test_a_mixture_has_the_loss_of_transformers_with_that_of_its_routers(linear_
     model.eval()
     alone = batch_loss(layers, batch, batch.num_labelled, linear_head=linear_head)
     torch.testing.assert_close(alone, expected.loss - 0.5 * expected.aux_loss, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_logits_of_one_chunk_are_gone_before_those_of_the_next_are_made(learns):
+    hidden = torch.randn(64, 8, requires_grad=learns)
+    weight, labels = torch.randn(5000, 8), torch.arange(64)
+
+    def peak(num_tokens):
+        with Ledger(granularity=1, device_type="cpu") as ledger:
+            linear_cross_entropy(hidden[:num_tokens], weight, labels[:num_tokens], chunk_tokens=16)
+        return ledger.peak_bytes
+
+    assert peak(64) - peak(16) < 16 * 5000  # a byte for each logit would be too much, and they have four

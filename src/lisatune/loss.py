@@ -130,6 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if log_normalisers is not None:
                 log_normalisers[rows] = log_normaliser[:, 0]
             if grad_hidden is None and grad_weight is None and grad_bias is None and not grad_slots:
+                del logits_CV, softmax
                 continue
             # d loss / d logits = (softmax - one-hot) / divisor
             grad = softmax.div_(total)
@@ -144,6 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_slot.addmm_(grad[:, first:last].T, hidden[rows])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
+            del logits_CV, softmax, grad  # else the next chunk's logits are made beside them
         kept: tuple[Tensor | None, ...] = ()
         if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
             kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())

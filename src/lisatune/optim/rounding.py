@@ -91,5 +91,5 @@ def round_stochastically(x: Tensor, noise: Tensor | None = None) -> Tensor:
     """
     if noise is None:
         noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
-    rounded = (x.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32)
-    return torch.where(x.isnan(), x, rounded).bfloat16()  # the noise could carry a NaN over to -0
+    rounded = (x.view(torch.int32) + noise).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+    return torch.where(x.isnan(), x.bfloat16(), rounded)  # the noise could carry a NaN over to -0
