@@ -207,13 +207,16 @@ def ranks() -> None:
         methods: dict[str, dict[str, Any]] = {
             f"LISA, {gamma} layers": {"recipe": "paper", "num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
         }  # fmt: skip
+        if shard_size == 1:
+            methods = {"slices": {}} | methods
         for name, settings in methods.items():
+            levers = {} if name == "slices" else {"optim": "adamw_16bit"}  # slices hold no moments
             with fake_processes(count):
                 plan = plan_of(
                     shape,
                     1,
                     2048,
-                    optim="adamw_16bit",
+                    **levers,
                     gradient_checkpointing=True,
                     dp_shard_size=shard_size,
                     **settings,
