@@ -40,7 +40,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
         offload_frozen=config.offload_frozen, shard_size=config.dp_shard_size, alone=config.task != "sft",  # TRL's trainer joins them
         frozen_bits=config.frozen_bits, sums_in_float32=config.reduce_dtype == "float32",
     )  # fmt: skip
-    linear_head = placement.place(model, layers, device)
+    linear_head = placement.place(model, layers, device, type_to_be(config, model))
     method.start(layers, linear_head=linear_head)
 
     # the optimizer, over all that will ever train
@@ -60,6 +60,12 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     if method.engine is None:
         learner.after_switch()  # LISA does so at its first step, when most layers are frozen
     return learner
+
+
+def type_to_be(config: TrainConfig, model: Any) -> torch.dtype | None:
+    """The type that the weights of ``model`` get on their way to their place, if they are all of another; else None."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return None if config.dtype == "auto" or len(types) > 1 else getattr(torch, config.dtype)
 
 
 def make_method(config: TrainConfig) -> Method:

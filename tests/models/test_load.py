@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
-from lisatune import UserError
+from lisatune import UserError, find_layers
 from lisatune.models.load import load_model, pick_device
+from lisatune.placement.base import OnDevice
 from tiny import make_llama, make_tokenizer
 
 
@@ -28,6 +30,38 @@ def test_weights_in_their_files_type_stay_in_the_file(tmp_path, dtype):
     assert sum(float(p.detach().sum()) for p in model.parameters()) != 0.0  # so all of it was read
     grown = own_bytes() - before
     assert grown < 0.2 * size if dtype == torch.bfloat16 else grown > 0.8 * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux to tell whose memory it is")
+def test_weights_of_another_type_are_converted_where_they_are_placed(tmp_path):
+    """Until then they stay in the file; what comes of it are the bits of a model that is loaded in that type."""
+    make_llama(vocab_size=30000, hidden_size=512).to(torch.bfloat16).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    eager, _ = load_model(str(tmp_path), torch.float32)
+    before = own_bytes()
+    model, _ = load_model(str(tmp_path), torch.float32, as_stored=True)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert own_bytes() - before < 0.2 * sum(p.nbytes for p in model.parameters())
+    placement = OnDevice()
+    placement.place(model, find_layers(model), torch.device("cpu"), torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), eager.parameters(), strict=True))
+    assert model.config.to_dict() == eager.config.to_dict()
+    buffers = zip(model.buffers(), eager.buffers(), strict=True)
+    assert all(b.dtype == c.dtype and torch.equal(b, c) for b, c in buffers)
+
+
+def test_a_model_that_keeps_some_weights_in_float32_is_loaded_in_its_types(tmp_path):
+    settings = {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+    }  # fmt: skip
+    hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**settings)).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    models = [load_model(str(tmp_path), torch.bfloat16, as_stored=stored)[0] for stored in (False, True)]
+    types = [{n: t.dtype for n, t in [*m.named_parameters(), *m.named_buffers()]} for m in models]
+    assert types[0] == types[1]
 
 
 def own_bytes():

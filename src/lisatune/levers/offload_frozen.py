@@ -43,6 +43,7 @@ class HostLayers:
         bits: Bits of a frozen matrix while training, 8 or 4; None for the exact one.
         stream: Keep nothing of frozen layers on the device. False, which needs ``bits``: their copies in few bits stay
             there, and so do all vectors.
+        dtype: Floating type that the parameters get on their way; None for their own.
     Attributes:
         device: The device that was given.
     Raises: UserError if a layer is not checkpointed, or is streamed already; and in the forward pass, if a parameter
@@ -63,8 +64,9 @@ class HostLayers:
     """
 
     def __init__(
-        self, decoder: Sequence[nn.Module], device: torch.device, *, bits: int | None = None, stream: bool = True
-    ) -> None:
+        self, decoder: Sequence[nn.Module], device: torch.device, *, bits: int | None = None, stream: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         checkpoints: list[CheckpointedForward] = []
         for layer in decoder:
             forward = layer.forward
@@ -87,6 +89,7 @@ class HostLayers:
             checkpointed.inner = _StreamedForward(self, index, _Body(decoder[index], checkpointed.inner))
         movable = set(self._parameters())
         for parameter in (p for layer in decoder for p in layer.parameters()):
+            parameter.data = _as_type(parameter.data, dtype)
             if parameter in movable:
                 self._move(parameter, to_host_memory=True)
             else:
@@ -222,7 +225,13 @@ class _Body(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-def rest_to_device(model: nn.Module, decoder: Sequence[nn.Module], device: torch.device) -> None:
+def _as_type(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def rest_to_device(
+    model: nn.Module, decoder: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None = None
+) -> None:
     """Move to ``device`` what ``HostLayers`` does not: all buffers, and the parameters outside the decoder layers.
 
     In place of ``model.to(device)``, for a model that was loaded on the CPU and is too large for the device.
@@ -237,7 +246,7 @@ def rest_to_device(model: nn.Module, decoder: Sequence[nn.Module], device: torch
     inside = {id(p) for layer in decoder for p in layer.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in inside:
-            parameter.data = parameter.data.to(device)
+            parameter.data = _as_type(parameter.data, dtype).to(device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -8,10 +8,12 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lisatune.errors import UserError, missing_package
@@ -54,7 +56,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> tuple[Any, 
 
 def load_model(
     name: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False,
-    auto_class: str = "AutoModelForCausalLM", **more: Any,
+    auto_class: str = "AutoModelForCausalLM", as_stored: bool = False, **more: Any,
 ) -> tuple[torch.nn.Module, Any]:  # fmt: skip
     """A causal language model, trainable as its authors built it, in evaluation mode, and its tokenizer, on the CPU.
 
@@ -64,6 +66,8 @@ def load_model(
         dtype: Type of every weight.
         trust_remote_code: Whether code in the folder may run.
         auto_class: The class of transformers that loads it, where another head is wanted.
+        as_stored: Leave weights in the type of their files, where that makes no difference but memory. They are then pages of
+            these files, which the system reads when they are needed and may drop. Whoever places them converts them.
         more: What that class is given.
     Raises: UserError if there is no model of that name, or it cannot be loaded.
     """
@@ -90,7 +94,12 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         if "gguf_file" not in options:
             options["use_safetensors"] = True  # never a pickle
-        model = getattr(transformers, auto_class).from_pretrained(name, dtype=dtype, **options, **more)
+        load = partial(getattr(transformers, auto_class).from_pretrained, name, **options, **more)
+        stored = _stored_type(path) if as_stored and "gguf_file" not in options else None
+        model = load(dtype=stored or dtype)
+        if stored is not None:
+            model = load(dtype=dtype) if _wants_other_types(model) else model
+            model.config.dtype = dtype
     except Exception as error:  # transformers raises many kinds, none of them ours
         reason = " ".join(str(error).split())[:300]
         kind = "a causal language model" if auto_class == "AutoModelForCausalLM" else "a reward model"
@@ -106,6 +115,23 @@ def load_model(
             f"{model.get_input_embeddings().num_embeddings:,}: give a model with its own tokenizer"
         )
     return model, tokenizer
+
+
+def _stored_type(folder: Path) -> torch.dtype | None:
+    """The floating type of all tensors in a folder's safetensors; None if there are several, or no such files."""
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    types = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            types |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+    return names.get(*types) if len(types) == 1 else None
+
+
+def _wants_other_types(model: Any) -> bool:
+    """Whether a model's class keeps some weights in float32, or has buffers among its weights, which are not converted later."""
+    kept = model.state_dict().keys()
+    buffers = any(name in kept and buffer.is_floating_point() for name, buffer in model.named_buffers())
+    return buffers or any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict"))
 
 
 def _config_dict(name: str) -> dict[str, Any]:

@@ -30,9 +30,13 @@ class OnDevice:
     in_shards: ClassVar[bool] = False
     device: torch.device
 
-    def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
-        """Put the weights where they stay. Returns ``layers.head_is_linear()``, which needs them whole."""
+    def place(self, model: nn.Module, layers: Layers, device: torch.device, dtype: torch.dtype | None = None) -> bool:
+        """Put the weights where they stay. Returns ``layers.head_is_linear()``, which needs them whole.
+
+        Weights that lie in the type of their files become ``dtype`` here, a tensor or a layer at a time.
+        """
         self.device = device
+        convert(model.parameters(), dtype, device)
         model.to(device)
         return layers.head_is_linear()
 
@@ -100,6 +104,13 @@ class OnDevice:
     def write(self, folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
         """Write safetensors files, by names without their ending. Returns those that this process wrote."""
         return write_files(folder, files)
+
+
+def convert(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None, device: torch.device | None = None) -> None:
+    """Give ``parameters`` another floating type (and device) in place; None and equal types change nothing."""
+    for p in parameters:
+        if dtype is not None and p.is_floating_point() and p.dtype != dtype:
+            p.data = p.data.to(device or p.device, dtype)
 
 
 def write_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:

@@ -32,11 +32,11 @@ class Copies(OnDevice):
     group: Any = None
     sums_in_float32: bool = True
 
-    def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
+    def place(self, model: nn.Module, layers: Layers, device: torch.device, dtype: torch.dtype | None = None) -> bool:
         """Put a copy on the device of this process."""
         if device.type == "meta":  # a forecast sends no message, even where there are other processes
             self.group = dist.new_group(backend=FAKE)
-        return super().place(model, layers, device)
+        return super().place(model, layers, device, dtype)
 
     def share(self, batch: Batch) -> Batch:
         """Every so many-th row of ``batch``, as many as on any other process."""

@@ -24,11 +24,11 @@ class InHost(OnDevice):
         self.bits = bits
         self.stream = stream
 
-    def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
+    def place(self, model: nn.Module, layers: Layers, device: torch.device, dtype: torch.dtype | None = None) -> bool:
         """Move all but the decoder layers to the device. The layers must be checkpointed."""
         self.device = device
-        rest_to_device(model, layers.decoder, device)
-        self.host_layers = HostLayers(layers.decoder, device, bits=self.bits, stream=self.stream)
+        rest_to_device(model, layers.decoder, device, dtype)
+        self.host_layers = HostLayers(layers.decoder, device, bits=self.bits, stream=self.stream, dtype=dtype)
         return layers.head_is_linear()
 
     def after_switch(self) -> None:

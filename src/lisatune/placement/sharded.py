@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from lisatune.data.loader import Batch
 from lisatune.layers import Layers, find_layers
 from lisatune.models.load import save_model_config
-from lisatune.placement.base import Hook, OnDevice
+from lisatune.placement.base import Hook, OnDevice, convert
 from lisatune.processes.collectives import FAKE, barrier, num_ranks, rank, total
 from lisatune.processes.shard_files import write_shards, write_whole_files
 from lisatune.processes.tensors import whole
@@ -36,11 +36,13 @@ class Sharded(OnDevice):
         self.shard_size = shard_size
         self.sums_in_float32 = sums_in_float32
 
-    def place(self, model: nn.Module, layers: Layers, device: torch.device) -> bool:
+    def place(self, model: nn.Module, layers: Layers, device: torch.device, dtype: torch.dtype | None = None) -> bool:
         """Split the weights. The head is tried before, on the CPU: no device ever sees all of them."""
         self.device = device
         linear_head = layers.head_is_linear()
-        self.root = ShardedModel(layers, self.shard_size, device, torch.float32 if self.sums_in_float32 else None)
+        self.root = ShardedModel(
+            layers, self.shard_size, device, torch.float32 if self.sums_in_float32 else None, dtype=dtype
+        )
         return linear_head
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -108,14 +110,16 @@ class ShardedModel(nn.Module):
         shard_size: Processes among which each weight is split; the others hold copies of the shards.
         device: Where the shards go.
         reduce_dtype: Type in which gradients are summed; None for their own.
+        dtype: Floating type that weights get before they are split, a layer at a time; None for their own.
     Raises: UserError if the processes cannot be divided like this.
     Cost: while a decoder layer is computed, its weights whole; embedding, norm and head whole from the forward to the end
         of the backward pass.
     """
 
     def __init__(
-        self, layers: Layers, shard_size: int, device: torch.device, reduce_dtype: torch.dtype | None = torch.float32
-    ) -> None:
+        self, layers: Layers, shard_size: int, device: torch.device, reduce_dtype: torch.dtype | None = torch.float32,
+        *, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = layers.model
         self.num_copies = num_ranks() // shard_size
@@ -129,7 +133,9 @@ class ShardedModel(nn.Module):
         )
         policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
         for layer in layers.decoder:
+            convert(layer.parameters(), dtype)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
+        convert(layers.model.parameters(), dtype)
         if not layers.tied:  # a group of its own, so that its float32 gradient is not held beside that of the head
             fully_shard(layers.embedding, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         fully_shard(self, mesh=mesh, mp_policy=policy)

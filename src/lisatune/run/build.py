@@ -166,8 +166,9 @@ def build(
         make_schedule(config, config.max_steps or 1000)  # refuses an argument before the model is loaded
         scorer = _scorer(config)
         model, tokenizer = loaded or load_model(
-            config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code
-        )
+            config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
+            as_stored=_is_converted_later(config, device),
+        )  # fmt: skip
         if num_ranks() > 1 and config.dp_shard_size > 1:
             check_saved_names(model)
     torch.manual_seed(config.seed)  # seeds LoRA's adapters
@@ -210,6 +211,15 @@ def build(
     if config.packing:
         learner.call(_check_packing, learner.layers, device)
     return Run(config, tokenizer, learner, data, plan, meter, device, scorer)
+
+
+def _is_converted_later(config: TrainConfig, device: torch.device) -> bool:
+    """Whether weights get their type when they go to their place, so that no process converts the whole model in host memory.
+
+    Adapters are made in the type of the weights, which therefore have it from the beginning.
+    """
+    split = num_ranks() > 1 and config.dp_shard_size > 1
+    return config.method != "lora" and (split or device.type != "cpu")
 
 
 def _scorer(config: TrainConfig) -> Scorer | None:
