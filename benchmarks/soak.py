@@ -1,16 +1,20 @@
 """One long run on a real model: memory, optimizer bytes, open files and step time from start to end.
 
-python benchmarks/soak.py [--steps 5200] [--interval-steps 20]
+python benchmarks/soak.py [--steps 5200] [--interval-steps 20] [--frozen-bits 8]
 
 Needs stories15M and TinyStories in shared/ beside the checkout. The run is a process of its own, as a user starts it; its
 resident memory, open files and processor time are read from outside, once a second. On a machine that does other work the
 time of a step tells of that work too; its processor time does so less.
+
+With ``--frozen-bits`` frozen layers are computed from copies in 8 or 4 bits, made again at each switch. Two of the six
+layers are never drawn. SHA-256 tells whether their exact weights, after all switches, are those that the run began with.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import statistics
@@ -21,14 +25,17 @@ import time
 from pathlib import Path
 
 from results import SHARED, markdown, write_page
+from safetensors import safe_open
 
 GIB = 2**30
+DRAWN = ("sampler=weighted", "sampler_options={weights: [1, 1, 1, 1, 0, 0]}")  # the last two layers stay frozen
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--interval-steps", type=int, default=20)
+    parser.add_argument("--frozen-bits", type=int, choices=(4, 8))
     options = parser.parse_args()
     model, stories = SHARED / "models/stories15M/hf", SHARED / "data/tinystories/tinystories_10k.txt.gz"
     if not stories.is_file():
@@ -43,13 +50,16 @@ def main() -> None:
             f"max_steps={options.steps}", f"interval_steps={options.interval_steps}", "num_active=2", "max_length=64",
             "per_device_train_batch_size=1", "learning_rate=1e-4", "eval_rows=50", "save_steps=100", "packing=true",
         ]  # fmt: skip
+        if options.frozen_bits:
+            words += [f"frozen_bits={options.frozen_bits}", "gradient_checkpointing=true", *DRAWN]
         samples = watch(words, output)
+        kept = compare_frozen(model, output / "model") if options.frozen_bits else ""
         read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((output / "summary.json").read_text())
     steps = [row for row in read if "loss" in row]
     sets = [tuple(row["active_layers"]) for row in steps]
     table = tell(samples, steps, options.interval_steps)
-    page = write_page("soak", table, __doc__)
+    page = write_page("soak" + (f"-{options.frozen_bits}-bits" if options.frozen_bits else ""), table, __doc__)
     figure = page.with_suffix(".svg")
     draw(samples, steps, figure)
     held = [f"Held-out loss {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after. "]
@@ -60,8 +70,27 @@ def main() -> None:
     held += [
         f"{os.environ.get('OMP_NUM_THREADS', 'all')} threads, on a machine that did other work.\n\n![soak]({figure.name})\n"
     ]
-    page.write_text(page.read_text() + "\n" + "".join(held), encoding="utf-8")
+    page.write_text(page.read_text() + "\n" + "".join(held) + kept, encoding="utf-8")
     print(page.read_text())
+
+
+def compare_frozen(before: Path, after: Path) -> str:
+    """Whether the layers that were never drawn, and those that were, have the bytes that they began with."""
+
+    def digests(folder: Path) -> dict[str, str]:
+        sums = {number: hashlib.sha256() for number in range(6)}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in sorted(file.keys()):
+                    if name.startswith("model.layers."):
+                        sums[int(name.split(".")[2])].update(file.get_tensor(name).numpy().tobytes())
+        return {str(number): digest.hexdigest() for number, digest in sums.items()}
+
+    was, now = digests(before), digests(after)
+    equal = [number for number in was if was[number] == now[number]]
+    return (
+        f"\nLayers whose exact weights have the SHA-256 that they began with: {', '.join(equal)} (never drawn: 4, 5).\n"
+    )
 
 
 def watch(words: list[str], output: Path) -> list[dict[str, float]]:
