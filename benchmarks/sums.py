@@ -1,6 +1,6 @@
 """Gradients that processes sum in bfloat16 instead of float32: the error of a sum, and the held-out loss of a run.
 
-python benchmarks/sums.py [--steps 100]
+python benchmarks/sums.py [--steps 40]
 
 Needs stories15M and TinyStories in shared/ beside the checkout. Each of 2, 4 and 8 processes makes the bfloat16 gradients
 of rows of its own. Gloo sums them both ways, and the errors are those beside a sum in float64. Then runs on 4 processes
@@ -97,7 +97,7 @@ def runs(steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     text = [
