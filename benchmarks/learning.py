@@ -1,7 +1,7 @@
 """Who learns best at equal steps: held-out loss of every contender at its own best learning rate, and C4 beside it.
 
 python benchmarks/learning.py run [STUDY ...] [--device cuda] [--workers 2] [--minutes 8] [--runs runs/learning]
-python benchmarks/learning.py page [STUDY ...] [--runs runs/learning]
+python benchmarks/learning.py page [STUDY ...] [--runs runs/learning] [--name learning]
 
 A study is a model, a data set, a number of steps and a batch size; STUDIES below lists them. Each contender starts with
 five learning rates, a factor of two apart. While its best rate is at the edge, the next rate beyond is tried. Then the
@@ -372,6 +372,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--name", default="learning", help="of the page")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=1e6)
@@ -379,7 +380,7 @@ def main() -> None:
     names = options.names or list(STUDIES)
     if options.what == "page":
         tables = [table(name, options.runs) for name in names if (options.runs / name).is_dir()]
-        print(write_page("learning", "\n\n".join(tables), __doc__ or ""))
+        print(write_page(options.name, "\n\n".join(tables), __doc__ or ""))
         return
     make_rows(options.runs / "rows")
     if options.what == "run":

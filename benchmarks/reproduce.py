@@ -103,7 +103,7 @@ EXPERIMENTS: dict[str, tuple[str, str, str]] = {
         "What frozen layers in 8 and 4 bits cost: the paper's LISA with exact, int8 and NF4 copies of what is frozen. Held-out loss is "
         "that of the exact weights.",
         "methods=lisa recipe=paper num_active=2 interval_steps=5 gradient_checkpointing=true frozen_bits=null,8,4 "
-        "learning_rate=0.00025,0.0005,0.001,0.002 seed=0,1,2 eval_rows=64 max_length=192 per_device_train_batch_size=4 max_steps=40",
+        "learning_rate=0.000125,0.00025,0.0005,0.001,0.002 seed=0,1,2 eval_rows=64 max_length=192 per_device_train_batch_size=4 max_steps=40",
     ),
 }
 
