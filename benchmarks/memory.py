@@ -138,19 +138,19 @@ def lever_table(shape: str) -> str:
 def predict() -> None:
     """Tables (a), (b) and (c)."""
     started = time.perf_counter()
-    setting = "bfloat16 weights, gradients and moments, no checkpointing, batch 1 x 1024 tokens, LoRA on all linear layers with adapters in bfloat16"
     text = [
-        f"## The paper's models\nPredicted GB (10^9), {setting}; in brackets the paper's figure (first version; GB for a GPU, the "
-        "70B on several). The paper's LoRA has adapters on embedding and head too, and its script adds up stages instead of "
-        "taking a peak.\n",
+        "## The paper's models\nPredicted GB (10^9) for a batch of 1 x 1024 tokens. Weights, gradients and moments are bfloat16. Nothing is "
+        "checkpointed. LoRA is on all linear layers, and its adapters are bfloat16. In brackets is the paper's figure, from its first "
+        "version. Theirs are GB for a GPU, and the 70B ran on several. The paper's LoRA has adapters on embedding and head too. Its "
+        "script adds up stages instead of taking a peak.\n",
         paper_table(tuple(PAPER)),
         "\n## Larger vocabularies\nThe same.\n",
         paper_table(("llama-3.1-8b", "qwen2.5-7b", "llama-3.2-3b")),
     ]
     for shape in ("llama-3.1-8b", "llama-2-7b", "llama-3.1-70b"):
         text += [
-            f"\n## Levers added one at a time: {shape}\nPredicted GiB (2^30), batch 2 x 2048 tokens, bfloat16 weights, float32 "
-            "moments to begin with, loss always in chunks. Slices: one of 15, norms train. Two layers: embedding and head train too. "
+            f"\n## Levers added one at a time: {shape}\nPredicted GiB (2^30) for a batch of 2 x 2048 tokens. Weights are "
+            "bfloat16, and moments float32 to begin with. The loss is always in chunks. Slices: one of 15, norms train. Two layers: embedding and head train too. "
             "A dash is a lever that the method does not have.\n",
             lever_table(shape),
         ]
@@ -226,8 +226,8 @@ def ranks() -> None:
             rows.append([shape, count, shard_size, name, *map(_gib, sizes)])
             print(*rows[-1], sep=" | ", flush=True)
     about = (
-        "Predicted GiB (2^30), bfloat16 weights and moments, checkpointing, batch 1 x 2048 tokens on each process; sums of gradients travel in "
-        "float32; what a process sends is that of a ring. Peaks are of the first process, whose shards are the largest."
+        "Predicted GiB (2^30) for a batch of 1 x 2048 tokens on each process. Weights and moments are bfloat16, and layers are checkpointed. "
+        "Gradients are summed in float32. What a process sends is that of a ring. Peaks are of the first process, whose shards are the largest."
     )
     print(write_page("memory-ranks", about + "\n\n" + markdown(head, rows), __doc__ or ""))
 

@@ -259,7 +259,7 @@ def make_trainer(
             trainer.remove_callback(PrinterCallback)  # the journal shows the steps
             arguments.output_dir = str(Path(config.output) / CHECKPOINTS)
             barrier()  # others may still read what lies there
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:  # with any of these TRL refuses settings or rows
         if isinstance(error, UserError):
             raise
         raise UserError(f"task={config.task}: TRL refuses this run: {' '.join(str(error).split())[:400]}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Answer:
 
 
 @dataclass(kw_only=True)
-class Task:
+class Task(ABC):
     """One way to learn from judged answers. The fields are settings.
 
     Another task is a subclass in a file of its own, and a line in ``TASKS``.
@@ -71,6 +72,7 @@ class Task:
         """Whether another copy of the model is held, the one that training began with."""
         return False
 
+    @abstractmethod
     def step_loss(self, model: Any, reference: Any, rows: int, tokens: int) -> Tensor:
         """A loss that holds on the meta device what TRL's holds of a micro-batch; its value means nothing.
 
@@ -80,11 +82,10 @@ class Task:
             rows: Rows of the data.
             tokens: Tokens of the longest.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def answers(self, row: Mapping[str, Any]) -> list[Answer]:
         """What is in a row of TRL's own data set, which holds tokens."""
-        raise NotImplementedError
 
     def why_left_out(self, answers: Sequence[Answer], max_length: int) -> str:
         """Why TRL leaves a row with these answers out; empty if it does not."""
