@@ -72,7 +72,7 @@ class Learner:
         for lever in self.levers:
             lever.before_step(self, number)
         loss, norm = self.method.gradients(self, micro_batches, num_labelled)
-        bad = self._is_bad(loss, norm)
+        bad = self.is_bad(loss, norm)
         self.update(bad)
         self.method.observe(number, bad)
         self.optimizer.zero_grad()
@@ -100,6 +100,12 @@ class Learner:
     def clip(self) -> Tensor:
         """Clip the gradients; returns their norm before. ``optimizer_in_backward`` replaces this."""
         return clip_gradients(self.optimizer, self.max_grad_norm, self.rows)
+
+    def is_bad(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether the step must not be taken. The answer waits for the device."""
+        if loss.is_meta:
+            return False  # there are no values
+        return not (math.isfinite(loss.item()) and math.isfinite(norm.item()) and norm.item() <= self.bad_grad_norm)
 
     def update(self, bad: bool) -> None:
         """Update what has a gradient, unless the step is ``bad``. ``optimizer_in_backward`` replaces this."""
@@ -140,8 +146,3 @@ class Learner:
     def trained_parts(self) -> set[str]:
         """The parts that change in a step now."""
         return self.method.trained_parts().union(*(lever.also_trains(self) for lever in self.levers))
-
-    def _is_bad(self, loss: Tensor, norm: Tensor) -> bool:
-        if loss.is_meta:
-            return False  # there are no values
-        return not (math.isfinite(loss.item()) and math.isfinite(norm.item()) and norm.item() <= self.bad_grad_norm)

@@ -23,6 +23,7 @@ from lisatune.run.finish import finish
 from lisatune.run.hold import hold
 from lisatune.run.journal import Journal
 from lisatune.run.preflight import preflight
+from lisatune.run.profiler import profile
 from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.resume import go_on, with_date_of_before
 from lisatune.run.saving import Saving
@@ -90,6 +91,7 @@ def train_built(run: Run, *, console: Console, resume: bool = False, allow_chang
                 progress = Progress()
                 if resume:
                     progress = go_on(run, saving.snapshots, console, allow_changes=allow_changes)
+            profile(run, progress, console)
             if rank() == 0:
                 write_config(config, folder / "config.yaml")
             with explain_out_of_memory(config, model_config, device, run.data.longest):

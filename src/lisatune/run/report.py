@@ -18,6 +18,7 @@ from lisatune.evaluation.tasks.score import Score, difference
 from lisatune.evaluation.tasks.table import with_error
 from lisatune.pages.html import html_page, html_table
 from lisatune.pages.plots import active_layers, loss_curve, score_curve
+from lisatune.run.profile import head_of, note_of, read_profile, rows_of
 
 SCORE_COLUMNS = ["task", "metric", "n", "before", "after", "difference"]
 SCORE_NOTE = "<p>n: documents; ±: one standard error, of a difference document by document where both are known.</p>"
@@ -50,6 +51,12 @@ def _draw(folder: Path) -> str:
         body += ["<h2>Layers in training</h2>", active_layers(rows)]
     if any(row.get("scores") for row in rows):
         body += ["<h2>Task scores while training</h2>", score_curve(rows)]
+    if profiled := read_profile(folder):
+        body += [
+            "<h2>Where a step's time goes</h2>",
+            html_table(head_of(profiled), rows_of(profiled)),
+            f"<p>{escape(note_of(profiled))}</p>",
+        ]
     if scores := _scores(folder, str(config["model"])):
         body += ["<h2>Task scores before and after</h2>", html_table(SCORE_COLUMNS, scores), SCORE_NOTE]
     if (folder / "samples.jsonl").is_file():

@@ -53,6 +53,10 @@ class Machine(BaseModel):
         whole=True,
         tasks=SFT,
     )
+    profile_steps: int | None = row(
+        None, "Profile so many steps after the first 3: where a step's time goes, and a trace, in profile/.", ge=1,
+        free=True, tasks=SFT,
+    )  # fmt: skip
     logging_steps: int = row(1, "Write a line to metrics.jsonl every so many steps.", ge=1, one_value=True)
 
     @field_validator("report_to")
