@@ -33,11 +33,11 @@ MODELS = ("MODEL", "M", "model.gguf", "HuggingFaceTB/SmolLM2-135M", "HuggingFace
 STAND_IN = dict.fromkeys(MODELS, "model") | dict.fromkeys(("ROWS", "D"), "rows.jsonl") | {"RUN": "runs/RUN"}
 SMALL = {
     "max_steps": "2", "eval_rows": "4", "max_length": "64", "per_device_train_batch_size": "2", "seed": "0", "norm_steps": "1",
-    "eval_tasks_steps": "1", "eval_limit": "1", "eval_steps": "1", "num_train_epochs": "0.1", "dp_shard_size": "2", "trials": "2", "--nproc": "2", "--nproc-per-node": "2",
+    "eval_tasks_steps": "1", "eval_limit": "1", "eval_steps": "1", "num_train_epochs": "0.1", "dp_shard_size": "2", "trials": "2", "--nproc": "2", "--nproc-per-node": "2", "profile_steps": "1",
 }  # fmt: skip
 # what is added to a command that does not say it
 ADDED = {
-    "train": ["max_steps=2", "per_device_train_batch_size=2"], "chat": ["--max-new-tokens", "2"],
+    "train": ["max_steps=4", "per_device_train_batch_size=2"], "chat": ["--max-new-tokens", "2"],
     "eval": ["--data-dir", "data", "--limit", "1"], "mt-bench": ["--max-new-tokens", "2"],
     "compare": ["max_length=64", "per_device_train_batch_size=2"],
 }  # fmt: skip
