@@ -33,9 +33,14 @@ def settled(collective):
     return call
 
 
+def threads_of_gloo():
+    """The folders of the threads in which Gloo works."""
+    return [task for task in Path("/proc/self/task").iterdir() if "gloo_runloop" in (task / "comm").read_text()]
+
+
 def gloo_sleeps():
     """Whether all threads in which Gloo works wait for more to do, as the system says."""
-    tasks = [task for task in Path("/proc/self/task").iterdir() if "gloo_runloop" in (task / "comm").read_text()]
+    tasks = threads_of_gloo()
     assert tasks
     return all((task / "stat").read_text().rpartition(")")[2].split()[0] == "S" for task in tasks)
 
@@ -53,6 +58,7 @@ def main(path):
             held.append(gathered(measured_peak(config, make_llama(**WIDE), 4, 128, tuple(case["drawn"]))))
         if rank() == 0:
             Path(path).write_text(json.dumps(held))
+    assert not threads_of_gloo(), "one that works when Python ends may abort the process"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -36,6 +38,20 @@ def joined() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _let_go()
+
+
+def _let_go() -> None:
+    """Free what still holds the group, so that its threads end.
+
+    PyTorch keeps the layouts of sharded tensors in a cache, and with them the group. A thread of Gloo that still works when
+    Python ends may abort the process, after all was saved.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    gc.collect()
 
 
 def restarted() -> bool:
