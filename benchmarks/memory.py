@@ -28,7 +28,6 @@ from lisatune.assemble import make_learner
 from lisatune.memory.measure import PeakMeter, allocated_peak, state_bytes, tensor_bytes
 from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
-from lisatune.samplers.fixed import FixedSampler
 
 GB = 10**9
 KEPT = Path("runs/memory-measured.jsonl")
@@ -77,6 +76,7 @@ LLAMA_CASES: tuple[dict[str, Any], ...] = (
     {"method": "lora", "gradient_checkpointing": True},
     SLICES | {"gradient_checkpointing": True},
     SLICES | {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0},
+    SLICES | {"gradient_checkpointing": True, "frozen_bits": 4}, SLICES | {"gradient_checkpointing": True, "offload_frozen": True},
     MOST,
     MOST | {"offload_frozen": True},
     MOST | {"frozen_bits": 8},
@@ -171,6 +171,12 @@ PARTS: tuple[tuple[str, dict[str, Any]], ...] = (  # none, some and all of the l
      {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0}),
     ("+ `activation_offloading=true`",
      {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0, "activation_offloading": True}),
+    ("`gradient_checkpointing=true frozen_bits=8`", {"gradient_checkpointing": True, "frozen_bits": 8}),
+    ("`gradient_checkpointing=true frozen_bits=4`", {"gradient_checkpointing": True, "frozen_bits": 4}),
+    ("`gradient_checkpointing=true offload_frozen=true`", {"gradient_checkpointing": True, "offload_frozen": True}),
+    ("+ `frozen_bits=4 optimizer_in_backward=true max_grad_norm=0 activation_offloading=true`",
+     {"gradient_checkpointing": True, "offload_frozen": True, "frozen_bits": 4, "optimizer_in_backward": True, "max_grad_norm": 0,
+      "activation_offloading": True}),
 )  # fmt: skip
 
 
@@ -179,6 +185,7 @@ def slices() -> None:
     contenders: dict[str, dict[str, Any]] = {
         "slices": {},
         "slices, norms train": SLICES,
+        "slices of 30": {"num_slices": 30},
         "LoRA r16": {"method": "lora"},
     }
     rows = []
@@ -240,7 +247,7 @@ def measure(rounds: int, minutes: float) -> None:
         LAYERS | {"gradient_checkpointing": True, "optim": "adamw_8bit", "vocabulary_blocks": True},
         {"gradient_checkpointing": True, "optimizer_in_backward": True, "max_grad_norm": 0},
         {"dtype": "bfloat16"}, LAYERS, LAYERS | {"train_embedding": False, "train_head": False},
-        LAYERS | {"gradient_checkpointing": True, "frozen_bits": 8},
+        LAYERS | {"gradient_checkpointing": True, "frozen_bits": 8}, {"gradient_checkpointing": True, "frozen_bits": 4},
         {"method": "lora", "gradient_checkpointing": True, "frozen_bits": 4},
     )  # fmt: skip
     cases: list[tuple[str, int, int, dict[str, Any]]] = [("smollm2-135m", 4, 256, case) for case in small]
@@ -318,8 +325,8 @@ def case(shape: str, rows: int, tokens: int, settings: dict[str, Any], rounds: i
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config(str(SHAPES / f"{shape}.json")), dtype=dtype)
     learner = make_learner(config, model, device)
-    if learner.engine and config.sampled_unit != "slices":
-        learner.engine.sampler = FixedSampler(len(learner.engine.pool), plan.drawn)  # that of the forecast
+    if config.sampled_unit != "slices":
+        learner.method.draw_always(plan.drawn)  # as in the forecast
     learner.model.train()
     batch = _batch(rows, tokens).to(device)
     learner.step(0, [batch], batch.num_labelled)

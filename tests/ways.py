@@ -108,6 +108,19 @@ WAYS = [
         SLICES | UNCLIPPED | {"interval_steps": 1, "dtype": "bfloat16", "optimizer_in_backward": True}, processes=None,
         **BFLOAT16,
     ),
+    Way(
+        "slices off the device", SLICES | CHECKPOINTED | {"interval_steps": 2, "train_norms": "sampled", "offload_frozen": True},
+        bit_equal_to=SLICES | {"interval_steps": 2, "train_norms": "sampled"}, **OFF_THE_DEVICE,
+    ),
+    Way(
+        "slices, frozen rows in 8 bits", SLICES | CHECKPOINTED | {"interval_steps": 4, "num_active": 2, "frozen_bits": 8},
+        processes=None,  # no switch in the first steps: torch's profiler knows not of memory that was given out before
+    ),
+    Way(
+        "slices, frozen rows in 4 bits, off the device",
+        SLICES | CHECKPOINTED | {"interval_steps": 2, "frozen_bits": 4, "offload_frozen": True},
+        bit_equal_to=SLICES | CHECKPOINTED | {"interval_steps": 2, "frozen_bits": 4}, **OFF_THE_DEVICE,
+    ),
     Way("embedding sampled", {"train_embedding": "sampled", "num_active": 1}, processes=((2, 2),)),
     Way(
         "embedding and head sampled", {"train_embedding": "sampled", "train_head": "sampled", "num_active": 1},

@@ -74,6 +74,7 @@ class Learner:
         loss, norm = self.method.gradients(self, micro_batches, num_labelled)
         bad = self.is_bad(loss, norm)
         self.update(bad)
+        self.placement.after_step()
         self.method.observe(number, bad)
         self.optimizer.zero_grad()
         self.trained_at |= dict.fromkeys(self.trained_parts, number)

@@ -40,4 +40,5 @@ def run(steps=9, micro_rows=4, tied=False, **settings):
         share = learner.placement.share(whole)
         loss, norm, _ = learner.step(step, share.split(micro_rows), whole.num_labelled)
         told.append((loss.item(), norm.item()))
-    return {n: whole_of_shards(p.detach()).clone() for n, p in learner.model.named_parameters()}, told
+    weights = {n: p for n, p in learner.model.named_parameters() if p.numel()}  # a slot may be left over
+    return {n: whole_of_shards(p.detach()).clone() for n, p in weights.items()}, told

@@ -5,7 +5,6 @@ import torch
 from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
 from lisatune.memory.measure import allocated_peak, state_bytes, tensor_bytes
-from lisatune.samplers.fixed import FixedSampler
 from tiny import VOCABULARY
 
 WIDE = {"layers": 3, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 4000}
@@ -15,8 +14,7 @@ def measured_peak(config, model, rows, tokens, drawn):
     """Bytes that lie there before a step, and the most that PyTorch's CPU allocator adds in it."""
     learner = make_learner(config, model, torch.device("cpu"))
     learner.model.train()
-    if learner.engine:
-        learner.engine.sampler = FixedSampler(len(learner.engine.pool), drawn)
+    learner.method.draw_always(drawn)
     ids = torch.randint(3, VOCABULARY, (rows, tokens))
     micro = Batch(ids, ids, torch.arange(tokens).repeat(rows, 1), torch.ones_like(ids, dtype=torch.bool))
     micros = [micro] * config.gradient_accumulation_steps

@@ -7,6 +7,7 @@ import torch
 
 from lisatune import LisaEngine, UniformSampler, find_layers, plan_memory
 from lisatune.assemble import make_learner
+from lisatune.data.loader import Batch
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.levers.offload_frozen import HostLayers
 from lisatune.memory.few_bits import few_bits
@@ -76,10 +77,79 @@ def test_few_bits_change_what_is_computed():
     assert losses[4] != losses[8]
 
 
+def coarse_rows(engine, bits):
+    """The same with slices: trained rows stay exact, and the whole weight that a slot is a view of is put back later."""
+    exact = {}
+    for name, cut in engine.cuts.items():
+        if ".layers." in name and cut.weight.ndim > 1:
+            exact[cut] = cut.weight.detach().clone()
+            small = few_bits(cut.weight, bits)
+            rough = small.restore(small.tensors).view(cut.shape)
+            for start, stop in cut.rows:
+                rough[start:stop] = cut.weight.detach().view(cut.shape)[start:stop]
+            cut.weight.detach().view(cut.shape).copy_(rough)
+    return exact
+
+
+def trained_in_slices(bits, *, slow=False, **settings):
+    """Eight steps of slices, of 32 and 88 rows in 5 blocks, so that blocks share scales of 4 bits."""
+    plain = {} if slow else {"frozen_bits": bits} | settings
+    learner = learner_of(
+        recipe=None, sampled_unit="slices", num_slices=5, num_active=2, interval_steps=2, train_norms="sampled", **plain
+    )
+    losses = []
+    for step in range(8):
+        learner.model.train()
+        if slow:
+            learner.method.begin_step(step, learner.optimizer)
+            exact = coarse_rows(learner.engine, bits)
+            ids = batch(step)
+            learner.backward([of(ids)], of(ids).num_labelled)
+            for cut, weight in exact.items():
+                cut.weight.detach().copy_(weight)
+            learner.update(bad=False)
+            learner.optimizer.zero_grad()
+        else:
+            learner.step(step, [of(batch(step))], of(batch(step)).num_labelled)
+        learner.model.eval()
+        with torch.no_grad():
+            losses.append(learner.model(input_ids=batch(99), labels=batch(99), use_cache=False).loss.item())
+    return losses, copy.deepcopy(learner.model.state_dict()), learner
+
+
+def of(ids):
+    return Batch(ids, ids.roll(-1, 1), torch.arange(ids.shape[1]).repeat(len(ids), 1), torch.ones_like(ids).bool())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_with_slices_it_is_the_plain_loop_that_replaces_frozen_rows(bits, stream):
+    """To the bit; and the copies in few bits, of which a few rows are made anew after each step, are those of the whole."""
+    ours, theirs = trained_in_slices(bits, offload_frozen=stream), trained_in_slices(bits, slow=True)
+    assert ours[0] == theirs[0]
+    assert all(torch.equal(a, b) for a, b in zip(ours[1].values(), theirs[1].values(), strict=True))
+    small = ours[2].placement.host_layers._small
+    assert len(small) == 7 * 4
+    for weight, held in small.items():
+        assert all(torch.equal(a, b) for a, b in zip(held.tensors, few_bits(weight, bits).tensors, strict=True))
+
+
+def test_trained_rows_are_computed_exactly():
+    """With every row in a trained slice, few bits change nothing."""
+    every = {"recipe": None, "sampled_unit": "slices", "num_slices": 3, "num_active": 3}
+    weights = []
+    for bits in ({}, {"frozen_bits": 4}):
+        learner = learner_of(**every, **bits)
+        for step in range(3):
+            learner.step(step, [of(batch(step))], of(batch(step)).num_labelled)
+        weights.append(learner.model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(weights[0].values(), weights[1].values(), strict=True))
+
+
 def learner_of(**settings):
     config = plan_config(
         {"model": "m", "method": "lisa", "recipe": "paper", "num_active": 1, "interval_steps": 1, "max_grad_norm": 0.0,
-         "gradient_checkpointing": True, "learning_rate": 1e-2} | settings, "cpu",
+         "gradient_checkpointing": True, "learning_rate": 1e-2, "dtype": "float32"} | settings, "cuda",
     )  # fmt: skip
     return make_learner(config, make_llama(), CPU)
 

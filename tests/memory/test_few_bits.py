@@ -66,3 +66,21 @@ def test_codes_of_4_bits_are_those_of_bitsandbytes():
     small = few_bits(matrix, 4)
     assert torch.equal(codes.view(-1), small.tensors[0])
     assert torch.equal(state.absmax.view(-1), small.tensors[1].view(-1))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("width", [64, 48, 7])
+def test_a_few_rows_can_be_made_anew(bits, width):
+    """The codes are those of the whole matrix with the new rows in it; rows that share a scale are told."""
+    matrix = torch.randn(70, width, generator=torch.Generator().manual_seed(0))
+    small = few_bits(matrix, bits)
+    start, stop = small.apart(20, 31)
+    assert start <= 20 < 31 <= stop
+    assert (start, stop) == (20, 31) or (bits, width) != (4, 64)
+    matrix[20:31] *= 3
+    small.rewrite(start, matrix[start:stop])
+    assert all(torch.equal(a, b) for a, b in zip(small.tensors, few_bits(matrix, bits).tensors, strict=True))
+    matrix[60:] = 0.5
+    start, stop = small.apart(60, 70)
+    small.rewrite(start, matrix[start:stop])
+    assert all(torch.equal(a, b) for a, b in zip(small.tensors, few_bits(matrix, bits).tensors, strict=True))

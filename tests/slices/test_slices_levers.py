@@ -91,3 +91,16 @@ def test_rates_of_parts_and_what_a_step_moves():
     assert steps["model.embed_tokens.weight"] == pytest.approx(2.5e-3, rel=1e-3)
     assert steps["model.layers.1.mlp.up_proj.weight"] == pytest.approx(1e-2, rel=1e-3)
     assert steps["model.norm.weight"] == 0
+
+
+def test_a_forecast_draws_as_many_slices_as_are_ever_drawn():
+    """A sweep of 5 slices, 2 at a time, begins with one."""
+    learner = learner_of(num_slices=5, num_active=2, interval_steps=4)
+    rows = []
+    for more in (False, True):
+        if more:
+            learner.method.draw_always(())
+            learner.engine._interval = None
+        learner.step(0, [batch(0)], batch(0).num_labelled)
+        rows.append([sum(stop - start for start, stop in cut.rows) for cut in learner.engine.cuts.values()])
+    assert all(one < two for one, two in zip(*rows, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lisatune.errors import UserError
 from lisatune.levers.gradient_checkpointing import CheckpointedForward
+from lisatune.memory.blocks import Cut, cut_of, whole_of
 from lisatune.memory.few_bits import FewBits, Whole, few_bits
 from lisatune.memory.offload import Shuttle, to_device, to_host
 
@@ -36,6 +37,9 @@ class HostLayers:
     With ``bits``, training computes frozen matrices from copies in 8 or 4 bits, which are made anew at each switch. What
     trains is exact, and so is what lies in host memory: no update is ever rounded to few bits. An evaluation
     (``model.eval()``) is one of the exact weights.
+
+    Of a matrix that is trained in slices, the trained rows are on the device, exact, and all of it is in host memory. The
+    rows take their place in each copy of the matrix. ``write_back`` is to be called after each step then.
 
     Args:
         decoder: The decoder layers, the lowest first.
@@ -105,6 +109,17 @@ class HostLayers:
         if moved:
             self._settle()
 
+    def write_back(self) -> None:
+        """Put trained slices into host memory and into the copies in few bits; for after each optimizer step."""
+        cuts = {p: cut for p in self._in_host if (cut := cut_of(p)) is not None}
+        if cuts:
+            self._shuttle.drop()
+        for parameter, cut in cuts.items():
+            cut.write_back()
+            self._shrink_slices(parameter, cut)
+        if cuts:
+            self._settle()
+
     def renew(self) -> None:
         """Make the copies in few bits anew, for after the weights in host memory got other values."""
         self._shuttle.drop()
@@ -123,6 +138,7 @@ class HostLayers:
         self._small.clear()
         for parameter in self._parameters():
             parameter.data = parameter.data.to(device)
+            parameter.streamed_to = None  # type: ignore[attr-defined]
         self._settle()
 
     def host_bytes(self) -> int:
@@ -134,11 +150,12 @@ class HostLayers:
         return [tensor for small in self._small.values() for tensor in small.tensors]
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Those that move between the device and host memory."""
+        """Those that move between the device and host memory; slices stay on the device."""
         every = {id(p): p for layer in self._decoder for p in layer.parameters()}.values()
-        return [p for p in every if self._stream or p.ndim > 1]
+        return [p for p in every if whole_of(p) is p and (self._stream or p.ndim > 1)]
 
     def _move(self, parameter: nn.Parameter, *, to_host_memory: bool) -> None:
+        parameter.streamed_to = self.device if to_host_memory else None  # type: ignore[attr-defined]
         if not to_host_memory:
             parameter.data = to_device(parameter.data, self.device)
             self._in_host.discard(parameter)
@@ -159,6 +176,17 @@ class HostLayers:
             small = replace(small, tensors=(to_host(codes), to_host(scales)))
         self._small[parameter] = small
 
+    def _shrink_slices(self, parameter: nn.Parameter, cut: Cut) -> None:
+        """Make the codes of trained rows anew, if ``parameter`` is held in few bits."""
+        small = self._small.get(parameter)
+        if small is None:
+            return
+        for slot, rows in zip(cut.slots, cut.rows, strict=True):
+            start, stop = small.apart(*rows)
+            alone = (start, stop) == rows
+            exact = slot if alone else to_device(parameter.detach().view(cut.shape)[start:stop], self.device)
+            small.rewrite(start, exact)
+
     def _settle(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # whoever reads the host's values from now on finds them there
@@ -175,6 +203,8 @@ class HostLayers:
                 self._shuttle.prefetch([tensor for one in after for tensor in one.tensors])
         parts = iter(tensors)
         copies = [one.restore([next(parts) for _ in one.tensors]) for one in stored]
+        cuts = [cut_of(p) for p in streamed.values()]
+        copies = [copy if cut is None else cut.in_copy(copy) for copy, cut in zip(copies, cuts, strict=True)]
         return torch.func.functional_call(body, dict(zip(streamed, copies, strict=True)), args, kwargs)
 
     def _stored(self, index: int, streamed: dict[str, nn.Parameter]) -> list[FewBits | Whole]:

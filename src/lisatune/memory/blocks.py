@@ -5,11 +5,14 @@ Shapes: R rows of a tensor (all its dimensions but the last, as one), W its widt
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lisatune.memory.offload import to_device
 
 Rows = tuple[int, int]
 
@@ -30,6 +33,9 @@ class Cut:
     A block's parameter shares the memory of its rows, so an optimizer that updates it in place updates the model, and
     nothing is copied. The whole parameter itself is frozen. A tensor of more than two dimensions, such as stacked
     experts, counts as one matrix of all its rows; of a vector each element is a row.
+
+    If the weight has an attribute ``streamed_to``, a device, it lies in host memory and is brought there to compute. Then
+    the slots are copies of their rows on that device, and ``write_back`` puts what was trained into the weight.
 
     Args:
         name: Name of the parameter in the model.
@@ -74,15 +80,39 @@ class Cut:
         self.rows = tuple(
             (0, 0) if block is None else block_rows(self.num_rows, self.num_slices, block) for block in self.blocks
         )
-        whole = self.weight.detach().view(self.shape)
+        whole, device = self.weight.detach().view(self.shape), self.streamed_to
         for slot, (start, stop) in zip(self.slots, self.rows, strict=True):
             slot.grad = None
-            block = whole[start:stop]
+            block = whole[start:stop] if device is None else to_device(whole[start:stop], device)
             if slot.shape != block.shape:
                 # a graph that is still held keeps the shape that gradients must have; another type makes torch forget it
                 slot.data = block.new_empty(0, dtype=torch.bfloat16 if block.dtype == torch.float16 else torch.float16)
             slot.data = block
             slot.requires_grad_(start < stop)
+
+    @property
+    def streamed_to(self) -> torch.device | None:
+        """The device of the slots, if the weight itself lies in host memory."""
+        return getattr(self.weight, "streamed_to", None)
+
+    def write_back(self) -> None:
+        """Put the values of slots that are copies into the weight; the device may still be at it when this returns."""
+        if self.streamed_to is not None:
+            self._fill(self.weight)
+
+    def in_copy(self, weight: Tensor) -> Tensor:
+        """``weight``, a copy of the whole parameter where the slots are: its trained rows become exact, and it is cut alike."""
+        self._fill(weight)
+        cut = copy.copy(self)
+        cut.weight = weight.detach()  # type: ignore[assignment]  # a circle would keep the copy's memory
+        weight.cut_into = cut  # type: ignore[attr-defined]
+        return weight
+
+    @torch.no_grad()
+    def _fill(self, weight: Tensor) -> None:
+        whole = weight.detach().view(self.shape)
+        for slot, (start, stop) in zip(self.slots, self.rows, strict=True):
+            whole[start:stop].copy_(slot, non_blocking=True)
 
     def arranged(self, blocks: Iterable[int]) -> tuple[int | None, ...]:
         """What each slot will hold: those of ``blocks`` that train now stay; None for a slot that is left over."""
@@ -108,7 +138,9 @@ class Cut:
         return self.rows[index][0] * self.width
 
     def is_in_place(self) -> bool:
-        """Whether the slots still share the parameter's memory; a move of the model to another device ends it."""
+        """Whether the slots still are the parameter's rows; a move of the model to another device ends it."""
+        if self.streamed_to is not None:
+            return bool(self.blocks)
         storage = self.weight.untyped_storage()
         return all(slot.untyped_storage() is storage for slot in self.slots)
 
@@ -123,6 +155,12 @@ def whole_of(parameter: Tensor) -> Tensor:
     """The parameter that ``parameter`` is a block of; itself if it is whole."""
     cut: Cut | None = getattr(parameter, "cut", None)
     return parameter if cut is None else cut.weight
+
+
+def is_view(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is a block that lies in the memory of the whole one."""
+    whole = whole_of(parameter)
+    return whole is not parameter and getattr(whole, "streamed_to", None) is None
 
 
 class Slots(nn.Module):

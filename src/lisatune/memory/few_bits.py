@@ -5,6 +5,7 @@ Shapes: R rows of a matrix (all its dimensions but the last, as one), W its widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,23 @@ class FewBits:
             indices = codes.view(-1, BLOCK // 2)[blocks].reshape(-1).int()
             matrix[blocks] = pairs.index_select(0, indices).view(-1, BLOCK) * scales[blocks]
         return matrix.view(-1)[: self.shape.numel()].view(self.shape)
+
+    def apart(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows ``start`` to ``stop``, and those around them with which they share a scale."""
+        step = 1 if self.bits == 8 else BLOCK // math.gcd(BLOCK, self.shape[-1])
+        return start // step * step, min(-(-stop // step) * step, self.shape.numel() // self.shape[-1])
+
+    @torch.no_grad()
+    def rewrite(self, start: int, rows: Tensor) -> None:
+        """Make codes and scales of ``rows`` anew, (r, W), which begin at row ``start`` and are ``apart`` from others.
+
+        The result is that of ``few_bits`` of the whole matrix with these rows in it.
+        """
+        first = start if self.bits == 8 else start * self.shape[-1] // BLOCK
+        for ours, new in zip(self.tensors, few_bits(rows, self.bits).tensors, strict=True):
+            by_scale = ours.view(len(self.tensors[1]), -1)
+            new = new.view(-1, by_scale.shape[1])
+            by_scale[first : first + len(new)].copy_(new, non_blocking=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lisatune.memory.blocks import whole_of
+from lisatune.memory.blocks import is_view
 from lisatune.memory.ledger import Ledger
 from lisatune.processes.tensors import local
 
@@ -28,8 +28,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of ``tensors``, each object counted once, slices of others not at all; of one in shards those of this process."""
-    whole = {id(t): t for t in tensors if whole_of(t) is t}
+    """Bytes of ``tensors``, each object counted once, views of others not at all; of one in shards those of this process."""
+    whole = {id(t): t for t in tensors if not is_view(t)}
     return sum(local(t).numel() * t.element_size() for t in whole.values())
 
 

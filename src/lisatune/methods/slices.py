@@ -36,11 +36,12 @@ class Slices(Lisa):
         )  # fmt: skip
 
     def largest_draws(self, model: Any) -> list[tuple[int, ...]]:
-        """One will do: slices are equal to a row."""
+        """One will do: ``draw_always`` takes the largest slices."""
         return [()]
 
     def draw_always(self, drawn: tuple[int, ...]) -> None:
-        """Do nothing: the first draw is as large as any."""
+        """Draw as many slices as are ever drawn at a time. A sweep whose slices do not divide evenly has smaller draws."""
+        self.engine.draw_most()
 
     def adopt(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace the whole matrices in ``optimizer`` by their slices."""

@@ -66,6 +66,9 @@ class OnDevice:
     def after_switch(self) -> None:
         """Parameters were frozen or thawed."""
 
+    def after_step(self) -> None:
+        """An optimizer step is over."""
+
     def watch(self, layers: Layers, *, gathering: Hook, computing: Hook, backward: Hook) -> None:
         """Call hooks when weights are gathered, when a layer computes and when a call's forward pass is over.
 

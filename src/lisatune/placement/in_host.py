@@ -35,6 +35,10 @@ class InHost(OnDevice):
         """Move what trains to the device and what is frozen to host memory."""
         self.host_layers.place()
 
+    def after_step(self) -> None:
+        """Put what slices have learned into host memory."""
+        self.host_layers.write_back()
+
     def weights_changed(self) -> None:
         """Make the copies in few bits anew."""
         self.host_layers.renew()

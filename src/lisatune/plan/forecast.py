@@ -8,7 +8,7 @@ follows each storage as autograd, checkpoints and the optimizer make it and let 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -340,6 +340,12 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
             p.requires_grad_(asked)
 
 
+def _batches(ledger: Ledger, rows: int, tokens: int, count: int) -> Iterator[Batch]:
+    for _ in range(count):
+        ledger.label = "other"
+        yield _meta_batch(rows, tokens)
+
+
 def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int, tokens: int) -> dict[str, int]:
     """The second step is the one that counts: the optimizer's state is there from its beginning. Returns bytes sent in a step."""
     owner: dict[Tensor, str] = {
@@ -349,8 +355,9 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
     wires = []
     for number, count in enumerate((1, min(2, config.gradient_accumulation_steps))):
         ledger.reset_peak()
+        ledger.label = "weights/decoder"  # at a switch, slices of streamed layers come to the device
         with Wire() as wire:
-            learner.step(number, (_meta_batch(rows, tokens) for _ in range(count)), rows * tokens)
+            learner.step(number, _batches(ledger, rows, tokens, count), rows * tokens)
         wires.append(wire.sent_bytes_of)
         _book_weights(ledger, learner, owner)  # again: of streamed layers some have moved to the device
         for p, state in learner.optimizer.state.items():

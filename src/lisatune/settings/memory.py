@@ -12,7 +12,7 @@ from lisatune.settings.row import row
 from lisatune.settings.task import SFT
 
 ONE_MEMORY = "where host and device are one memory"
-NOTHING_FROZEN = {"method=full": "where no layer is frozen", "sampled_unit=slices": "where no layer is frozen"}
+NOTHING_FROZEN = {"method=full": "where no layer is frozen"}
 NOT_KEPT = {"state_policy=keep": "which moves optimizer state before the layers: choose another state_policy"}
 
 

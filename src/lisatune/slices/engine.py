@@ -17,6 +17,8 @@ from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of,
 from lisatune.samplers import SAMPLERS
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
+from lisatune.samplers.fixed import FixedSampler
+from lisatune.samplers.round_robin import RoundRobinSampler
 from lisatune.slices.modules import SlicedForward
 
 NAME = "lisatune_slices"  # name of the modules that hold the trained slices
@@ -181,6 +183,15 @@ class SliceEngine:
                 one.state.clear()
         self._place(interval)
         return True
+
+    def draw_most(self) -> None:
+        """For a forecast, before the first step: draw as many blocks in each interval as are ever drawn.
+
+        A sweep whose blocks do not divide evenly has smaller draws.
+        """
+        if not isinstance(self.sampler, FixedSampler):
+            self.sampler = RoundRobinSampler(len(self.pool), self._num_active, descending=True)
+            self.samplers = dict.fromkeys(self.samplers, self.sampler)
 
     def release(self) -> None:
         """Put the whole parameters back into the model. Call it when training ends."""

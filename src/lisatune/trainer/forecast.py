@@ -162,6 +162,7 @@ def run_on_meta(model: Any, settings: LisaSettings, arguments: Any, tokens: int)
             book(ledger, reference, "reference")
         engine = settings.engine(copied)
         if isinstance(engine, SliceEngine):
+            engine.draw_most()
             if engine.layers.head is not None:
                 ReadWhole(engine.layers.head)
         else:
