@@ -25,12 +25,12 @@ GIB = 2**30
 CASES = ((1, 1, "bfloat16"), (1, 1, "float32"), (2, 2, "bfloat16"), (2, 2, "float32"))
 
 
-def write_model(folder: Path, layers: int) -> int:
-    """A random model; its number of parameters."""
+def write_model(folder: Path, shape: str, layers: int | None = None) -> int:
+    """A random Llama in bfloat16 with the shape of that name, and as many layers; its number of parameters."""
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-    config = AutoConfig.from_pretrained(SHAPES / "llama-2-7b.json")
-    config.num_hidden_layers = layers
+    config = AutoConfig.from_pretrained(SHAPES / f"{shape}.json")
+    config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -88,7 +88,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         model, data = Path(folder) / "model", Path(folder) / "rows.jsonl"
-        numel = write_model(model, options.layers)
+        numel = write_model(model, "llama-2-7b", options.layers)
         data.write_text("".join(json.dumps({"text": "one two three " * 10}) + "\n" for _ in range(8)), encoding="utf-8")
         rows = []
         for number, case in enumerate(CASES):
