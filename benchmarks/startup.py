@@ -30,24 +30,27 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "`python -c pass`": ["-c", "pass"],
+    "`from transformers import AutoTokenizer, LlamaForCausalLM`": ["-c", "from transformers import AutoTokenizer, LlamaForCausalLM"],
     "`import lisatune`": ["-c", "import lisatune"],
     "`lisatune --help`": ["-m", "lisatune", "--help"],
     "`lisatune train --help`": ["-m", "lisatune", "train", "--help"],
     "`lisatune settings`": ["-m", "lisatune", "settings"],
-}
+}  # fmt: skip
 SETTINGS = ["max_steps=1", "device=cpu", "max_length=256", "per_device_train_batch_size=4"]
 MOMENTS = ("processor", "wall")
+STEP = "first step"  # where a run is stopped
 # where the time of a run goes: the functions of each part, as module and name
 PARTS = {
     "settings": ["lisatune.settings:read_settings", "lisatune.settings:build_config", "lisatune.run.build:settle"],
     "checks, and reading the rows": ["lisatune.run.preflight:preflight"],
-    "tokenizer": ["transformers:AutoTokenizer.from_pretrained"],
+    "tokenizer": ["transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained"],
     "weights": ["lisatune.run.build:load_model"],
     "tokenization": ["lisatune.run.build:prepare_data"],
     "forecast": ["lisatune.run.build:plan_run"],
     "method and optimizer": ["lisatune.run.build:make_learner", "lisatune.run.build:describe_coverage"],
     "folder and journal": ["lisatune.train:hold", "lisatune.train:Saving", "lisatune.train:Journal", "lisatune.train:write_config"],
     "first batch": ["lisatune.data.loader:Loader.batches"],
+    STEP: ["lisatune.run.build:Run.step"],
 }  # fmt: skip
 IMPORTS = ("torch", "transformers", "lisatune")  # each with what nobody has imported before it; all others are one part
 STARTED = "STARTED_AT"  # the environment variable that tells a child when its parent started it
@@ -96,15 +99,17 @@ class Clock:
         yield first
         yield from items
 
-    def watch_imports(self) -> None:
-        """Give each import to the package in which it begins."""
+    def watch_imports(self, after: Callable[[], None]) -> None:
+        """Give each import to the package in which it begins; call ``after`` when one is done."""
         plain, module = builtins.__import__, importlib.import_module
 
         def statement(name: str, *args: Any, **options: Any) -> Any:
             if name in sys.modules:
                 return plain(name, *args, **options)
             with self.part(_import_of(name)):
-                return plain(name, *args, **options)
+                found = plain(name, *args, **options)
+                after()
+            return found
 
         def function(name: str, package: str | None = None) -> Any:
             with self.part(_import_of(package or name)):
@@ -123,25 +128,30 @@ def child(words: list[str]) -> None:
     clock = Clock()
     clock.charge()
     clock.running = ["the rest"]
-    clock.watch_imports()
-    import lisatune.cli  # noqa: F401
-    from lisatune.run.build import Run
-
-    for name, functions in PARTS.items():
-        for function in functions:
-            home, _, path = function.partition(":")
-            owner: Any = importlib.import_module(home)
-            *classes, last = path.split(".")
-            for one in classes:
-                owner = getattr(owner, one)
-            setattr(owner, last, clock.around(getattr(owner, last), name))
+    waiting = [(function, name) for name, functions in PARTS.items() for function in functions]
 
     def stop(*_: Any) -> None:
         clock.charge()
         print(json.dumps(clock.spent), flush=True)
         os._exit(0)
 
-    Run.step = stop  # type: ignore[method-assign, assignment]
+    def wrap() -> None:
+        """Time the functions of the modules that are there by now, before anybody takes them from there."""
+        for function, name in list(waiting):
+            home, _, path = function.partition(":")
+            module = sys.modules.get(home)
+            if module is None or getattr(module.__spec__, "_initializing", False):
+                continue
+            waiting.remove((function, name))
+            owner: Any = module
+            *classes, last = path.split(".")
+            for one in classes:
+                owner = getattr(owner, one)
+            setattr(owner, last, stop if name == STEP else clock.around(getattr(owner, last), name))
+
+    clock.watch_imports(wrap)
+    import lisatune.cli
+
     sys.argv = ["lisatune", *words]
     lisatune.cli.main()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers.integrations.neftune import neftune_post_forward_hook
-
 from lisatune.layers import Layers
 from lisatune.levers.base import Lever
 
@@ -22,5 +20,7 @@ class Neftune(Lever):
 
     def on_model(self, layers: Layers) -> None:
         """Hang the noise on the embedding."""
+        from transformers.integrations.neftune import neftune_post_forward_hook  # it loads peft, which takes a second
+
         layers.embedding.neftune_noise_alpha = self.neftune_noise_alpha  # type: ignore[assignment]
         layers.embedding.register_forward_hook(neftune_post_forward_hook)

@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from lisatune.processes.collectives import FAKE
 
@@ -30,6 +29,8 @@ def fake_processes(num_ranks: int) -> Iterator[None]:
     if num_ranks == 1:
         yield
         return
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
     _teach_meta()
     alone = not dist.is_initialized()
     if alone:
