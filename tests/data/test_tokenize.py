@@ -45,6 +45,25 @@ def test_prompt_ids_are_those_of_generation(encoder, tokenizer):
     assert encoded.labels[len(prompt) - 1] == IGNORED != encoded.labels[len(prompt)]
 
 
+def test_backend_alone_gives_the_ids_of_the_tokenizer(encoder, tokenizer):
+    """The fast way against the plain one, after somebody has asked for padding and a limit."""
+    texts = ["", "Hi", "<s>user:Hi</s>\n", "</s> é 漢字 \n", "a much longer text than all others"]
+    for special in (False, True):
+        plain = tokenizer(texts, add_special_tokens=special)["input_ids"]
+        tokenizer(texts, padding=True, truncation=True, max_length=3)
+        assert encoder._backend is not None
+        assert encoder._tokenize(texts, special=special) == plain
+
+
+def test_tokenizer_with_a_way_of_its_own_is_asked_itself(tokenizer):
+    class Own(type(tokenizer)):
+        def _encode_plus(self, *args, **options):
+            return {"input_ids": [[7, 7], [7, 7], [7, 7]]}
+
+    own = Encoder(Own(tokenizer_object=tokenizer.backend_tokenizer), 100)
+    assert own._tokenize(["a", "b", "c"]) == [[7, 7], [7, 7], [7, 7]]
+
+
 def test_prompts_can_be_learned_too(tokenizer):
     tokenizer.chat_template = CHATML
     (encoded,) = Encoder(tokenizer, 100, completion_only_loss=False)([chat("Hi", "Hello")])

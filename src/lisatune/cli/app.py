@@ -105,9 +105,9 @@ def check_options(words: list[str]) -> None:
 
     Raises: UserError with a hint.
     """
-    from lisatune.settings.hints import hint_for
-
     if words[:1] and words[0] in TAKES_SETTINGS:
+        from lisatune.settings.hints import hint_for
+
         if words[0] == "plan" and any(word.partition("=")[0] in ("--data", "--output") for word in words):
             raise UserError(
                 "plan reads no data and writes nothing: leave out --data and --output; max_length=N is the length of its rows"

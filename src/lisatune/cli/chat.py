@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import ANSWERS, AnswerTokens, AnyDevice, TrustRemoteCode, quiet_libraries
+from lisatune.cli.common import ANSWERS, AnswerTokens, AnyDevice, TrustRemoteCode, heavy_imports
 
 CHAT = "Chat"
 
@@ -40,8 +40,8 @@ def chat(
     from lisatune.models.names import check_model_name, model_of
 
     check_model_name(model_of(run))
-    quiet_libraries()
-    from lisatune.models.chat import chat
+    with heavy_imports():
+        from lisatune.models.chat import chat
 
     chat(
         run,

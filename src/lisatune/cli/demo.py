@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import OUTPUT, console, quiet_libraries
+from lisatune.cli.common import OUTPUT, console, heavy_imports
 
 
 def demo(
@@ -23,7 +23,7 @@ def demo(
     Example:
         lisatune demo --output runs/demo
     """
-    quiet_libraries()
-    from lisatune.demo import run_demo
+    with heavy_imports():
+        from lisatune.demo import run_demo
 
     run_demo(output, console=console)

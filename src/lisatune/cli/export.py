@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lisatune.cli.common import OUTPUT, AsJson, TrustRemoteCode, console, quiet_libraries
+from lisatune.cli.common import OUTPUT, AsJson, TrustRemoteCode, console, heavy_imports
 from lisatune.common.console import tell
 
 FORM = "Form"
@@ -68,9 +68,9 @@ def export(
     from lisatune.models.export_check import check_export
 
     check_export(run, dtype=dtype, delta=delta, gguf=gguf, llama_cpp=llama_cpp, push_to=push_to)
-    quiet_libraries()
-    from lisatune.models.export import export_delta, export_model, push
-    from lisatune.models.gguf import export_gguf
+    with heavy_imports():
+        from lisatune.models.export import export_delta, export_model, push
+        from lisatune.models.gguf import export_gguf
 
     if delta:
         result = export_delta(run, output, trust_remote_code=trust_remote_code)

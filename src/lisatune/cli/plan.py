@@ -17,7 +17,7 @@ from lisatune.cli.common import (
     check_host_memory,
     console,
     given,
-    quiet_libraries,
+    heavy_imports,
 )
 from lisatune.errors import UserError
 
@@ -74,8 +74,8 @@ def plan(
     methods = [settings.pop("method")] if "method" in settings else [m.strip() for m in method.split(",")]
     if settings.get("model") is None:
         raise UserError("model is missing: give --model, a Hugging Face folder, a config.json or a hub name")
-    quiet_libraries()
-    from lisatune.plan.ladder import forecast
+    with heavy_imports():
+        from lisatune.plan.ladder import forecast
 
     with console.status("planning"):
         result = forecast(settings, methods, device, memory_bytes, nproc, host_bytes)

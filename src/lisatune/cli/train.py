@@ -23,7 +23,7 @@ from lisatune.cli.common import (
     check_host_memory,
     console,
     given,
-    quiet_libraries,
+    heavy_imports,
 )
 from lisatune.common.console import tell
 from lisatune.errors import UserError
@@ -127,8 +127,8 @@ def train(
 
     # mistakes are found before torch is imported; several processes have to meet before one of them may give up
     examples = preflight(checked, resume=resume) if num_started() == 1 else None
-    quiet_libraries()
-    from lisatune.train import train as train_run
+    with heavy_imports():
+        from lisatune.train import train as train_run
 
     summary = train_run(
         checked,

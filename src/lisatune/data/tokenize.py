@@ -163,6 +163,7 @@ class Encoder:
         self.on_bad_row = on_bad_row
         self._renderer: Renderer | None = None
         self._adds_space = _adds_space(tokenizer)
+        self._backend = _plain_backend(tokenizer)
         self._end_ids = {*getattr(tokenizer, "added_tokens_decoder", {}), *tokenizer.all_special_ids}
 
     @property
@@ -230,8 +231,13 @@ class Encoder:
     def _tokenize(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        out: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
-        return out
+        if self._backend is None:
+            out: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special)["input_ids"]
+            return out
+        # a call for the first text sets the backend up; for the others it is asked itself, and leaves offsets out
+        first: list[list[int]] = self.tokenizer([texts[0]], add_special_tokens=special)["input_ids"]
+        others = self._backend.encode_batch_fast(list(texts[1:]), add_special_tokens=special)
+        return [*first, *(encoding.ids for encoding in others)]
 
     def _exact(self, rows: Sequence[Sequence[Piece]]) -> Iterator[list[tuple[list[list[int]], Sequence[Piece]]]]:
         """The ids of each row's pieces, with the pieces.
@@ -352,7 +358,7 @@ class Encoder:
 
     def _documents(self, ids: list[int], weights: list[float], example: Example, ending: str) -> Iterator[Encoded]:
         is_text, where = example.text is not None, example.where + ending
-        scaled = any(weight not in (0.0, 1.0) for weight in weights)
+        scaled = not {0.0, 1.0}.issuperset(weights)
         for start in range(0, len(ids), self.max_length if is_text else max(len(ids), 1)):
             part = slice(start, start + self.max_length)
             own = weights[part]
@@ -372,11 +378,20 @@ class Encoder:
         counts.left_out.update(example.left_out)
         for document in documents:
             counts.tokens += len(document)
-            counts.labelled_tokens += sum(label != IGNORED for label in document.labels[1:])
+            counts.labelled_tokens += len(document) - 1 - document.labels[1:].count(IGNORED)
             last = document.labels[-1]
             ends = {self.tokenizer.eos_token_id} if example.text is not None else self._end_ids
             if not truncated and last in ends:
                 counts.ends[last] += 1
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """What does the work of a tokenizer of transformers that adds nothing to it; else None."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind, plain = type(tokenizer), PreTrainedTokenizerFast
+    own = any(getattr(kind, name, None) is not getattr(plain, name) for name in ("__call__", "_encode_plus"))
+    return None if own else tokenizer.backend_tokenizer
 
 
 def _adds_space(tokenizer: Any) -> bool:

@@ -352,13 +352,12 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
         p: _part(name) for name, parameters in learner.layers.parts().items() for p in parameters.values()
     }
     learner.model.train()
-    wires = []
+    wires = Wire(), Wire()
     for number, count in enumerate((1, min(2, config.gradient_accumulation_steps))):
         ledger.reset_peak()
         ledger.label = "weights/decoder"  # at a switch, slices of streamed layers come to the device
-        with Wire() as wire:
+        with wires[number] if num_ranks() > 1 else nullcontext():  # following operations takes time
             learner.step(number, _batches(ledger, rows, tokens, count), rows * tokens)
-        wires.append(wire.sent_bytes_of)
         _book_weights(ledger, learner, owner)  # again: of streamed layers some have moved to the device
         for p, state in learner.optimizer.state.items():
             for value in state.values():
@@ -371,7 +370,7 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
             "weights": 0,
             "gradients": 2 * _gradient_bytes(learner) * (num_ranks() - 1) // num_ranks(),
         }  # sent in a ring
-    one, two = wires
+    one, two = (wire.sent_bytes_of for wire in wires)
     more = max(0, config.gradient_accumulation_steps - 2)  # micro-batches, each like the second
     sent = {kind: size + more * (size - one[kind]) for kind, size in two.items()}
     return {
