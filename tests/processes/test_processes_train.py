@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lisatune.cli import main
 from lisatune.data.loader import Batch
@@ -73,6 +74,32 @@ def compare(one, several, name, bound=2e-4):
         assert max(far.mean(), far.max() / 20) < bound, f"{name}: {weight} by {far.max():.2g}"
 
 
+def mixture_of_experts(tmp_path, data_file, num_ranks, size):
+    """A run on a model that holds its experts stacked, and stores them one by one."""
+    folder = tmp_path / "mixture"
+    if not folder.exists():
+        config = MixtralConfig(vocab_size=len(make_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                               num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)  # fmt: skip
+        MixtralForCausalLM(config).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+    return COMMON | LISA | {
+        "max_steps": 3, "model": str(folder), "data": str(data_file), "output": str(tmp_path / f"mixture {num_ranks} {size}"),
+        "dp_shard_size": size, "gradient_accumulation_steps": 4 // num_ranks if size > 1 else 4,
+    }  # fmt: skip
+
+
+def assert_loads_with_the_same_names(before, after):
+    was, now = (
+        {n: t.shape for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+        for folder in (before, after)
+    )
+    assert was == now
+    assert any("experts.3.w1" in name for name in now)
+    _, told = MixtralForCausalLM.from_pretrained(after, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+
+
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_as_many_processes_train_as_one_does(model_folder, data_file, tmp_path, num_ranks):
     """Twelve draws, accumulation, uneven last batches, ranks with other numbers of labelled tokens; each mode and method."""
@@ -81,9 +108,13 @@ def test_as_many_processes_train_as_one_does(model_folder, data_file, tmp_path, 
     where = (tmp_path, data_file, model_folder)
     pairs = [(way, size) for way in WAYS for count, size in way.processes or () if count == num_ranks]
     several = {(way.name, size): settings_of(way, num_ranks, size, *where) for way, size in pairs}
+    mixture = [mixture_of_experts(tmp_path, data_file, num_ranks, size) for size in (num_ranks, 1)]
     cases = tmp_path / "cases.json"
-    cases.write_text(json.dumps(list(several.values())))
+    cases.write_text(json.dumps([*several.values(), mixture[0]]))
     torchrun(num_ranks, HELPERS / "torchrun.py", cases)
+    train(build_config(mixture[1]))
+    compare(*(Path(run["output"]) for run in reversed(mixture)), "a mixture of experts")
+    assert_loads_with_the_same_names(tmp_path / "mixture", Path(mixture[0]["output"]) / "model")
     for way, size in pairs:
         alone = settings_of(way, 1, 1, *where)
         one, many = Path(alone["output"]), Path(several[way.name, size]["output"])

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,20 +252,31 @@ def save_model_config(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def check_saved_names(model: Any) -> None:
-    """Refuse a model whose weights have other names or shapes in files than in memory, for a caller that cannot convert.
-
-    Raises: UserError naming a weight.
-    """
+def in_files(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``tensors`` of ``model``, by their names in memory, as its files have them: mixtures store each expert by itself."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    names = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
-    saved = revert_weight_conversion(model, dict(names))
-    others = [name for name in names if name not in saved or saved[name].shape != names[name].shape]
-    if others:
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def is_stored_as_held(model: Any, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> bool:
+    """Whether the weights of ``model`` have the same names and shapes in its files as in memory.
+
+    Args:
+        parts: All its weights, in parts that are to be converted one at a time.
+    Raises: UserError naming a weight that is made from several parts, so that no part can be converted by itself.
+    """
+    held = {n: torch.empty_like(p, device="meta") for every in parts.values() for n, p in every.items()}
+    stored = {n: p.shape for n, p in in_files(model, held).items()}
+    if stored == {n: p.shape for n, p in held.items()}:
+        return True
+    by_parts = [in_files(model, {n: held[n] for n in every}) for every in parts.values()]
+    other = {n: p.shape for made in by_parts for n, p in made.items()}.items() ^ stored.items()
+    if other:
         raise UserError(
-            f"{type(model).__name__} keeps {others[0]} in another form than its files do: train it on one process"
+            f"{type(model).__name__} has {min(other)[0]} in its files, which belongs to several layers: leave dp_shard_size out"
         )
+    return False
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from lisatune.data.loader import Batch
 from lisatune.layers import Layers, find_layers
-from lisatune.models.load import save_model_config
+from lisatune.models.load import in_files, is_stored_as_held, save_model_config
 from lisatune.placement.base import Hook, OnDevice, convert
 from lisatune.processes.collectives import FAKE, barrier, num_ranks, rank, total
-from lisatune.processes.shard_files import write_shards, write_whole_files
+from lisatune.processes.shard_files import write_converted_files, write_shards, write_whole_files
 from lisatune.processes.tensors import whole
 
 
@@ -85,7 +86,10 @@ class Sharded(OnDevice):
         kept = model.state_dict().keys()
         if buffers := {name: buffer for name, buffer in model.named_buffers() if name in kept}:
             files["buffers"] = buffers
-        write_whole_files(folder, files)
+        if is_stored_as_held(model, parts):
+            write_whole_files(folder, files)
+        else:
+            write_converted_files(folder, files, partial(in_files, model))
         if rank() == 0:
             for file in folder.glob("*.safetensors"):
                 file.chmod(0o644)

@@ -5,14 +5,16 @@ The work is done by ``torch.distributed.checkpoint`` in its safetensors form; it
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lisatune.processes.collectives import barrier, rank
+from lisatune.processes.tensors import whole
 
 
 def shard_name(name: str) -> str:
@@ -89,6 +92,30 @@ def write_whole_files(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -
         save(everything, storage_writer=writer)
     if rank() == 0:
         shutil.rmtree(folder / "sharded")
+    barrier()
+
+
+def write_converted_files(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """``write_whole_files`` for tensors that ``convert`` gives other names and shapes, those of one file at a time.
+
+    Every process gathers the tensors of a file, and one writes them.
+    """
+    places: dict[str, str] = {}
+    size = 0
+    for number, tensors in enumerate(files.values(), start=1):
+        gathered = {name: whole(tensor) for name, tensor in tensors.items()}
+        if rank() > 0:
+            continue
+        made = {name: tensor.cpu().contiguous() for name, tensor in convert(gathered).items()}
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        save_file(made, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(made, file)
+        size += sum(tensor.nbytes for tensor in made.values())
+    if rank() == 0:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     barrier()
 
 

@@ -27,7 +27,7 @@ from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, Outcome
 from lisatune.loss import asks_for_router_loss
 from lisatune.memory.measure import PeakMeter, tensor_bytes
-from lisatune.models.load import check_positions, check_saved_names, load_model, pick_device, stop_at
+from lisatune.models.load import check_positions, is_stored_as_held, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
 from lisatune.processes.collectives import check_alike, gathered, num_ranks, together
@@ -169,11 +169,11 @@ def build(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
             as_stored=_is_converted_later(config, device),
         )  # fmt: skip
-        if num_ranks() > 1 and config.dp_shard_size > 1:
-            check_saved_names(model)
     torch.manual_seed(config.seed)  # seeds LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
+    if num_ranks() > 1 and config.dp_shard_size > 1:
+        is_stored_as_held(model, layers.parts())  # refuses what could not be saved
     if not layers.says_causal() and not layers.is_causal():
         raise UserError(
             f"every token of {type(model).__name__} sees later tokens, so a next-token loss teaches nothing: set "
