@@ -12,8 +12,11 @@ from lisatune import UserError
 from lisatune.compare.grid import make_grid, read_grid
 from lisatune.run.preflight import preflight
 from lisatune.settings import build_config, used_settings
+from lisatune.train import train
+from places import HELPERS
 from runs import metrics, run, weights
 from small_tasks import write_tasks
+from torchrun import torchrun
 
 NEEDED = {"model": "m", "data": "d", "output": "o"}
 
@@ -54,6 +57,22 @@ def test_scoring_changes_no_bit_and_is_resumed_to_the_bit(model_folder, data_fil
     assert set(summary["scores"]) == {"winogrande", "mmlu_virology"}
     assert rows[-1]["scores"] == summary["scores"]
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["scores"] == summary["scores"]
+
+
+def test_two_processes_score_as_one_does(model_folder, data_file, tmp_path, tasks):
+    """Both come to each score, and what is told is told once."""
+    some = tasks | {
+        "model": str(model_folder), "data": str(data_file), "max_steps": 4, "learning_rate": 1e-2, "adam_epsilon": 1e-3,
+        "max_length": 64, "eval_rows": 7, "per_device_train_batch_size": 2,
+    }  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(build_config(some | {"output": str(one), "gradient_accumulation_steps": 2}))
+    cases = tmp_path / "cases.json"
+    cases.write_text(json.dumps([some | {"output": str(two)}]))
+    torchrun(2, HELPERS / "torchrun.py", cases)
+    scores = [{row["step"]: row["scores"] for row in metrics(folder) if "scores" in row} for folder in (one, two)]
+    assert list(scores[1]) == [0, 4]
+    assert scores[0] == scores[1]
 
 
 def test_the_best_is_by_the_mean_score_where_there_are_tasks(model_folder, data_file, tmp_path, tasks, monkeypatch):
