@@ -84,6 +84,8 @@ CONTENDERS: dict[str, Contender] = {
     "slices, E/H 0.3": Contender(slices(**whole_vocabulary(0.3)), 1e-3),
     "slices, E/H by sign 0.1": Contender(slices(optim="sign", **whole_vocabulary(0.1)), 1e-3),
     "slices, E/H by sign 0.3": Contender(slices(optim="sign", **whole_vocabulary(0.3)), 1e-3),
+    "slices, 3 parts": Contender(slices(3), 5e-4),
+    "slices, 3 parts, E/H by sign 0.3": Contender(slices(3, optim="sign", **whole_vocabulary(0.3)), 5e-4),
     "slices, norms 0.1": Contender(slices(norm_lr_ratio=0.1), 1e-3),
     "slices, norms frozen": Contender(slices(train_norms=False), 1e-3),
     "slices, 5 parts": Contender(slices(5), 5e-4),
@@ -107,9 +109,11 @@ MAIN = ("full", "lora r16", "paper LISA", "slices", "slices, E/H 0.1", "slices, 
 BEST = ("full", "lora r16", "paper LISA", "slices")
 SHORT = ("slices", "lora r16", "full", "slices, E/H by sign 0.1", "paper LISA", "slices, E/H 0.1")
 WHOLE = ("slices, E/H by sign 0.1", "slices, E/H by sign 0.3")
+THIRDS = ("slices, 3 parts, E/H by sign 0.3", "slices, 3 parts")  # the share of two layers of six
 
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
+    "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=(*WHOLE, "slices")),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=SHORT),
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=SHORT),
@@ -120,8 +124,8 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch8": Study("smollm2", "gsm8k", 400, batch=8, names=BEST, scale=0.5),
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
-    "stories-100": Study("stories15M", "gsm8k", 100, names=(*WHOLE, *MAIN), max_length=256),
-    "stories-400": Study("stories15M", "gsm8k", 400, names=(*WHOLE, *MAIN), max_length=256, scale=0.7),
+    "stories-100": Study("stories15M", "gsm8k", 100, names=(*THIRDS, *WHOLE, *MAIN), max_length=256),
+    "stories-400": Study("stories15M", "gsm8k", 400, names=(*THIRDS, *WHOLE, *MAIN), max_length=256, scale=0.7),
 }
 
 
