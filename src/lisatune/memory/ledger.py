@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lisatune.memory.shapes import Shapes
 from lisatune.processes.tensors import local
 
 CUDA_GRANULARITY = 512  # the CUDA caching allocator rounds every block up to a multiple of this many bytes
@@ -100,6 +101,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: Counter[str] = Counter()
         self._entries: dict[int, tuple[str, int, Any]] = {}
         self._resize = torch.UntypedStorage.resize_
+        self._shapes = Shapes()
 
     def __enter__(self) -> Ledger:
         """FSDP2 empties and fills storages that live on, which is no operation of a tensor."""
@@ -163,7 +165,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.scatter_add.default and _backward_of() == GATHER:
             func = torch.ops.aten.scatter_add_.default  # into zeros made for it, as without a ledger
-        out = func(*args, **(kwargs or {}))
+        out = self._shapes(func, args, kwargs or {})
         label = HOST if _off_device and not self.one_memory else self._now()
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
