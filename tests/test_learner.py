@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lever_steps import CPU, batch, config, run
 from lisatune import UserError
 from lisatune.assemble import make_learner
+from lisatune.learner import on_host
 from lisatune.optim.saved_state import place_state
 from rounding import apart_tiny_llama
 from tiny import make_llama
-from ways import WAYS
+from ways import WAYS, named
 
 
 def equal(a, b):
@@ -167,3 +169,50 @@ def test_half_of_a_saved_state_is_refused_when_it_is_put_back(optim):
     with pytest.raises((UserError, KeyError)):  # a checkpoint's reader makes one of the other
         place_state(learner.optimizer, parameter, half)
     place_state(learner.optimizer, parameter, saved)
+
+
+class Asked(TorchDispatchMode):
+    """Operations for whose answer the CPU would wait if their tensors were on a GPU."""
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.is_nonzero.default,
+    )
+
+    def __init__(self, counters):
+        super().__init__()
+        self.counters, self.seen = counters, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.WAITING and not any(args[0] is counter for counter in self.counters()):
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["LISA", "slices", "full", "checkpointing", "8 bits", "slices, step in backward"])
+def test_a_step_waits_for_the_device_once(name, monkeypatch):
+    """For loss and norm together, which are then on the CPU, as counters of steps are.
+
+    And once in each forward pass: transformers asks whether rows are packed.
+    """
+    settings = config(**named(name).settings)
+    learner = make_learner(settings, make_llama().to(getattr(torch, settings.dtype)), CPU)
+    learner.model.train()
+    copied = []
+    monkeypatch.setattr("lisatune.learner.on_host", lambda *scalars: copied.append(on_host(*scalars)) or copied[-1])
+
+    def on_the_cpu():
+        states = learner.optimizer.state.values()
+        return [
+            *(value for scalars in copied for value in scalars),
+            *(state["step"] for state in states if "step" in state),
+        ]
+
+    for step in range(2):
+        whole = batch(step)
+        micros, num_labelled = [whole.to(CPU)], whole.num_labelled
+        with Asked(on_the_cpu) as asked:
+            learner.step(step, micros, num_labelled)
+        assert asked.seen == [torch.ops.aten._local_scalar_dense.default]
+    assert len(copied) == 2

@@ -26,7 +26,7 @@ from lisatune.slices.engine import SliceEngine
 
 
 class Outcome(NamedTuple):
-    """What came of an optimizer step: loss and global gradient norm before clipping, scalars in float32.
+    """What came of an optimizer step: loss and global gradient norm before clipping, float32 scalars on the CPU.
 
     ``bad`` if either is not finite or the norm is beyond the limit; then nothing was updated (unless in the backward pass).
     """
@@ -71,7 +71,7 @@ class Learner:
             self.after_switch()
         for lever in self.levers:
             lever.before_step(self, number)
-        loss, norm = self.method.gradients(self, micro_batches, num_labelled)
+        loss, norm = on_host(*self.method.gradients(self, micro_batches, num_labelled))
         bad = self.is_bad(loss, norm)
         self.update(bad)
         self.placement.after_step()
@@ -103,7 +103,7 @@ class Learner:
         return clip_gradients(self.optimizer, self.max_grad_norm, self.rows)
 
     def is_bad(self, loss: Tensor, norm: Tensor) -> bool:
-        """Whether the step must not be taken. The answer waits for the device."""
+        """Whether the step must not be taken."""
         if loss.is_meta:
             return False  # there are no values
         return not (math.isfinite(loss.item()) and math.isfinite(norm.item()) and norm.item() <= self.bad_grad_norm)
@@ -147,3 +147,11 @@ class Learner:
     def trained_parts(self) -> set[str]:
         """The parts that change in a step now."""
         return self.method.trained_parts().union(*(lever.also_trains(self) for lever in self.levers))
+
+
+def on_host(*scalars: Tensor) -> tuple[Tensor, ...]:
+    """``scalars`` in float32 on the CPU, by one copy: the only time in a step that the CPU waits for the device."""
+    if scalars[0].is_meta:
+        return scalars
+    device = scalars[0].device
+    return torch.stack([scalar.detach().to(device, torch.float32) for scalar in scalars]).cpu().unbind()

@@ -36,6 +36,7 @@ def linear_cross_entropy(
     row_gradients: RowGradients | None = None,
     cut: Cut | None = None,
     weights: Tensor | None = None,
+    labelled: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, a few tokens at a time.
 
@@ -57,6 +58,7 @@ def linear_cross_entropy(
             its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
         cut: If given, that of ``weight``: only its trained rows get a gradient, of their own shape.
         weights: What each token's loss is multiplied by, shape (N,), float32. Default: 1 each.
+        labelled: Places of the labels that are not -100, ascending, int64. If it is given, nobody waits for a GPU to count them.
     Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
     Raises: ValueError if ``hidden`` and ``labels`` differ in N; UserError for row gradients of a weight that is computed
         from others.
@@ -77,7 +79,7 @@ def linear_cross_entropy(
         )
     if labels.is_meta:
         labelled = torch.arange(len(labels), device=labels.device)
-    else:
+    elif labelled is None:
         labelled = (labels != IGNORED).nonzero().squeeze(1)
     chunk_tokens = chunk_tokens or max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // len(weight)))
     divisor = max(1, len(labelled) if num_labelled is None else num_labelled)
@@ -191,6 +193,7 @@ def batch_loss(
         loss = linear_cross_entropy(
             hidden, weight, batch.labels.flatten(), bias=whole_weight(bias_cut) if bias_cut else bias,
             num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight), weights=weights,
+            labelled=batch.labelled,
         )  # fmt: skip
         return loss + router_loss(layers, batch, num_labelled, routers) if routers else loss
     wants_routers = asks_for_router_loss(layers)

@@ -144,7 +144,6 @@ def loop(run: Run, progress: Progress, journal: Journal, saving: Saving, console
         seed_step(config.seed, step)
         set_learning_rate(learner.optimizer, rate := rate_at(step))
         outcome = run.step(step, batch)
-        outcome.loss.item()  # waits for the device
         seconds = time.perf_counter() - begun
 
         # a bad step changed nothing: go on without it, or stop

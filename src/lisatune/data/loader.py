@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -46,6 +46,8 @@ class Batch:
     anew with each document, which is how the attention knows to keep documents apart. ``is_token`` is False on padding.
     ``places`` says where the documents come from, ``sources`` how many tokens of which data set.
     ``weights[b, t]`` is what the loss of ``labels[b, t]`` counts; None: 1 each.
+    ``labelled``, on a device, are the places of labelled tokens in the flat labels, int64: the device is not asked for them.
+    ``micro_batches`` are ready for the device, if they were made beside the step before.
     """
 
     input_ids: Tensor
@@ -55,6 +57,8 @@ class Batch:
     places: tuple[str, ...] = ()
     weights: Tensor | None = None
     sources: tuple[tuple[int, int], ...] = ()
+    labelled: Tensor | None = None
+    micro_batches: tuple[Batch, ...] = ()
 
     @property
     def num_labelled(self) -> int:
@@ -97,8 +101,16 @@ class Batch:
             yield self._map(lambda t: t[rows, :width])  # noqa: B023 - called at once
 
     def to(self, device: torch.device) -> Batch:
-        """The same on ``device``."""
-        return self._map(lambda t: t.to(device))
+        """The same on ``device``. From pinned memory nobody waits for the copy."""
+        places = (self.labels.flatten() != IGNORED).nonzero().squeeze(1) if self.labelled is None else self.labelled
+        waits_not = device.type == "cuda"
+        moved = self._map(lambda t: t.to(device, non_blocking=waits_not))
+        return replace(moved, labelled=places.to(device, non_blocking=waits_not))
+
+    def pinned(self) -> Batch:
+        """The same in pinned memory, from which a GPU copies by itself; ``labelled`` is there."""
+        ready = self._map(lambda t: t.contiguous().pin_memory())
+        return replace(ready, labelled=(self.labels.flatten() != IGNORED).nonzero().squeeze(1).pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         ids, labels, positions = change(self.input_ids), change(self.labels), change(self.position_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lisatune.assemble import make_learner
 from lisatune.common.amounts import gib
+from lisatune.data.ahead import Ahead
 from lisatune.data.examples import HeldOut, Rows
 from lisatune.data.loader import Batch, Position
 from lisatune.data.render import find_template, writes_date
@@ -25,7 +26,7 @@ from lisatune.evaluation.tasks.score import numbers
 from lisatune.evaluation.tasks.scorer import Scorer
 from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, Outcome
-from lisatune.loss import asks_for_router_loss
+from lisatune.loss import router_coefficient
 from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.models.load import check_positions, is_stored_as_held, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
@@ -65,12 +66,16 @@ class Run:
         """The steps that are left: number (from 0), batch, and where the data goes on after it.
 
         The loop asks for one when the step before is over, checkpoint included. Whoever wants to be there between two
-        steps wraps this function.
+        steps wraps this function. Meanwhile the next one is made ready in another thread. Not so with ``early_stopping``: then
+        nobody knows whether there is a next step, and of a stream no row must be read that is not trained on.
         """
         batches = self.data.loader.batches(progress.position)
-        while not self.is_over(progress):
-            batch, position = next(batches)
-            yield progress.step, batch, position
+        with Ahead((self._ready(batch), position) for batch, position in batches) as ahead:
+            while not self.is_over(progress):
+                batch, position = ahead.take()
+                if progress.step + 1 < self.data.num_steps and self.config.early_stopping is None:
+                    ahead.begin()
+                yield progress.step, batch, position
 
     def is_over(self, progress: Progress) -> bool:
         """Whether no step is left: all are done, or ``early_stopping`` ends the run."""
@@ -79,9 +84,17 @@ class Run:
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """This process's share of ``batch``, a micro-batch at a time, on the device."""
+        return (micro.to(self.device) for micro in batch.micro_batches or self._split(batch))
+
+    def _ready(self, batch: Batch) -> Batch:
+        """``batch`` with its micro-batches, in pinned memory if a GPU wants them."""
+        micros = tuple(self._split(batch))
+        return replace(batch, micro_batches=tuple(map(Batch.pinned, micros)) if self.device.type == "cuda" else micros)
+
+    def _split(self, batch: Batch) -> Iterator[Batch]:
         share, rows = self.learner.placement.share(batch), self.config.per_device_train_batch_size
-        all_tokens = asks_for_router_loss(self.learner.layers)
-        return (micro.to(self.device) for micro in share.split(rows, all_tokens=all_tokens))
+        all_tokens = router_coefficient(self.learner.layers.model) > 0  # an evaluation may be under way
+        return share.split(rows, all_tokens=all_tokens)
 
     def step(self, number: int, batch: Batch) -> Outcome:
         """Optimizer step ``number`` (from 0) on all micro-batches of ``batch``.

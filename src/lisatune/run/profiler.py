@@ -146,6 +146,11 @@ def profile(run: Run, progress: Progress, console: Console) -> None:
         run.batches = with_profile  # type: ignore[method-assign]
 
 
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @contextmanager
 def labelled(run: Run, clock: Clock) -> Iterator[None]:
     """Put ``clock`` on the points of a step, and take it off again."""
@@ -156,7 +161,7 @@ def labelled(run: Run, clock: Clock) -> Iterator[None]:
         with clock.label("other"):
             outcome = step(*args)
             with clock.label("waiting"):
-                outcome.loss.item()
+                _wait_for(run.device)
             return outcome
 
     def forward_begins(*_: Any) -> None:
