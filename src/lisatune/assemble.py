@@ -18,6 +18,7 @@ from lisatune.optim import OPTIMS, make_optimizer
 from lisatune.optim.build import parameter_groups
 from lisatune.placement import choose_placement
 from lisatune.settings import TrainConfig
+from lisatune.slices.engine import usual_num_slices
 from lisatune.tasks import task_of
 from lisatune.tasks.base import Task
 
@@ -100,7 +101,7 @@ def make_groups(config: TrainConfig, layers: Layers, model: Any) -> list[dict[st
     # no slice trains for longer than a step, so Adam has nothing to remember of it; TRL's optimizer is made before the slices
     changes = (
         config.task == "sft"
-        and config.num_active < config.num_slices
+        and config.num_active < (config.num_slices or usual_num_slices(len(layers.decoder)))
         and config.sampler != "fixed"
         and config.interval_steps == 1
     )

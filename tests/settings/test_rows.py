@@ -174,7 +174,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "sampled_unit=layers": {"recipe": "paper", "sampled_unit": "halves"},
     "optim.in_blocks": {"optim": "lamb"},
     "num_active!=0": {"num_active": 0},
-    "sampled_unit!=slices or num_active<=num_slices": {"sampled_unit": "slices", "num_active": 20},
+    "sampled_unit!=slices or num_active<=num_slices": {"sampled_unit": "slices", "num_active": 20, "num_slices": 15},
     "sampled_unit!=slices or sampler.for_slices": {"sampled_unit": "slices", "sampler": "bernoulli"},
     "max_steps=null or warmup_steps<max_steps": {"max_steps": 5, "warmup_steps": 5},
     "train_embedding or train_head": {"train_embedding": False, "train_head": False},

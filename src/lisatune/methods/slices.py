@@ -13,21 +13,24 @@ from lisatune.layers import Layers, Trains
 from lisatune.methods.base import State
 from lisatune.methods.lisa import Lisa
 from lisatune.samplers import make_sampler
-from lisatune.slices.engine import SliceEngine
+from lisatune.samplers.draws import check_num_active
+from lisatune.slices.engine import SliceEngine, usual_num_slices
 
 
 @dataclass(kw_only=True)
 class Slices(Lisa):
     """``Lisa`` with another engine, for ``sampled_unit=slices``. ``SliceEngine`` is the whole of it."""
 
-    num_slices: int
+    num_slices: int | None
     train_norms: Trains
     engine: SliceEngine = field(init=False, repr=False)
 
     def make_engine(self, layers: Layers) -> SliceEngine:
         """The engine for ``layers``, each of whose matrices has ``num_slices`` blocks to draw from."""
+        num_slices = self.num_slices or usual_num_slices(len(layers.decoder))
+        check_num_active(self.num_active, num_slices, unit="slices")
         sampler = make_sampler(
-            self.sampler, num_layers=self.num_slices, num_active=self.num_active, interval_steps=self.interval_steps,
+            self.sampler, num_layers=num_slices, num_active=self.num_active, interval_steps=self.interval_steps,
             seed=self.seed, **self.sampler_options,
         )  # fmt: skip
         return SliceEngine(

@@ -16,6 +16,7 @@ from lisatune.plan.fake_processes import fake_processes
 from lisatune.plan.forecast import Plan, model_config, plan_config, plan_run
 from lisatune.processes.collectives import most, num_ranks, rank
 from lisatune.settings import LAYERWISE, ROWS, TrainConfig, build_config, check_num_ranks, plays, with_new_names
+from lisatune.slices.engine import usual_num_slices
 
 # what a forecast for a GPU leaves out (the context, libraries' workspaces, fragmentation) has to fit as well
 UNCOUNTED_BYTES = {"cuda": 2**30, "mps": 2**30, "cpu": 0}
@@ -316,7 +317,7 @@ def reach(
             lambda n: peak(config.model_copy(update={"num_active": n})),
             budget,
             config.num_active,
-            limit=config.num_slices if sliced else plan.num_layers,
+            limit=(config.num_slices or usual_num_slices(plan.num_layers)) if sliced else plan.num_layers,
         )
     return found
 

@@ -74,9 +74,12 @@ class Sampling(BaseModel):
         "every matrix (slices).",
         methods=LAYERWISE, choices=UNITS.__getitem__,
     )  # fmt: skip
-    num_slices: int = row(
-        15, "Blocks that each matrix is cut into. num_active of them train at a time.", ge=1, only_with=WITH_SLICES
-    )
+    num_slices: int | None = row(
+        None,
+        "Blocks that each matrix is cut into. num_active of them train at a time. The default is 15, or half of the number of "
+        "decoder layers if that is less.",
+        ge=1, only_with=WITH_SLICES,
+    )  # fmt: skip
     train_norms: bool | Literal["sampled"] = row(
         False,
         "With slices: true trains norms and biases whole in every step, sampled in slices. It keeps the input of each norm.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -81,7 +82,9 @@ def _word_holds(word: str, config: TrainConfig) -> bool:
         return bool(value)
     if operator in ("=", "!="):
         return (_spelled(value) == text) == (operator == "=")
-    limit = getattr(config, text)
+    value, limit = (
+        math.inf if number is None else number for number in (value, getattr(config, text))
+    )  # None: left open
     return bool(value <= limit if operator == "<=" else value < limit)
 
 

@@ -21,7 +21,18 @@ from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.round_robin import RoundRobinSampler
 from lisatune.slices.modules import SlicedForward
 
+USUAL_NUM_SLICES = 15
 NAME = "lisatune_slices"  # name of the modules that hold the trained slices
+
+
+def usual_num_slices(num_layers: int) -> int:
+    """15, or half of the number of decoder layers if that is less: then a slice is the share that two layers are.
+
+    Example:
+        >>> [usual_num_slices(num_layers) for num_layers in (1, 6, 16, 32, 80)]
+        [2, 3, 8, 15, 15]
+    """
+    return min(USUAL_NUM_SLICES, max(2, num_layers // 2))
 
 
 class SliceEngine:

@@ -16,7 +16,7 @@ from lisatune.methods import UNITS
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
 from lisatune.samplers.draws import check_num_active
-from lisatune.slices.engine import SliceEngine
+from lisatune.slices.engine import SliceEngine, usual_num_slices
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LisaSettings:
     sampler: str = "uniform"
     sampler_options: dict[str, Any] = field(default_factory=dict)
     sampled_unit: str = "layers"
-    num_slices: int = 15
+    num_slices: int | None = None
     train_norms: Trains = False
     train_outside: bool = False
 
@@ -97,13 +97,15 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
 
 def slice_engine(settings: LisaSettings, model: nn.Module) -> SliceEngine:
     """Blocks of rows of every matrix."""
-    check_num_active(settings.num_active, settings.num_slices, unit="slices")
+    layers = find_layers(model, settings.decoder_name)
+    num_slices = settings.num_slices or usual_num_slices(len(layers.decoder))
+    check_num_active(settings.num_active, num_slices, unit="slices")
     sampler = make_sampler(
-        settings.sampler, num_layers=settings.num_slices, num_active=settings.num_active, seed=settings.seed,
+        settings.sampler, num_layers=num_slices, num_active=settings.num_active, seed=settings.seed,
         interval_steps=settings.interval_steps, **settings.sampler_options,
     )  # fmt: skip
     return SliceEngine(
-        find_layers(model, settings.decoder_name), sampler, settings.interval_steps, settings.state_policy,
+        layers, sampler, settings.interval_steps, settings.state_policy,
         train_embedding=settings.train_embedding, train_head=settings.train_head, train_norms=settings.train_norms,
     )  # fmt: skip
 
