@@ -188,6 +188,7 @@ WAYS = [
         {"neftune_noise_alpha": 5.0, "shuffle": False, "packing": True, "per_device_train_batch_size": 2},
     ),
     Way("accumulation", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}),
+    Way("rows of like length", {"group_by_length": True, "per_device_train_batch_size": 2}, **SAME, processes=((2, 1),)),
     Way("packing", {"packing": True, "per_device_train_batch_size": 2}, **SAME),
     Way("stream", {"streaming": True, "eval_rows": None}, **SAME),
     Way("packed stream", {"streaming": True, "packing": True, "eval_rows": None, "per_device_train_batch_size": 2}, **SAME),

@@ -1,5 +1,6 @@
 from array import array
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from lisatune.data.packing import pack_in_order
 from lisatune.data.tokenize import IGNORED, Encoded
 from lisatune.layers import find_layers
 from lisatune.loss import batch_loss
+from lisatune.placement.base import OnDevice
+from lisatune.run.build import Run
 from tiny import make_llama
 
 
@@ -56,6 +59,38 @@ def test_without_shuffling_every_epoch_has_the_order_of_the_data(packing, stream
     for stop in range(1, 12):
         rest = islice(some.batches(whole[stop - 1][1]), 5)
         assert [b.input_ids.tolist() for b, _ in rest] == [b.input_ids.tolist() for b, _ in whole[stop : stop + 5]]
+
+
+MANY = [document(*range(1, 2 + n * 37 % 19)) for n in range(230)]
+
+
+def grouped(**options):
+    return loader(MANY, rows_per_step=2, max_length=32, group_by_length=True, **options)
+
+
+def test_rows_of_like_length_share_a_batch():
+    """Each row once in an epoch, in an order of its own; what a plain loop over the shuffled order makes of it."""
+    rows = lambda batches: [t[real].tolist() for b in batches for t, real in zip(b.input_ids, b.is_token, strict=True)]  # noqa: E731
+    expected = sorted(list(d.ids) for d in MANY)
+    assert sorted(rows(grouped().epoch(0))) == sorted(rows(grouped().epoch(1))) == expected
+    assert rows(grouped().epoch(0)) != rows(grouped().epoch(1))
+    places = lambda some: sum(b.input_ids.numel() for b in some.epoch(0))  # noqa: E731
+    tokens = sum(len(d) for d in MANY)
+    assert places(grouped()) - tokens < 0.2 * (places(loader(MANY, max_length=32)) - tokens)
+    order = rows(loader(MANY, max_length=32).epoch(0))
+    for first in (0, 100, 200):  # windows of 50 batches of 2
+        ours, window = rows(grouped().epoch(0))[first : first + 100], order[first : first + 100]
+        by_length = sorted(window, key=len, reverse=True)
+        pairs = [by_length[i : i + 2] for i in range(0, len(by_length), 2)]
+        assert sorted(pairs) == sorted(ours[i : i + 2] for i in range(0, len(ours), 2))
+        assert [ours[i : i + 2] for i in range(0, len(ours), 2)] != pairs, "the batches are shuffled"
+
+
+def test_grouped_rows_go_on_from_any_position():
+    whole = list(islice(grouped(seed=3).batches(), 260))
+    for stop in (1, 49, 50, 51, 99, 114, 115, 116, 200):
+        rest = islice(grouped(seed=3).batches(whole[stop - 1][1]), 60)
+        assert [b.input_ids.tolist() for b, _ in rest] == [b.input_ids.tolist() for b, _ in whole[stop : stop + 60]]
 
 
 def test_endless_and_seeded():
@@ -143,3 +178,19 @@ def test_weights_go_with_their_labels():
     assert batch.weights.tolist() == [[1, 1, 1, 0.5, 0.25, 1], [1, 1, 1, 1, 1, 1]]
     assert batch.share(1, 2).weights.tolist() == [[1] * 6]
     assert [micro.weights.shape for micro in batch.split(1)] == [(1, 5), (1, 2)]
+
+
+def test_what_is_computed_and_what_of_it_is_padding_is_counted_on_all_processes(monkeypatch):
+    """By ``Run``, before a step: places of the micro-batches of each process, without columns that only other rows need."""
+    batch = collate([[document(*range(1, n + 1), learned_from=1)] for n in (3, 7, 2, 5, 4)], pad_id=0)
+    run = Run(
+        config=SimpleNamespace(per_device_train_batch_size=2), tokenizer=None, data=None, plan=None, meter=None,
+        learner=SimpleNamespace(placement=OnDevice(), layers=SimpleNamespace(model=make_llama())),
+        device=torch.device("cpu"), scorer=None,
+    )  # fmt: skip
+    ready = run._ready(batch)  # the last token of a row is no input: 2 x 6, 2 x 4, 1 x 3 places
+    assert (ready.computed, ready.padding) == (23, (6 - 3) + (4 - 2))
+    assert [micro.input_ids.shape for micro in ready.micro_batches] == [(2, 6), (2, 4), (1, 3)]
+    monkeypatch.setattr("lisatune.run.build.num_ranks", lambda: 2)
+    ready = run._ready(batch)  # rows 0, 2, 4: 2 x 2, 1 x 3; rows 1, 3 and one of padding: 2 x 6, 1 x 1
+    assert (ready.computed, ready.padding) == (20, (2 - 2) + (6 - 5) + 1)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHead
 
 from chat_templates import CHATML, DATED, make_tokenizer
 from lisatune import UserError
+from lisatune.common.loss_names import ending_lines
 from lisatune.models.chat import Chat
 from lisatune.models.export import export_model
 from lisatune.models.load import end_tokens, load_trained
@@ -249,3 +250,22 @@ def test_a_store_trains_to_the_same_bits_as_rows_in_memory(chatml, rows, tmp_pat
     run(chatml, rows, tmp_path / "disk", dataset_prepared_path=str(tmp_path / "stores"), **options)
     one, other = (load_trained(str(tmp_path / name / "run"))[0].state_dict() for name in ("memory", "disk"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_padding_is_counted_and_told(chatml, tmp_path):
+    """Of prompts of 1 to 40 letters; told if it is much."""
+    some = [{"prompt": "a" * (1 + 13 * i % 40), "completion": "b"} for i in range(20)]
+    data = rows_file(tmp_path / "rows.jsonl", some)
+    shares = {}
+    for name, options in {"plain": {}, "grouped": {"group_by_length": True}}.items():
+        (tmp_path / name).mkdir()
+        summary, _ = run(
+            chatml, data, tmp_path / name, max_steps=None, num_train_epochs=1, per_device_train_batch_size=2, eval_rows=0,
+            gradient_accumulation_steps=2, **options,
+        )  # fmt: skip
+        shares[name] = summary["padding_share"]
+    assert 0.1 < shares["plain"] < 0.6
+    assert shares["grouped"] < 0.5 * shares["plain"]
+    told = dict(ending_lines(summary | {"padding_share": 0.34}))["padding"]
+    assert told == "34% of what was computed; lisatune data shows what packing or group_by_length would save"
+    assert "padding" not in dict(ending_lines(summary))

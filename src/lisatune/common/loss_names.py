@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+MUCH_PADDING = 0.2  # of what a run computes: then it is told
+
 
 def named_losses(losses: Mapping[str, float]) -> dict[str, float | None]:
     """Held-out losses as metrics are named: ``eval_loss``, the first, and each with a name as ``eval_<name>_loss``.
@@ -31,7 +33,7 @@ def other_losses(numbers: Mapping[str, Any], ending: str = "") -> dict[str, floa
 
 
 def ending_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Lines on a run that stopped early, and on a trained model that is not the last one.
+    """Lines on a run that stopped early, on a trained model that is not the last one, and on much padding.
 
     Example:
         >>> dict(ending_lines({"steps": 60, "planned_steps": 100, "best_step": 40}))
@@ -41,6 +43,11 @@ def ending_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "stopped early", f"after {summary['steps']:,} of {summary['planned_steps']:,} steps"
     if "best_step" in summary:
         yield "trained model", f"that of step {summary['best_step']:,}, the best of all evaluated"
+    if (share := summary.get("padding_share", 0.0)) >= MUCH_PADDING:
+        yield (
+            "padding",
+            f"{share:.0%} of what was computed; lisatune data shows what packing or group_by_length would save",
+        )
 
 
 def loss_lines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

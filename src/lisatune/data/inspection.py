@@ -7,10 +7,11 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from lisatune.data.examples import Rows, spread
 from lisatune.data.files import DataFile
+from lisatune.data.loader import GROUPED_BATCHES
 from lisatune.data.packing import pack
 from lisatune.data.read import count_rows
 from lisatune.data.tokenize import IGNORED, Counts, Encoded
@@ -45,6 +46,19 @@ class ShownRow:
         return f"{self.where}: {self.answer}{label}" if self.answer else self.where
 
 
+class PaddingShares(NamedTuple):
+    """The share of padding in the batches of a run: as rows come, packed, and grouped by length; None for what cannot be."""
+
+    plain: float
+    packed: float | None = None
+    grouped: float | None = None
+
+    def told(self) -> str:
+        """The shares that other settings would give, in words; empty if there are none."""
+        others = {"packing=true": self.packed, "group_by_length=true": self.grouped}
+        return ", ".join(f"{share:.0%} with {name}" for name, share in others.items() if share is not None)
+
+
 @dataclass
 class Inspection:
     """All that ``lisatune data`` shows.
@@ -58,7 +72,7 @@ class Inspection:
         lengths: Tokens of each row before anything is cut.
         max_length: Tokens that a row may have.
         batch_size: Rows of a micro-batch.
-        padding: The share of a run's tokens that is padding, without packing and with it; None where nothing is packed.
+        padding: The share of what a run computes that is padding.
         rows: A few rows, spread evenly.
         special: The tokenizer's special tokens, which a view may set apart.
         held_out: Of each set to evaluate on: its name, the rows, and what became of them.
@@ -72,7 +86,7 @@ class Inspection:
     lengths: Sequence[int]
     max_length: int
     batch_size: int
-    padding: tuple[float, float | None]
+    padding: PaddingShares
     rows: list[ShownRow] = field(default_factory=list)
     special: list[str] = field(default_factory=list)
     held_out: list[tuple[str, Rows, Counts]] = field(default_factory=list)
@@ -88,7 +102,8 @@ class Inspection:
             "counts": _counts(self.counts),
             "held_out": [{"name": name, "data": rows.source.describe(), "counts": _counts(counts)} for name, rows, counts in self.held_out],
             "lengths": {"histogram": histogram(self.lengths, self.max_length), "longest": max(self.lengths, default=0), "max_length": self.max_length},
-            "padding": {"batch_size": self.batch_size, "share": self.padding[0], "share_with_packing": self.padding[1]},
+            "padding": {"batch_size": self.batch_size, "share": self.padding.plain, "share_with_packing": self.padding.packed,
+                        "share_with_group_by_length": self.padding.grouped},
             "rows": [
                 {"where": row.where, "pieces": [list(piece) for piece in row.pieces]}
                 | ({"answer": row.answer} if row.answer else {}) | ({} if row.label is None else {"label": row.label})
@@ -135,7 +150,8 @@ def inspect(
         [rows.source.describe() for rows in train],
         [file for rows in train for file in rows.source.told],
         [(file, count_rows(file)) for rows in train for file in rows.source.files if file.left_out],
-        counts, lengths, max_length, batch_size, (padding(cut, batch_size, seed), padding(packed(cut, max_length), batch_size, seed)),
+        counts, lengths, max_length, batch_size,
+        PaddingShares(padding(cut, batch_size, seed), padding(packed(cut, max_length), batch_size, seed), padding(cut, batch_size, seed, grouped=True)),
         [shown_row(document, tokenizer) for document in documents],
         special_texts(tokenizer),
         [(name, rows, counts) for name, (rows, counts) in (held_out or {}).items()],
@@ -168,10 +184,10 @@ def special_texts(tokenizer: Any) -> list[str]:
     return sorted({*added, *tokenizer.all_special_tokens}, key=lambda text: (-len(text), text))
 
 
-def padding(lengths: Sequence[int], batch_size: int, seed: int = 0, of_row: int = 1) -> float:
+def padding(lengths: Sequence[int], batch_size: int, seed: int = 0, of_row: int = 1, *, grouped: bool = False) -> float:
     """The share of padding in micro-batches of ``batch_size`` rows, each as wide as its longest text.
 
-    A row has ``of_row`` texts, whose lengths follow one another.
+    A row has ``of_row`` texts, whose lengths follow one another. ``grouped`` is with ``group_by_length``.
 
     Example:
         >>> padding([1, 1, 4, 4], 4)
@@ -181,6 +197,10 @@ def padding(lengths: Sequence[int], batch_size: int, seed: int = 0, of_row: int 
         return 0.0
     rows = [lengths[first : first + of_row] for first in range(0, len(lengths), of_row)]
     order = random.Random(f"{seed}/0").sample(rows, len(rows))
+    if grouped:
+        size = GROUPED_BATCHES * batch_size
+        windows = [order[first : first + size] for first in range(0, len(order), size)]
+        order = [row for window in windows for row in sorted(window, reverse=True)]
     batches = [list(chain(*order[first : first + batch_size])) for first in range(0, len(order), batch_size)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 

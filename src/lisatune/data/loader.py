@@ -20,6 +20,7 @@ from lisatune.errors import UserError
 
 Packer = Callable[[Sequence[int], int], list[list[int]]]
 WINDOW = 1000  # documents packed, or shuffled in a stream, at a time
+GROUPED_BATCHES = 50  # batches among whose rows those of like length are found
 
 
 class Position(NamedTuple):
@@ -47,7 +48,8 @@ class Batch:
     ``places`` says where the documents come from, ``sources`` how many tokens of which data set.
     ``weights[b, t]`` is what the loss of ``labels[b, t]`` counts; None: 1 each.
     ``labelled``, on a device, are the places of labelled tokens in the flat labels, int64: the device is not asked for them.
-    ``micro_batches`` are ready for the device, if they were made beside the step before.
+    ``micro_batches`` are ready for the device, if they were made beside the step before. ``computed`` then counts their
+    places on all processes, and ``padding`` those among them that hold no token.
     """
 
     input_ids: Tensor
@@ -59,6 +61,8 @@ class Batch:
     sources: tuple[tuple[int, int], ...] = ()
     labelled: Tensor | None = None
     micro_batches: tuple[Batch, ...] = ()
+    computed: int = 0
+    padding: int = 0
 
     @property
     def num_labelled(self) -> int:
@@ -160,6 +164,7 @@ class Loader:
         packing: Fill rows with several documents.
         seed: Seed of the order.
         shuffle: False keeps the order given.
+        group_by_length: Give a batch rows of like length, as ``grouped`` does. Not with packing or a stream.
         pack: Packs documents into rows.
     Raises: UserError if there is no document.
     """
@@ -174,6 +179,7 @@ class Loader:
         packing: bool = False,
         seed: int = 0,
         shuffle: bool = True,
+        group_by_length: bool = False,
         pack: Packer = pack,
     ) -> None:
         self.documents = documents
@@ -183,7 +189,9 @@ class Loader:
         self.packing = packing
         self.seed = seed
         self.shuffle = shuffle
+        self.group_by_length = group_by_length
         self.pack = pack
+        self.window = GROUPED_BATCHES * rows_per_step if group_by_length else WINDOW
 
     def batches(self, start: Position = Position()) -> Iterator[tuple[Batch, Position]]:  # noqa: B008 - a constant
         """Batches from ``start`` on, each with the position after it, which is where to go on.
@@ -235,6 +243,8 @@ class Loader:
                 rows = [[window[i] for i in row] for row in self.pack([len(d) for d in window], self.max_length)]
                 if self.shuffle:
                     order.shuffle(rows)  # longest first would order the steps by length
+            elif self.group_by_length:
+                rows = grouped(rows, self.rows_per_step, order)
             done = start.rows if first == start.first else 0
             for number, row in enumerate(rows[done:], start=done + 1):
                 yield row, Position(start.epoch, first, number)
@@ -248,5 +258,20 @@ class Loader:
         order: Sequence[Any] = documents.of_epoch(start.epoch) if is_mixture else range(len(documents))  # type: ignore[arg-type, union-attr]
         if self.shuffle:  # places are shuffled, not documents, which need not be in memory
             order = random.Random(f"{self.seed}/{start.epoch}").sample(order, len(order))
-        for first in range(start.first, len(order), WINDOW):
-            yield first, [documents[place] for place in order[first : first + WINDOW]]
+        for first in range(start.first, len(order), self.window):
+            yield first, [documents[place] for place in order[first : first + self.window]]
+
+
+def grouped(rows: list[list[Encoded]], rows_per_step: int, order: random.Random) -> list[list[Encoded]]:
+    """``rows`` of one document each, so that batches have rows of like length, in an order made by ``order``.
+
+    Example:
+        >>> rows = [[Encoded([0] * length, [0] * length)] for length in (5, 1, 4, 2, 3)]
+        >>> [len(document) for (document,) in grouped(rows, 2, random.Random(1))]
+        [3, 2, 5, 4, 1]
+    """
+    rows = sorted(rows, key=lambda row: len(row[0]), reverse=True)
+    whole = len(rows) // rows_per_step
+    batches = [rows[number * rows_per_step : (number + 1) * rows_per_step] for number in range(whole)]
+    order.shuffle(batches)
+    return [row for batch in batches for row in batch] + rows[whole * rows_per_step :]  # what fills no batch comes last

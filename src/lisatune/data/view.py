@@ -109,10 +109,10 @@ def _lengths(found: Inspection) -> RenderableType:
             marked = True
         bar = Text.assemble((_bar(count, most), "red" if marked else "green"), f" {count:,}" if count else "")
         table.add_row(f"{first:,}-{last:,}", bar)
-    plain, packed = found.padding
-    with_packing = "" if packed is None else f", {packed:.0%} with packing=true"
+    others = found.padding.told()
     notes = Text(
-        f"padding {plain:.0%} of the tokens computed at {found.batch_size} rows a batch{with_packing}; longest row "
+        f"padding {found.padding.plain:.0%} of the tokens computed at {found.batch_size} rows a batch"
+        f"{f' ({others})' if others else ''}; longest row "
         f"{max(found.lengths, default=0):,} tokens, max_length {found.max_length:,}"
     )
     return Padding(Group(Text("tokens of a row", style="cyan"), table, notes), (0, 0, 1, 0))
@@ -188,14 +188,14 @@ def _page(found: Inspection, *, ids: bool) -> Iterator[str]:
 
 def _tiles(found: Inspection) -> str:
     counts = found.counts
-    packed = found.padding[1]
+    others = found.padding.told()
     tiles = [
         (f"{counts.used:,}", f"of {counts.read:,} rows used"),
         (f"{counts.tokens:,}", "tokens"),
         (f"{counts.labelled_tokens / max(1, counts.tokens):.0%}", f"learned, {counts.labelled_tokens:,} tokens"),
         (f"{max(found.lengths, default=0):,}", f"tokens in the longest row, max_length is {found.max_length:,}"),
         (f"{counts.truncated:,}", f"rows cut, {counts.cut_tokens:,} tokens lost"),
-        (f"{found.padding[0]:.0%}", "padding" if packed is None else f"padding, {packed:.0%} with packing=true"),
+        (f"{found.padding.plain:.0%}", f"padding; {others}" if others else "padding"),
     ]
     tiles += [(f"{held.used:,}", f"rows held out {name}".rstrip()) for name, _, held in found.held_out]
     return (

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lisatune.assemble import make_task
 from lisatune.data.examples import HeldOut, Rows, spread
-from lisatune.data.inspection import Inspection, ShownRow, padding, shown_row, special_texts
+from lisatune.data.inspection import Inspection, PaddingShares, ShownRow, padding, shown_row, special_texts
 from lisatune.data.read import count_rows
 from lisatune.data.tokenize import IGNORED, Counts, Encoded
 from lisatune.preferences.build import make_trainer, quiet_trl, settle_chat
@@ -59,7 +59,7 @@ def inspect_task(config: TrainConfig, tokenizer: Any, train: Rows, held_out: Hel
     return Inspection(
         [train.name], [train.source.describe()], train.source.told,
         [(file, count_rows(file)) for file in train.source.files if file.left_out],
-        counts, lengths, config.max_length, batch_size, (padding(cut, batch_size, config.seed, of_row), None),
+        counts, lengths, config.max_length, batch_size, PaddingShares(padding(cut, batch_size, config.seed, of_row)),
         shown, special_texts(tokenizer), held,
     )  # fmt: skip
 

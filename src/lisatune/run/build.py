@@ -84,17 +84,21 @@ class Run:
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """This process's share of ``batch``, a micro-batch at a time, on the device."""
-        return (micro.to(self.device) for micro in batch.micro_batches or self._split(batch))
+        return (
+            micro.to(self.device) for micro in batch.micro_batches or self._split(self.learner.placement.share(batch))
+        )
 
     def _ready(self, batch: Batch) -> Batch:
         """``batch`` with its micro-batches, in pinned memory if a GPU wants them."""
-        micros = tuple(self._split(batch))
-        return replace(batch, micro_batches=tuple(map(Batch.pinned, micros)) if self.device.type == "cuda" else micros)
+        micros = tuple(self._split(self.learner.placement.share(batch)))
+        every = [micro for number in range(num_ranks()) for micro in self._split(batch.share(number, num_ranks()))]
+        computed, tokens = sum(micro.input_ids.numel() for micro in every), sum(micro.num_tokens for micro in every)
+        ready = tuple(map(Batch.pinned, micros)) if self.device.type == "cuda" else micros
+        return replace(batch, micro_batches=ready, computed=computed, padding=computed - tokens)
 
-    def _split(self, batch: Batch) -> Iterator[Batch]:
-        share, rows = self.learner.placement.share(batch), self.config.per_device_train_batch_size
+    def _split(self, share: Batch) -> Iterator[Batch]:
         all_tokens = router_coefficient(self.learner.layers.model) > 0  # an evaluation may be under way
-        return share.split(rows, all_tokens=all_tokens)
+        return share.split(self.config.per_device_train_batch_size, all_tokens=all_tokens)
 
     def step(self, number: int, batch: Batch) -> Outcome:
         """Optimizer step ``number`` (from 0) on all micro-batches of ``batch``.

@@ -171,7 +171,9 @@ def prepare_data(
             seed=config.seed, **options,
         )  # fmt: skip
 
-    order = {} if config.shuffle else {"shuffle": False, "pack": pack_in_order}
+    order: dict[str, Any] = (
+        {"group_by_length": config.group_by_length} if config.shuffle else {"shuffle": False, "pack": pack_in_order}
+    )
     loader = load(documents, rows_per_pass * config.gradient_accumulation_steps, **order)
     num_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * loader.num_steps()))
 

@@ -53,6 +53,7 @@ def summarize(run: Run, progress: Progress, evaluation: Evaluation) -> dict[str,
         "train_seconds": progress.train_seconds, "planned_peak_bytes": run.plan.peak_bytes,
         "peak_bytes": progress.peak_bytes, "base_bytes": run.meter.base_bytes,
         "state_bytes": state_bytes(run.learner.optimizer), "skipped_steps": progress.skipped_steps,
+        "padding_share": progress.padding / max(1, progress.computed),
     }  # fmt: skip
     if progress.tensor_peak_bytes:
         summary["tensor_peak_bytes"] = progress.tensor_peak_bytes

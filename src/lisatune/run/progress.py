@@ -60,6 +60,8 @@ class Progress(BaseModel):
         step: Optimizer steps that are done.
         position: Where the data goes on.
         tokens: Tokens that were trained on.
+        computed: Places of all batches that were computed.
+        padding: Those among them that held no token.
         train_seconds: Time until the last checkpoint, over all processes that took part one after the other.
         eval_before: Held-out losses before the first step, by name.
         eval_after: The newest held-out losses, by name.
@@ -78,6 +80,8 @@ class Progress(BaseModel):
     step: Count = 0
     position: Annotated[Position, AfterValidator(_check_position)] = Position()
     tokens: Count = 0
+    computed: Count = 0
+    padding: Count = 0
     train_seconds: float = 0.0
     eval_before: dict[str, float] = {}
     eval_after: dict[str, float] = {}
@@ -95,6 +99,8 @@ class Progress(BaseModel):
         self.step += 1
         self.position = position
         self.tokens += batch.num_tokens
+        self.computed += batch.computed
+        self.padding += batch.padding
         for source, tokens in batch.sources:
             self.drawn[str(source)] = self.drawn.get(str(source), 0) + tokens
         self.skipped_steps += bad

@@ -56,6 +56,13 @@ class Data(BaseModel):
     packing: bool = row(
         False, "Fill rows with several documents. Attention and positions keep the documents apart.", tasks=SFT
     )
+    group_by_length: bool = row(
+        False, "Give a batch rows of like length, so that less padding is computed. Every row still comes once in an epoch.",
+        idle_with={
+            "packing": "whose rows are full already", "streaming": "whose lengths are not known",
+            "shuffle=false": "which keeps the order",
+        }, tasks=SFT,
+    )  # fmt: skip
     completion_only_loss: bool = row(
         True,
         "Learn answers only. False learns prompts too. Plain text is always learned whole.",

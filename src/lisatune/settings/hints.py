@@ -133,7 +133,10 @@ ADVICE: dict[str, str] = {
         ("use_liger_kernel", "liger_kernel", "enable_liger_kernel", "liger_cross_entropy"),
         "the loss never holds all logits at once: leave it out",
     ),
-    **dict.fromkeys(("group_by_length", "group_by_modality_length"), "to waste no tokens on padding set packing=true"),
+    **dict.fromkeys(
+        ("train_sampling_strategy", "group_by_modality_length"),
+        "set group_by_length=true, shuffle=false, or leave it out",
+    ),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_token"), "nothing is uploaded: upload the run's folder model/ yourself"
     ),
