@@ -200,7 +200,7 @@ def padding(lengths: Sequence[int], batch_size: int, seed: int = 0, of_row: int 
     if grouped:
         size = GROUPED_BATCHES * batch_size
         windows = [order[first : first + size] for first in range(0, len(order), size)]
-        order = [row for window in windows for row in sorted(window, reverse=True)]
+        order = [row for window in windows for row in sorted(window, key=max, reverse=True)]
     batches = [list(chain(*order[first : first + batch_size])) for first in range(0, len(order), batch_size)]
     return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
 
