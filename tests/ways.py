@@ -131,6 +131,7 @@ WAYS = [
     Way("bfloat16", {"dtype": "bfloat16"}, **BFLOAT16),
     Way("16 bits", {"dtype": "bfloat16", "optim": "adamw_16bit"}, processes=((2, 2),), more={"max_steps": 4}, **BFLOAT16),
     Way("8 bits", {"dtype": "bfloat16", "optim": "adamw_8bit"}, processes=None, **BFLOAT16),
+    Way("compiled", {"dtype": "bfloat16", "optim_compile": True}, **BFLOAT16),
     Way("moments kept", {"state_policy": "keep", "num_active": 1}, processes=None),
     Way("moments kept in 8 bits", {"state_policy": "keep", "num_active": 1, "optim": "adamw_8bit"}, processes=None),
     Way("all moments reset", {"state_policy": "reset_all"}, **SAME),

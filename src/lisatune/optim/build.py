@@ -18,15 +18,22 @@ from lisatune.processes.tensors import local, norm_over_shards
 
 def make_adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, seed: int = 0,
-    state_bits: StateBits = 32, offload_optimizer: bool = False, ours: bool = False,
+    state_bits: StateBits = 32, offload_optimizer: bool = False, ours: bool = False, optim_compile: bool = False,
 ) -> torch.optim.Optimizer:  # fmt: skip
     """PyTorch's AdamW in float32 if nothing asks for ours, as some levers do; ours for the rest."""
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     trained = groups[0]["params"]
     ours = ours or offload_optimizer or state_bits != 32 or any(group["stateless"] for group in groups)
     if not ours and trained[0].dtype == torch.float32:
+        if optim_compile:
+            raise UserError(
+                "optim_compile=true has no effect with optim=adamw and float32 weights, which PyTorch updates in one kernel: "
+                "leave it out"
+            )
         return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
-    return AdamW(groups, **options, seed=seed, state_bits=state_bits, offload_state=offload_optimizer)
+    return AdamW(
+        groups, **options, seed=seed, state_bits=state_bits, offload_state=offload_optimizer, compiled=optim_compile
+    )
 
 
 def parameter_groups(

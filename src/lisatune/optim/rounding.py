@@ -29,9 +29,26 @@ def random_bits(name: str, start: int, stop: int, device: torch.device) -> Tenso
         >>> torch.equal(whole[4:], random_bits("a", 4, 10, device)), torch.equal(whole, random_bits("b", 0, 10, device))
         (True, False)
     """
-    first, second = _keys(name)
+    first, second = keys_of(name, start)
     x = torch.arange(stop - start, dtype=torch.int32, device=device)
-    return _mixed(x.add_(_signed(first + start)), _signed(second))
+    return _mixed(x.add_(first), second)
+
+
+def bits_of_keys(keys: Tensor, count: int) -> Tensor:
+    """What ``random_bits`` gives for ``count`` elements, with ``keys_of`` its name and start as a tensor.
+
+    Example:
+        >>> keys, device = torch.tensor(keys_of("a", 4), dtype=torch.int32), torch.device("cpu")
+        >>> torch.equal(bits_of_keys(keys, 6), random_bits("a", 4, 10, device))
+        True
+    """
+    return _mixed(torch.arange(count, dtype=torch.int32, device=keys.device).add_(keys[0]), keys[1])
+
+
+def keys_of(name: str, start: int) -> tuple[int, int]:
+    """The two numbers, each of 32 bits and signed, that make the noise of a stream from element ``start`` on."""
+    first, second = _keys(name)
+    return _signed(first + start), _signed(second)
 
 
 def random_bits_of(streams: Sequence[tuple[str, int, int]], device: torch.device) -> Tensor:
