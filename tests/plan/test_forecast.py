@@ -83,6 +83,15 @@ def test_other_models_are_forecast_too(kind):
     assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 4, 128, plan.drawn), rel=0.02)
 
 
+def test_attention_that_keeps_all_scores_is_forecast():
+    config = plan_config({"num_active": 1, "attn_implementation": "eager"}, "cpu")
+    model = make_llama(**WIDE)
+    model.set_attn_implementation("eager")
+    plan = plan_run(config, model.config, "cpu", rows=4, tokens=128)
+    assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 4, 128, plan.drawn), rel=0.01)
+    assert not plan.remark
+
+
 def test_weights_gradients_and_state_of_8b_are_the_arithmetic_s():
     plan = plan_memory(LLAMA_8B, recipe="paper", optim="adamw_16bit", max_length=128, per_device_train_batch_size=1,
                        gradient_checkpointing=True)  # fmt: skip

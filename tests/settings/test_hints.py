@@ -29,6 +29,7 @@ def test_every_hint_names_a_setting_that_there_is_and_none_hides_one():
         ("val_set_size", "eval_rows"),
         ("dataset_text_field", "columns"),
         ("device_map", "device"),
+        ("flash_attn", "attn_implementation"),
     ],
 )
 def test_a_setting_of_another_tool_gets_our_name(foreign, ours):

@@ -224,6 +224,8 @@ def _meta_model(hf_config: Any, config: TrainConfig, device: str, *, masked: boo
 
     try:
         try:
+            if config.attn_implementation == "eager":
+                return build("eager")
             return build(MASKED if masked else ATTENTION)
         except KeyError:  # an older class (Falcon) has a table of its own of attentions
             return build(None)
@@ -242,7 +244,7 @@ def _plan_draw(
     model = _meta_model(hf_config, config, device, masked=masked)
     ledger = Ledger(CUDA_GRANULARITY if device == "cuda" else 1, one_memory=device == "cpu", pinned=device == "cuda")
     remark = ""
-    if getattr(model.config, "_attn_implementation", None) not in (ATTENTION, MASKED):
+    if getattr(model.config, "_attn_implementation", None) not in (ATTENTION, MASKED, config.attn_implementation):
         remark = f"{type(model).__name__} has an attention of its own, planned as PyTorch's unfused one, which keeps all scores"
 
     # the run's own learner takes two steps on the meta device, and the ledger books every tensor

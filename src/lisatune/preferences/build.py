@@ -28,6 +28,7 @@ from lisatune.layers import Layers, find_layers
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.memory.measure import PeakMeter, tensor_bytes
 from lisatune.methods.lora import lora_config, task_type
+from lisatune.models.attention import set_attention
 from lisatune.models.load import check_positions, load_model
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, pulled
@@ -181,6 +182,7 @@ def load(config: TrainConfig, task: Task, console: Console) -> tuple[Any, Any, L
         config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code, auto_class=task.auto_class,
         **task.model_options,
     )  # fmt: skip
+    set_attention(model, config.attn_implementation)
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
     if task.writes_text and not layers.says_causal() and not layers.is_causal():

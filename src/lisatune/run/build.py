@@ -28,6 +28,7 @@ from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, Outcome
 from lisatune.loss import router_coefficient
 from lisatune.memory.measure import PeakMeter, tensor_bytes
+from lisatune.models.attention import check_attention, set_attention
 from lisatune.models.load import check_positions, is_stored_as_held, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
@@ -186,6 +187,7 @@ def build(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
             as_stored=_is_converted_later(config, device),
         )  # fmt: skip
+        set_attention(model, config.attn_implementation)
     torch.manual_seed(config.seed)  # seeds LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
@@ -254,7 +256,7 @@ def _scorer(config: TrainConfig) -> Scorer | None:
 def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
     """``config`` with what ``auto`` stands for on this machine, and the device.
 
-    Raises: UserError for a device that is not there, or a lever that has no effect on it.
+    Raises: UserError for a device that is not there, or a lever that has no effect on it or cannot work there.
     """
     device = local_device(pick_device(config.device))
     if device.type == "mps" and (config.method == "mezo" or config.norm_steps):
@@ -264,6 +266,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
     settings = config.model_dump(exclude_unset=True) | {"device": name}
     if config.dtype == "auto":
         settings["dtype"] = "bfloat16" if device.type == "cuda" else "float32"
+    check_attention(config.attn_implementation, device, settings.get("dtype", config.dtype))
     return build_config(settings), device
 
 

@@ -12,6 +12,7 @@ OUR_NAME: dict[str, str] = {
         "data",
     ),
     **dict.fromkeys(("output_dir", "output_path", "save_dir", "out_dir"), "output"),
+    **dict.fromkeys(("flash_attn", "flash_attention", "attn_impl"), "attn_implementation"),
     **dict.fromkeys(("finetuning_type", "tuner_type", "train_type", "sft_type", "adapter", "peft_type"), "method"),
     **dict.fromkeys(("lisa_activated_layers", "lisa_n_layers", "lisa_layers", "n_layers", "gamma"), "num_active"),
     **dict.fromkeys(
@@ -159,9 +160,6 @@ ADVICE: dict[str, str] = {
     **dict.fromkeys(
         ("max_samples", "max_train_samples", "num_train_samples"),
         "all rows are used: give a smaller file, or set max_steps",
-    ),
-    **dict.fromkeys(
-        ("flash_attn", "flash_attention", "attn_implementation", "attn_impl"), "attention is chosen by transformers"
     ),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, field_validator
 
 from lisatune.errors import UserError, did_you_mean
@@ -30,6 +32,13 @@ class Machine(BaseModel):
     """Device, seed and logging."""
 
     device: str = row("auto", "cpu, cuda, cuda:1, mps, ... auto takes a GPU if there is one.", one_value=True)
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+    ] = row(
+        "auto",
+        "What computes attention, by transformers' name. auto is transformers' choice. flash_attention needs a GPU and a package.",
+        free=True,
+    )
     full_determinism: bool = row(
         False, "Equal runs give equal bits on a CPU of any maker, and on a GPU, with slower kernels."
     )
