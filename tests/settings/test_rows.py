@@ -181,6 +181,10 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "sampled_unit!=slices or train_embedding=true or train_head=true": {"sampled_unit": "slices"},
     NOT_FORGOTTEN: {"sampled_unit": "slices"},
     "optim!=sign": {"optim": "sign"},
+    "packing=false or attn_implementation=auto or attn_implementation=eager or attn_implementation=sdpa": {
+        "attn_implementation": "flash_attention_2",
+        "packing": True,
+    },
     "dtype!=float32": {"dtype": "float32"},
     "sampled_unit!=slices or dp_shard_size=1": {"sampled_unit": "slices", "dp_shard_size": 2},
     f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": {"sampled_unit": "slices", "optim": "adamw_8bit"},

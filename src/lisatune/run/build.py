@@ -28,7 +28,7 @@ from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner, Outcome
 from lisatune.loss import router_coefficient
 from lisatune.memory.measure import PeakMeter, tensor_bytes
-from lisatune.models.attention import check_attention, set_attention
+from lisatune.models.attention import FLASH, check_attention, set_attention
 from lisatune.models.load import check_positions, is_stored_as_held, load_model, pick_device, stop_at
 from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
@@ -187,7 +187,10 @@ def build(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
             as_stored=_is_converted_later(config, device),
         )  # fmt: skip
-        set_attention(model, config.attn_implementation)
+        if not config.attn_implementation.startswith(
+            FLASH
+        ):  # which computes on a GPU alone, and the model is looked at before
+            set_attention(model, config.attn_implementation)
     torch.manual_seed(config.seed)  # seeds LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
@@ -225,6 +228,7 @@ def build(
     meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))
     with explain_out_of_memory(config, model.config, device.type, data.longest), together():
         learner = make_learner(config, model, device)
+        set_attention(learner.layers.model, config.attn_implementation)
     for line in describe_coverage(config, learner, data.num_steps):
         console.print(line, highlight=False)
     if config.packing:

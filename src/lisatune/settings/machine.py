@@ -38,7 +38,11 @@ class Machine(BaseModel):
         "auto",
         "What computes attention, by transformers' name. auto is transformers' choice. flash_attention needs a GPU and a package.",
         free=True,
-    )
+        needs={
+            "packing=false or attn_implementation=auto or attn_implementation=eager or attn_implementation=sdpa":
+            "does not keep the documents of several packed rows apart: leave it out, or leave packing out",
+        },
+    )  # fmt: skip
     full_determinism: bool = row(
         False, "Equal runs give equal bits on a CPU of any maker, and on a GPU, with slower kernels."
     )
