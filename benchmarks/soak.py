@@ -1,12 +1,12 @@
 """One long run on a real model: memory, optimizer bytes, open files and step time from start to end.
 
-python benchmarks/soak.py [--steps 5200] [--interval-steps 20] [--frozen-bits 8]
+python benchmarks/soak.py [--steps 5200] [--interval-steps 20] [--frozen-bits 8] [--model stories15M]
 
-Needs stories15M and TinyStories in shared/ beside the checkout. The run is a process of its own, as a user starts it; its
+Needs the model, stories15M or stories260K, and TinyStories in shared/ beside the checkout. The run is a process of its own, as a user starts it; its
 resident memory, open files and processor time are read from outside, once a second. On a machine that does other work the
 time of a step tells of that work too; its processor time does so less.
 
-With ``--frozen-bits`` frozen layers are computed from copies in 8 or 4 bits, made again at each switch. Two of the six
+With ``--frozen-bits`` frozen layers are computed from copies in 8 or 4 bits, made again at each switch. Two of the
 layers are never drawn. SHA-256 tells whether their exact weights, after all switches, are those that the run began with.
 """
 
@@ -28,7 +28,6 @@ from results import SHARED, markdown, write_page
 from safetensors import safe_open
 
 GIB = 2**30
-DRAWN = ("sampler=weighted", "sampler_options={weights: [1, 1, 1, 1, 0, 0]}")  # the last two layers stay frozen
 
 
 def main() -> None:
@@ -36,10 +35,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--interval-steps", type=int, default=20)
     parser.add_argument("--frozen-bits", type=int, choices=(4, 8))
+    parser.add_argument("--model", default="stories15M", choices=("stories15M", "stories260K"))
     options = parser.parse_args()
-    model, stories = SHARED / "models/stories15M/hf", SHARED / "data/tinystories/tinystories_10k.txt.gz"
+    model, stories = SHARED / f"models/{options.model}/hf", SHARED / "data/tinystories/tinystories_10k.txt.gz"
     if not stories.is_file():
-        sys.exit(f"{stories} is not here: put stories15M and TinyStories beside the checkout")
+        sys.exit(f"{stories} is not here: put the model and TinyStories beside the checkout")
+    num_layers: int = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as folder:
         data, output = Path(folder) / "rows.jsonl", Path(folder) / "run"
         text = gzip.decompress(stories.read_bytes()).decode("utf-8")
@@ -51,9 +52,11 @@ def main() -> None:
             "per_device_train_batch_size=1", "learning_rate=1e-4", "eval_rows=50", "save_steps=100", "packing=true",
         ]  # fmt: skip
         if options.frozen_bits:
-            words += [f"frozen_bits={options.frozen_bits}", "gradient_checkpointing=true", *DRAWN]
+            weights = [1] * (num_layers - 2) + [0, 0]  # the last two layers stay frozen
+            words += [f"frozen_bits={options.frozen_bits}", "gradient_checkpointing=true"]
+            words += ["sampler=weighted", f"sampler_options={{weights: {weights}}}"]
         samples = watch(words, output)
-        kept = compare_frozen(model, output / "model") if options.frozen_bits else ""
+        kept = compare_frozen(model, output / "model", num_layers) if options.frozen_bits else ""
         read = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         summary = json.loads((output / "summary.json").read_text())
     steps = [row for row in read if "loss" in row]
@@ -74,11 +77,11 @@ def main() -> None:
     print(page.read_text())
 
 
-def compare_frozen(before: Path, after: Path) -> str:
+def compare_frozen(before: Path, after: Path, num_layers: int) -> str:
     """Whether the layers that were never drawn, and those that were, have the bytes that they began with."""
 
     def digests(folder: Path) -> dict[str, str]:
-        sums = {number: hashlib.sha256() for number in range(6)}
+        sums = {number: hashlib.sha256() for number in range(num_layers)}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 for name in sorted(file.keys()):
@@ -88,9 +91,7 @@ def compare_frozen(before: Path, after: Path) -> str:
 
     was, now = digests(before), digests(after)
     equal = [number for number in was if was[number] == now[number]]
-    return (
-        f"\nLayers whose exact weights have the SHA-256 that they began with: {', '.join(equal)} (never drawn: 4, 5).\n"
-    )
+    return f"\nLayers whose exact weights have the SHA-256 that they began with: {', '.join(equal)} (never drawn: {num_layers - 2}, {num_layers - 1}).\n"
 
 
 def watch(words: list[str], output: Path) -> list[dict[str, float]]:
