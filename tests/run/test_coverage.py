@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lisatune.assemble import make_learner
-from lisatune.run.coverage import describe_coverage, turns
+from lisatune.run.coverage import describe_coverage, hint_at_vocabulary, turns
 from lisatune.samplers.uniform import UniformSampler
 from lisatune.settings import build_config
 from tiny import make_llama
@@ -69,3 +69,19 @@ def test_turns_are_those_that_the_engine_will_take():
     sampler = UniformSampler(30, 2, seed=1)
     drawn = [unit for interval in range(14) for unit in sampler(interval)]
     assert turns(sampler, 14) == [min(2, drawn.count(unit)) for unit in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "is_told"),
+    [
+        ({"sampled_unit": "slices"}, 6.2, True),
+        ({"sampled_unit": "slices"}, 1.5, False),
+        ({"sampled_unit": "slices"}, None, False),
+        ({"sampled_unit": "slices", "train_embedding": True, "train_head": True}, 6.2, False),
+        ({"recipe": "paper"}, 6.2, False),
+    ],
+)
+def test_who_trains_slices_of_a_vocabulary_that_has_much_to_learn_is_told(settings, loss, is_told):
+    learner = make_learner(build_config(NEEDED | settings), make_llama(), torch.device("cpu"))
+    hint = hint_at_vocabulary(learner.engine, loss)
+    assert (hint is not None) == is_told

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from rich.console import Console
 
 from lisatune.common.bars import Step, training_bar
+from lisatune.common.console import tell
 from lisatune.common.loss_names import named_losses
 from lisatune.data.loader import Batch
 from lisatune.engine import LisaEngine
@@ -16,6 +17,7 @@ from lisatune.learner import Outcome
 from lisatune.memory.measure import state_bytes
 from lisatune.processes.collectives import rank
 from lisatune.run.build import Run, is_due
+from lisatune.run.coverage import hint_at_vocabulary
 from lisatune.run.metrics import Metrics
 from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.samples import Samples
@@ -65,6 +67,8 @@ class Journal:
         )  # fmt: skip
         if self._samples:
             self._samples.write(0)
+        if hint := hint_at_vocabulary(self.run.learner.engine, next(iter((evaluation.losses or {}).values()), None)):
+            tell(self._console, hint)
 
     def write(
         self, step: int, batch: Batch, outcome: Outcome, evaluation: Evaluation, *, learning_rate: float,
