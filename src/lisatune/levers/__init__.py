@@ -14,10 +14,12 @@ from lisatune.levers.gradient_checkpointing import GradientCheckpointing
 from lisatune.levers.inverse_chance import InverseChance
 from lisatune.levers.neftune import Neftune
 from lisatune.levers.optimizer_in_backward import OptimizerInBackward
+from lisatune.levers.torch_compile import TorchCompile
 from lisatune.levers.vocabulary_blocks import VocabularyBlocks
 
 LEVERS: dict[str, type[Lever]] = {
     "neftune_noise_alpha": Neftune,  # before whatever else looks at the embedding's output
+    "torch_compile": TorchCompile,  # a checkpoint runs the compiled layer twice
     "gradient_checkpointing": GradientCheckpointing,
     "activation_offloading": ActivationOffloading,
     "vocabulary_blocks": VocabularyBlocks,

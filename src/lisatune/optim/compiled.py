@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lisatune.errors import UserError
+from lisatune.common.compiler import compiling
 from lisatune.optim.moments import GROUP, Moments
 from lisatune.optim.rounding import bits_of_keys, round_stochastically
 
@@ -61,28 +61,14 @@ def update_block(
     ]
     # .data is no view: of views, the shape of what they show would be compiled in
     parts = {name: tensor.data for name, tensor in held.items()}
-    with _disable_current_modes():  # who counts tensors would be given other kernels, and so other bits
-        try:
-            _kernel()(moments, weight.data, grad.data, parts, *there)
-        except _failures() as error:
-            reason = " ".join(str(error).split())[:200]
-            need = "a C++ compiler (g++)" if weight.device.type == "cpu" else "Triton"
-            raise UserError(
-                f"optim_compile=true: {need} is missing or fails: install it, or leave optim_compile out ({reason})"
-            ) from error
+    # who counts tensors would be given other kernels, and so other bits
+    with _disable_current_modes(), compiling("optim_compile", weight.device.type):
+        _kernel()(moments, weight.data, grad.data, parts, *there)
 
 
 def no_more_than(bits: int) -> int:
     """Bytes for an element that the kernel holds beside its arguments, at most; 8 bits need two passes over a group."""
     return 13 if bits == 8 else 0
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What a compilation that fails raises. Importing them takes 2 s, so it waits until they are needed."""
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    return TorchDynamoException, InductorError
 
 
 @cache

@@ -191,7 +191,10 @@ def plan_run(
     with fake_processes(num_ranks()):
         plans = [_plan_draw(config, hf_config, device, rows, tokens, drawn) for drawn in draws]
     plan = max(plans, key=lambda plan: plan.peak_bytes)
-    return replace(plan, remark="; ".join(filter(None, (plan.remark, _beyond_context(hf_config, tokens)))))
+    compiled = (
+        "forecast as if no layer were compiled" if config.torch_compile else ""
+    )  # what a kernel keeps, the compiler decides
+    return replace(plan, remark="; ".join(filter(None, (plan.remark, compiled, _beyond_context(hf_config, tokens)))))
 
 
 def _beyond_context(hf_config: Any, tokens: int) -> str:

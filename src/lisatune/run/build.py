@@ -113,6 +113,7 @@ class Run:
         if (
             self.device.type != "cpu"
             or num_ranks() > 1
+            or self.config.torch_compile  # whose kernels' tensors nobody sees
             or is_first
             or width <= max(self.counted, 0.8 * self.data.longest)
         ):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, field_validator
 
 from lisatune.errors import UserError, did_you_mean
+from lisatune.settings.methods import FIRST_ORDER
 from lisatune.settings.row import row
 from lisatune.settings.task import SFT
 
@@ -46,6 +47,17 @@ class Machine(BaseModel):
     full_determinism: bool = row(
         False, "Equal runs give equal bits on a CPU of any maker, and on a GPU, with slower kernels."
     )
+    torch_compile: bool = row(
+        False,
+        "Compile each decoder layer with torch.compile, for the steps. It needs a C++ compiler, or Triton on a GPU. No switch "
+        "of layers compiles again. Weights agree to rounding.",
+        methods=FIRST_ORDER, whole=True, tasks=SFT,
+        needs={"sampled_unit=layers": "needs decoder layers that train or not as a whole: set recipe=paper, or leave it out"},
+        never_with={
+            "full_determinism": "which promises bits that no compiler does", "offload_frozen": "which moves weights",
+            "frozen_bits": "which computes them from codes", "frozen_learning_rate": "which looks inside of a layer",
+        },
+    )  # fmt: skip
     trust_remote_code: bool = row(False, "Run the code that the model's folder contains.", free=True, one_value=True)
     seed: int = row(0, "Seed of the sampled layers, the order of the data, and the dropout.", ge=0)
     report_to: str | list[str] = row(
