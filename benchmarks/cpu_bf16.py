@@ -1,10 +1,11 @@
 """bfloat16 on a CPU that multiplies it: time of a step against float32, by turns, and the held-out loss after training.
 
-python benchmarks/cpu_bf16.py [--cases NAME ...] [--seeds 0 1] [--smol DIR]
+python benchmarks/cpu_bf16.py [--cases NAME ...] [--seeds 0 1] [--smol DIR] [--keep FILE]
 
 Both runs of a pair are in one process and take their steps by turns, with the same rows, sampled parts and seed. Seconds
 are those of the process on one core, so other work on the machine counts little. The loss is that of the whole run, not
-of its first steps. float32 is multiplied as lisatune does it by default, without full_determinism.
+of its first steps. float32 is multiplied as lisatune does it by default, without full_determinism. With --keep, finished
+pairs are kept in FILE, and the command goes on where it stopped.
 
 Needs shared/models/stories15M and shared/data/dolly, and with --smol a folder with SmolLM2-135M-Instruct.
 """
@@ -83,13 +84,14 @@ def pair(runs: dict[str, Run], seed: int) -> tuple[dict[str, list[float]], dict[
 
 def measure(options: argparse.Namespace) -> str:
     """Tables of all cases."""
-    rows: list[list[object]] = []
+    kept = options.keep.read_text(encoding="utf-8").splitlines() if options.keep and options.keep.exists() else []
+    rows: list[list[object]] = [json.loads(line) for line in kept]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = dolly(folder)
         for seed, case in itertools.product(options.seeds, options.cases or CASES):
             model, settings, steps = CASES[case]
-            if model == "smol" and options.smol is None:
+            if (model == "smol" and options.smol is None) or [case, seed] in [row[:2] for row in rows]:
                 continue
             more = {"seed": seed} | ({} if steps is None else data | {"max_steps": steps})
             place = folder / str(len(rows))
@@ -106,6 +108,9 @@ def measure(options: argparse.Namespace) -> str:
                 *(f"{after[kind]:.4f}" for kind in TYPES), f"{after['bfloat16'] - after['float32']:+.4f}",
             ])  # fmt: skip
             print(*rows[-1], sep=" | ", flush=True)
+            if options.keep:
+                with options.keep.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
     rows.sort(key=lambda row: list(CASES).index(str(row[0])))
     head = ["case", "seed", "steps", "s/step, float32", "bfloat16", "ratio, median (quartiles)", "loss before",
             "after, float32", "after, bfloat16", "difference"]  # fmt: skip
@@ -115,8 +120,9 @@ def measure(options: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", choices=list(CASES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--smol", help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--keep", type=Path, help="file of finished pairs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(write_page("cpu-bf16", measure(options), __doc__ or ""))

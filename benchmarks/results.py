@@ -29,6 +29,11 @@ def lisatune(*words: object) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
+def processor_seconds() -> float:
+    """Processor time of this process, and of children that have ended, such as a compiler."""
+    return sum(os.times()[:4])
+
+
 def write_page(name: str, table: str, about: str) -> Path:
     """Write ``results/<date>-<name>.md``; paths in the command are cut to their last part."""
     commit = subprocess.run(

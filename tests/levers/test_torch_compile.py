@@ -77,7 +77,7 @@ def test_evaluations_use_the_layers_as_they_are(traced_alone):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "torch_compile needs decoder layers that train or not as a whole: set recipe=paper"),
+        ({}, "torch_compile needs decoder layers, or their halves, that train or not as a whole: set recipe=paper"),
         ({"recipe": "paper", "full_determinism": True}, "which promises bits that no compiler does"),
         ({"recipe": "paper", "frozen_learning_rate": 0.1}, "which looks inside of a layer"),
     ],

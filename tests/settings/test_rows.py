@@ -172,6 +172,7 @@ def test_what_would_have_no_effect_is_refused(name, condition):
 
 BROKEN = {  # a config in which the need is not met, for needs whose words cannot be turned round one by one
     "sampled_unit=layers": {"recipe": "paper", "sampled_unit": "halves"},
+    "sampled_unit!=slices and sampled_unit!=modules": {"sampled_unit": "slices"},
     "optim.in_blocks": {"optim": "lamb"},
     "num_active!=0": {"num_active": 0},
     "sampled_unit!=slices or num_active<=num_slices": {"sampled_unit": "slices", "num_active": 20, "num_slices": 15},

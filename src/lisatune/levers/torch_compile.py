@@ -13,7 +13,9 @@ from lisatune.common.compiler import compiling
 from lisatune.layers import Layers
 from lisatune.levers.base import Lever
 
-MOST_KERNELS = 64  # of a layer; torch gives up after 8, and there may be 12, see compile_layers
+MOST_KERNELS = (
+    64  # of a layer; torch gives up after 8, and there may be 12 of layers and 24 of halves, see compile_layers
+)
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,7 @@ def compile_layers(decoder: list[nn.Module]) -> None:
     The same as calling each layer through ``torch.compile(forward, dynamic=True, fullgraph=True)``. Weights are arguments of
     the kernel, so layers share it. There is one kernel for a layer that trains and one for a frozen layer, and a third below
     the lowest that trains if the embedding is frozen. Each may be there twice for one row and for several, and twice with and
-    without a mask. LISA's switches find them all.
+    without a mask. Halves add two kernels, in which one of them trains. LISA's switches find them all.
 
     It acts while the layer trains. Evaluations and answers use the layer as it is.
 

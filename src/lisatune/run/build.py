@@ -37,6 +37,7 @@ from lisatune.processes.group import local_device
 from lisatune.run.coverage import describe_coverage
 from lisatune.run.data import Data, prepare_data
 from lisatune.run.determinism import be_deterministic
+from lisatune.run.faster_type import advice
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.schedule import make_schedule
@@ -179,7 +180,7 @@ def build(
     """
     # the model, whole and on the CPU
     with together():
-        config, device = settle(config)
+        asked, (config, device) = config, settle(config)
         if config.full_determinism:
             be_deterministic(device)
         make_schedule(config, config.max_steps or 1000)  # refuses an argument before the model is loaded
@@ -223,7 +224,8 @@ def build(
         config, plan = rungs[-1].config, rungs[-1].plan
         levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
         console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
-    console.print(plan.describe(), highlight=False)
+    for line in filter(None, (plan.describe(), advice(asked, device, model.config))):
+        console.print(line, highlight=False)
 
     # the method and the levers, put on the model, which goes to the device
     meter = PeakMeter(device, own_bytes=tensor_bytes(model.parameters()))

@@ -100,6 +100,7 @@ OUR_NAME: dict[str, str] = {
     **dict.fromkeys(("use_rslora", "use_dora"), "lora_use_rslora or lora_use_dora"),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "zero_stage"), "dp_shard_size"),
     **dict.fromkeys(("activation_checkpointing", "use_gradient_checkpointing"), "gradient_checkpointing"),
+    **dict.fromkeys(("compile",), "torch_compile"),
     **dict.fromkeys(("random_seed", "data_seed"), "seed"),
     **dict.fromkeys(("dataset_dir",), "data"),
     **dict.fromkeys(("logging_dir",), "output"),
@@ -132,7 +133,7 @@ ADVICE: dict[str, str] = {
     **dict.fromkeys(("do_train", "remove_unused_columns", "strict"), "it is not needed: leave it out"),
     **dict.fromkeys(
         ("use_liger_kernel", "liger_kernel", "enable_liger_kernel", "liger_cross_entropy"),
-        "the loss never holds all logits at once: leave it out",
+        "the loss never holds all logits at once, and torch_compile=true fuses the small kernels of a layer: leave it out",
     ),
     **dict.fromkeys(
         ("train_sampling_strategy", "group_by_modality_length"),

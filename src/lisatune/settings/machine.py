@@ -52,7 +52,10 @@ class Machine(BaseModel):
         "Compile each decoder layer with torch.compile, for the steps. It needs a C++ compiler, or Triton on a GPU. No switch "
         "of layers compiles again. Weights agree to rounding.",
         methods=FIRST_ORDER, whole=True, tasks=SFT,
-        needs={"sampled_unit=layers": "needs decoder layers that train or not as a whole: set recipe=paper, or leave it out"},
+        needs={
+            "sampled_unit!=slices and sampled_unit!=modules": "needs decoder layers, or their halves, that train or not as a whole: "
+            "set recipe=paper, or leave it out",
+        },
         never_with={
             "full_determinism": "which promises bits that no compiler does", "offload_frozen": "which moves weights",
             "frozen_bits": "which computes them from codes", "frozen_learning_rate": "which looks inside of a layer",
