@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -29,7 +29,7 @@ class TorchCompile(Lever):
         compile_layers(layers.decoder)
 
 
-def compile_layers(decoder: list[nn.Module]) -> None:
+def compile_layers(decoder: Sequence[nn.Module]) -> None:
     """Compile what decoder layers do in a step, once for all layers of a kind, and for all lengths of rows.
 
     The same as calling each layer through ``torch.compile(forward, dynamic=True, fullgraph=True)``. Weights are arguments of
@@ -61,7 +61,7 @@ class CompiledForward:
         if not self.layer.training or weight.is_meta:
             return self.inner(*args, **kwargs)
         with compiling("torch_compile", weight.device.type):
-            return _kernel(type(self.layer))(self.layer, *args, **kwargs)
+            return _kernel(type(self.layer))(self.layer, *args, **kwargs)  # type: ignore[arg-type]
 
 
 @cache
