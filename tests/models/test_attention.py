@@ -10,6 +10,7 @@ from rich.console import Console
 from lisatune import UserError
 from lisatune.assemble import make_task
 from lisatune.models.attention import check_attention, set_attention
+from lisatune.models.packed import PACKED
 from lisatune.preferences.build import load
 from lisatune.run.build import build
 from lisatune.run.preflight import preflight
@@ -38,6 +39,25 @@ def test_runs_take_it(model_folder, data_file, tmp_path):
     judged = config.model_copy(update={"task": "dpo", "dtype": "float32"})
     model, _, _ = load(judged, make_task(judged), Console(file=io.StringIO()))
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        ({}, PACKED),
+        ({"method": "lora"}, PACKED),
+        ({"attn_implementation": "sdpa"}, "sdpa"),
+        ({"torch_compile": True, "recipe": "paper"}, "sdpa"),
+    ],
+)
+def test_runs_with_packed_rows_take_the_one_without_a_mask_unless_told(model_folder, data_file, tmp_path, asked, taken):
+    if "method" in asked:
+        pytest.importorskip("peft", reason="the extra 'lora' is not installed")
+    given = {"model": str(model_folder), "data": str(data_file), "output": str(tmp_path / "run"), "eval_rows": 6}
+    config = build_config(given | {"packing": True, "max_steps": 1, "max_length": 64} | asked)
+    begun = build(config, *preflight(config), console=Console(file=io.StringIO()))
+    assert begun.learner.model.config._attn_implementation == taken
+    assert not any("attn_impl" in key for key in begun.learner.model.config.to_dict())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from lisatune import UserError, plan_memory
+from lisatune.models.attention import set_attention
 from lisatune.plan.forecast import plan_config, plan_run
 from lisatune.plan.ladder import climb, forecast, ladder, largest
 from peaks import WIDE, measured_peak
@@ -90,6 +91,16 @@ def test_attention_that_keeps_all_scores_is_forecast():
     plan = plan_run(config, model.config, "cpu", rows=4, tokens=128)
     assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 4, 128, plan.drawn), rel=0.01)
     assert not plan.remark
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_packed_rows_are_forecast_which_make_no_mask(checkpointed):
+    """With a mask, the allocator gave 14 and 9% more here."""
+    settings = {"num_active": 1, "packing": True, "gradient_checkpointing": checkpointed}
+    config, model = plan_config(settings, "cpu"), make_llama(**WIDE, max_position_embeddings=512)
+    set_attention(model, "auto", packing=True)
+    plan = plan_run(config, model.config, "cpu", rows=2, tokens=512)
+    assert plan.peak_bytes == pytest.approx(measured_peak(config, model, 2, 512, plan.drawn, documents=4), rel=0.01)
 
 
 def test_weights_gradients_and_state_of_8b_are_the_arithmetic_s():

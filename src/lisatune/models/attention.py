@@ -31,12 +31,18 @@ def check_attention(name: str, device: torch.device, dtype: str) -> None:
         raise MissingPackageError(f"{asked} needs the package flash-attn or kernels: pip install kernels")
 
 
-def set_attention(model: Any, name: str) -> None:
-    """Let ``model`` compute attention by ``name``; ``auto`` leaves what transformers chose.
+def set_attention(model: Any, name: str, *, packing: bool = False) -> None:
+    """Let ``model`` compute attention by ``name``; ``auto`` leaves what transformers chose, but packed rows need no mask.
 
     Raises: UserError for a model that cannot.
     """
-    if name in ("auto", model.config._attn_implementation):
+    own = model.config._attn_implementation
+    if name == "auto" and packing and _is_sdpa_throughout(model):
+        from lisatune.models.packed import PACKED, register
+
+        register()
+        model.set_attn_implementation(PACKED)
+    if name in ("auto", own):
         return
     if not model._can_set_attn_implementation():
         raise UserError(f"attn_implementation={name}: {type(model).__name__} has an attention of its own: leave it out")
@@ -44,3 +50,11 @@ def set_attention(model: Any, name: str) -> None:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
         raise UserError(f"attn_implementation={name}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _is_sdpa_throughout(model: Any) -> bool:
+    """Whether a model and all models in it compute by ``sdpa``, and can be given another implementation."""
+    from transformers import PreTrainedModel
+
+    inside = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return all(m._can_set_attn_implementation() and m.config._attn_implementation == "sdpa" for m in inside)

@@ -37,7 +37,7 @@ class Machine(BaseModel):
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"
     ] = row(
         "auto",
-        "What computes attention, by transformers' name. auto is transformers' choice. flash_attention needs a GPU and a package.",
+        "What computes attention, by transformers' name. auto is transformers' choice, and needs no mask for packed rows. flash_attention needs a GPU and a package.",
         free=True,
         needs={
             "packing=false or attn_implementation=auto or attn_implementation=eager or attn_implementation=sdpa":
