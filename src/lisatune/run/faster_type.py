@@ -31,8 +31,8 @@ def advice(config: TrainConfig, device: torch.device, model_config: Any) -> str:
     if share > CLEARLY:
         return ""
     return (
-        f"dtype=bfloat16 would be faster here: this model's products take {share:.2f} of the time that they take in float32. "
-        "The loss ends a little higher, so auto leaves it out"
+        f"dtype=bfloat16 may be faster here: this model's products take {share:.2f} of the time that they take in float32; "
+        "auto is float32 on a CPU"
     )
 
 
