@@ -113,7 +113,7 @@ def run(tool: Tool, job: Job, threads: int) -> dict[str, Any]:
     job.folder.mkdir(parents=True)
     words, log, printed = tool.command(job), job.folder / tool.log, job.folder / "output.txt"
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1",
         "CUDA_VISIBLE_DEVICES": "", "PATH": f"{job.bin}:{os.environ['PATH']}", "TOKENIZERS_PARALLELISM": "false",
         "HF_HOME": str(job.folder / "hf"), "PYTHONPATH": str(HERE.parent / "src" if tool.requires is None else job.folder),
     }  # fmt: skip
@@ -276,8 +276,7 @@ def page(found: dict[str, Any], given: argparse.Namespace) -> tuple[str, dict[st
         for (name, method), told in found["errors"].items()
     )
     text += f"\n\nNot measured:\n\n{failed}" if failed else ""
-    notes = HERE / "peers_notes.md"
-    return text + (f"\n\n{notes.read_text(encoding='utf-8').strip()}" if notes.is_file() else ""), numbers
+    return f"{text}\n\n{NOTES}", numbers
 
 
 def counted(given: argparse.Namespace) -> tuple[int, int]:

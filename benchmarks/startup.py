@@ -28,14 +28,16 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+LLAMA = "from transformers import AutoTokenizer, LlamaForCausalLM"
 COMMANDS = {
     "`python -c pass`": ["-c", "pass"],
-    "`from transformers import AutoTokenizer, LlamaForCausalLM`": ["-c", "from transformers import AutoTokenizer, LlamaForCausalLM"],
+    f"`{LLAMA}`": ["-c", LLAMA],
+    "the same without a search for garbage": ["-c", f"import gc; gc.disable(); {LLAMA}; gc.freeze()"],
     "`import lisatune`": ["-c", "import lisatune"],
     "`lisatune --help`": ["-m", "lisatune", "--help"],
     "`lisatune train --help`": ["-m", "lisatune", "train", "--help"],
     "`lisatune settings`": ["-m", "lisatune", "settings"],
-}  # fmt: skip
+}
 SETTINGS = ["max_steps=1", "device=cpu", "max_length=256", "per_device_train_batch_size=4"]
 MOMENTS = ("processor", "wall")
 STEP = "first step"  # where a run is stopped
@@ -45,7 +47,8 @@ PARTS = {
     "checks, and reading the rows": ["lisatune.run.preflight:preflight"],
     "tokenizer": ["transformers.models.auto.tokenization_auto:AutoTokenizer.from_pretrained"],
     "weights": ["lisatune.run.build:load_model"],
-    "tokenization": ["lisatune.run.build:prepare_data"],
+    "chats, labels and counts": ["lisatune.run.build:prepare_data"],
+    "texts to ids": ["lisatune.data.tokenize:Encoder._tokenize"],
     "forecast": ["lisatune.run.build:plan_run"],
     "method and optimizer": ["lisatune.run.build:make_learner", "lisatune.run.build:describe_coverage"],
     "folder and journal": ["lisatune.train:hold", "lisatune.train:Saving", "lisatune.train:Journal", "lisatune.train:write_config"],
@@ -259,7 +262,7 @@ def main() -> None:
     text = ABOUT.format(turns=given.turns, before=f" *before* is commit {given.before}." * bool(given.before))
     for name, measured in found.items():
         text += f"\n\n## {TITLES[name]}\n\n{table(measured, summed=name != 'commands')}"
-    print(write_page("startup", text, __doc__ or "").read_text())
+    print(write_page("startup", f"{text}\n\n{WHY}", __doc__ or "").read_text())
 
 
 TITLES = {
@@ -271,6 +274,17 @@ ABOUT = (
     "Medians of {turns} starts, after one that does not count.{before} Files are in the system's cache. Other work ran on the machine, so compare "
     "the processor's seconds. An import belongs to the package that asks for it first; its own imports of other packages do not."
 )  # fmt: skip
+WHY = """## What is left, and why
+
+- **Imports.** They are those of a script that imports `LlamaForCausalLM` and does nothing: torch, transformers, and what transformers brings (torch's
+  compiler, sympy, scipy, accelerate). A command that ends also pays for taking all of it apart. Without Python's search for garbage both are quicker.
+- **Texts to ids.** This is the Rust code of `tokenizers`, which is asked for ids alone. It uses all cores if it may: `TOKENIZERS_PARALLELISM=false` stops that.
+  Larger data is encoded once and kept (`dataset_prepared_path`).
+- **Chats, labels and counts.** The chat template writes each row twice: its prompt, and all of it. Only so is an answer where generation would begin it.
+- **Forecast.** It takes two steps on the meta device, a layer after the other. What an operation gives is remembered by shape. `train` tells the forecast and
+  `report` sets it beside what was measured, so it is not left out.
+- **Method and optimizer.** Two tokens go through the model, to see that its loss may be computed in parts. They read the weights, which the first step needs anyway.
+- **Weights.** They are pages of the file. What a step does not need is not read."""
 
 
 if __name__ == "__main__":
