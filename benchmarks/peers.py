@@ -1,6 +1,6 @@
 """lisatune beside the tools that its users would pick instead: the same rows, model, precision and steps, by turns.
 
-python benchmarks/peers.py FOLDER --model DIR [--envs FOLDER] [--tools ms-swift TRL] [--methods lisa] [--steps 15] [--rounds 2] [--json FILE]
+python benchmarks/peers.py FOLDER --model DIR [--envs FOLDER] [--tools ms-swift TRL] [--methods lisa] [--steps 15] [--rounds 2] [--minutes 60] [--json FILE]
 
 Each tool gets an environment of its own below --envs, made by pip once, with the versions in ``peers_tools.py``. In each round and method lisatune
 runs before, between and after the others. A run that is in FOLDER already is not repeated, so the command goes on where it
@@ -175,7 +175,8 @@ def write_rows(folder: Path, number: int) -> Path:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Environments, then what is not measured yet; ``runs`` by tool and method, versions, errors."""
+    """Environments, then what is not measured yet, while there is time; ``runs`` by method and tool, versions, errors."""
+    begun = time.monotonic()
     given.folder.mkdir(parents=True, exist_ok=True)
     rows = write_rows(given.folder, given.steps * peers_tools.ROWS)
     errors = {name: make_environment(name, TOOLS[name], given.envs) for name in given.tools}
@@ -185,6 +186,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         for name, label in turns(method, usable, given.rounds):
             kept = given.folder / f"{label}.json"
             if not kept.is_file() or (given.retry and "error" in json.loads(kept.read_text())):
+                if time.monotonic() - begun >= 60 * given.minutes:
+                    continue
                 job = Job((given.envs / name / "bin").absolute(), (given.folder / label).absolute(), given.model.absolute(), rows.absolute(), method, given.steps)  # fmt: skip
                 kept.write_text(json.dumps(run(TOOLS[name], job, given.threads)))
             one = json.loads(kept.read_text())
@@ -198,6 +201,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 file=sys.stderr,
                 flush=True,
             )
+        for name in usable:
+            if method in TOOLS[name].methods and (method, name) not in found["runs"]:
+                found["errors"].setdefault((name, method), "not run yet")
     found["versions"] = {name: versions(name, TOOLS[name], given.envs) for name in usable}
     return found
 
@@ -301,13 +307,16 @@ TITLES = {
     "full": "Full fine-tuning",
 }
 ABOUT = (
-    "{steps} steps of {rows} rows of at most {longest} tokens in float32 with {threads} thread, {rounds} rounds; in each lisatune ran before, between and "
-    "after the others. {tokens:,} tokens, {labelled:,} of them learned, counted alike for all. Other work ran on the machine, so processor "
-    "seconds count; wall seconds have that work in them. A step is the median of all steps but the first {warm}, of all runs; "
-    "\"of the runs\" is the least and the greatest median of a run. Tokens/s are by processor seconds. Peak is the resident memory of the largest "
-    "process. Start is until the first step, end is from the last step to the exit with the model saved, whole is all of it; all in "
-    "processor seconds. Equal first losses mean equal labels: where they differ, so does what is learned, and losses do not compare."
+    "{steps} steps of {rows} rows of at most {longest} tokens in float32 with {threads} thread, {rounds} rounds at most. In each, lisatune ran before, between and "
+    "after the others. There were {tokens:,} tokens, {labelled:,} of them learned, counted alike for all. Other work ran on the machine, several runs of this page "
+    "too, so processor seconds count: they are what is compared. Wall seconds have the other work in them. A step is the median of all steps but the "
+    "first {warm}, of all runs; \"of the runs\" is the least and the greatest median of a run. Tokens/s are by processor seconds. Peak is the resident memory of the "
+    "largest process. Start is until the first step, end is from the last step to the exit with the model saved, whole is all of it: processor seconds. "
+    "Equal first losses mean equal batches and labels. Where they differ, so does what is learned, and losses do not compare."
 )  # fmt: skip
+NOTES = """## What to know
+
+- LMFlow is not here. Its package is of 2023, before LISA; the LISA that it has needs a checkout."""
 
 
 def main() -> None:
@@ -321,6 +330,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600, help="Begin no run after so many; with 0 the page alone is written.")  # fmt: skip
     parser.add_argument("--retry", action="store_true", help="Run again what has failed.")
     parser.add_argument("--json", type=Path, help="Write the numbers to this file.")
     given = parser.parse_args()

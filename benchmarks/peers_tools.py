@@ -255,11 +255,11 @@ def axolotl(job: Job) -> list[str]:
 TOOLS: dict[str, Tool] = {
     "lisatune": Tool(("slices", "lisa", "lora", "full"), lisatune, None, loss=r'"loss": ', log="run/metrics.jsonl"),
     "ms-swift": Tool(("lisa", "lora", "full"), ms_swift, ("ms-swift==4.6.0", TORCH, "transformers==5.19.0", "peft==0.20.0"),
-                     note="it never frees the state of frozen layers; it learns the line feed after an answer too"),
+                     note="its first loss is TRL's, so it learns the line feed after an answer too"),
     "soup-cli": Tool(("lisa", "lora", "full"), soup, ("soup-cli[train]==0.77.0", TORCH, "transformers==5.24.0", "peft==0.21.2"),
                      note="it shuffles, so its batches are others of the same rows"),
     "TRL": Tool(("lora", "full"), trl, ("trl[peft]==1.16.0", TORCH, "transformers==5.24.0", "peft==0.21.2"),
-                note="it learns the line feed after an answer too; it logs entropy and accuracy over the whole vocabulary"),
+                note="it learns the line feed after an answer too, and logs entropy and accuracy over the whole vocabulary"),
     "LLaMA-Factory": Tool(("lora", "full"), llamafactory, (
         "llamafactory==0.9.5", TORCH, "transformers==5.6.0", "peft==0.18.1", "accelerate<=1.11.0", "av<=16.0.0", "datasets<=4.0.0",
         "einops", "fastapi", "fire", "gradio<=5.50.0", "hf-transfer", "matplotlib", "modelscope", "numpy", "omegaconf", "packaging",
@@ -268,5 +268,6 @@ TOOLS: dict[str, Tool] = {
     ), alone=True, note="installed without torchvision and torchaudio, whose wheels need CUDA; it cuts prompts of long rows too"),
     "torchtune": Tool(("lora", "full"), torchtune, ("torchtune==0.6.1", TORCH, "torchao==0.10.0", "transformers==5.24.0"), loss=r"Step \d+ \| loss:",
                       note="it knows no SmolLM2, so its rows are encoded by transformers"),
-    "axolotl": Tool(("lisa", "lora", "full"), axolotl, ("axolotl==0.19.0", TORCH)),
+    "axolotl": Tool(("lisa", "lora", "full"), axolotl, ("axolotl==0.19.0", TORCH),
+                    note="its newest release needs Python 3.12; it shuffles, so its batches are others of the same rows"),
 }  # fmt: skip
