@@ -9,7 +9,7 @@ from transformers.masking_utils import create_causal_mask
 from lisatune.layers import find_layers
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.models.attention import set_attention
-from lisatune.models.packed import PACKED, Documents, check_packing
+from lisatune.models.packed import PACKED, Documents, check_packing, varlen
 from tiny import make_llama
 
 SIZES = {
@@ -67,6 +67,18 @@ def test_hidden_states_and_gradients_are_those_with_the_mask(kind, device):
         assert (with_mask - without).abs().max() <= within * with_mask.abs().max()
     check_packing(find_layers(model), device)
     assert model.config._attn_implementation == PACKED
+
+
+def test_the_kernel_for_a_gpu_is_called_as_it_wants():
+    """Shapes alone, on the meta device: four heads of queries, two of keys and values."""
+    documents = Documents(packed_rows()[1] == 0, torch.device("meta"))
+    made = [
+        torch.empty(3, heads, 40, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)
+    ]
+    out = varlen(*made, documents, None)
+    assert out.shape == (3, 40, 4, 64)
+    assert [grad.shape for grad in torch.autograd.grad(out.sum(), made)] == [t.shape for t in made]
+    assert documents.edges == [0, 7, 27, 40, 80, 119, 120]
 
 
 def test_checkpointed_layers_give_the_same_bits():

@@ -160,11 +160,12 @@ def attention(
     if has_kernel and query.device.type == "cpu":
         return _ByDocument.apply(query, key, value, attention_mask, scaling).transpose(1, 2), None  # type: ignore[no-untyped-call]
     if has_kernel and query.is_cuda and query.dtype in HALVES and query.shape[-1] <= 256:
-        return _varlen(query, key, value, attention_mask, scaling), None
+        return varlen(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask.mask, dropout, scaling, **more)  # type: ignore[no-any-return]
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None) -> Tensor:
+def varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None) -> Tensor:
+    """PyTorch's kernel for rows of different lengths: ``attention`` on a GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
     rows, heads, tokens, width = query.shape
