@@ -3,13 +3,14 @@
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import create_causal_mask
 
 from lisatune.layers import find_layers
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.models.attention import set_attention
-from lisatune.models.packed import PACKED, Documents, check_packing, varlen
+from lisatune.models.packed import PACKED, Documents, attention, check_packing, varlen
 from tiny import make_llama
 
 SIZES = {
@@ -79,6 +80,15 @@ def test_the_kernel_for_a_gpu_is_called_as_it_wants():
     assert out.shape == (3, 40, 4, 64)
     assert [grad.shape for grad in torch.autograd.grad(out.sum(), made)] == [t.shape for t in made]
     assert documents.edges == [0, 7, 27, 40, 80, 119, 120]
+
+
+def test_heads_that_lie_otherwise_in_memory_are_computed_with_the_mask():
+    """The kernel reads the numbers of a head one after the other, and is wrong where they are apart."""
+    module, documents = nn.Module(), Documents(packed_rows()[1] == 0, CPU)
+    heads = torch.randn(3, 4, 8, 40).transpose(2, 3)
+    expected, _ = attention(module, heads.contiguous(), heads.contiguous(), heads.contiguous(), documents)
+    got, _ = attention(module, heads, heads, heads, documents)
+    assert torch.allclose(got, expected, atol=1e-6)  # rounding of float32
 
 
 def test_checkpointed_layers_give_the_same_bits():

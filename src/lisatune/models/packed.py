@@ -156,7 +156,8 @@ def attention(
     if not isinstance(attention_mask, Documents):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)  # type: ignore[no-any-return]
     query, key = query.to(value.dtype), key.to(value.dtype)  # positions are float32 under autocast
-    has_kernel = not dropout and query.shape[-1] == value.shape[-1] and more.get("position_bias") is None
+    is_plain = all(t.stride(-1) == 1 and t.shape[-1] == query.shape[-1] for t in (query, key, value))
+    has_kernel = is_plain and not dropout and more.get("position_bias") is None
     if has_kernel and query.device.type == "cpu":
         return _ByDocument.apply(query, key, value, attention_mask, scaling).transpose(1, 2), None  # type: ignore[no-untyped-call]
     if has_kernel and query.is_cuda and query.dtype in HALVES and query.shape[-1] <= 256:
