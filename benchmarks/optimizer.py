@@ -6,7 +6,8 @@ One block of one weight, as `optim_compile=true` makes it and as it is without. 
 taken round by round. Times are the process's own on one core. Kernels of the plain one are the operations that PyTorch
 dispatches. Bytes are those of all their inputs and outputs; a cache keeps part of them. Of the compiled one they are its
 arguments and what it holds between its loops, each written and read once. Seconds to compile are a processor's, the C++
-compiler's too, with nothing in the cache, which later runs find.
+compiler's too, with nothing in the cache, which later runs find. 0 bits is the step without moments, which slices take
+that train for one step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from lisatune import AdamW
 
-CASES = [(torch.bfloat16, 32), (torch.bfloat16, 16), (torch.bfloat16, 8), (torch.float32, 32), (torch.float32, 16), (torch.float32, 8)]  # fmt: skip
+CASES = [(torch.bfloat16, 32), (torch.bfloat16, 16), (torch.bfloat16, 8), (torch.bfloat16, 0), (torch.float32, 32), (torch.float32, 16), (torch.float32, 8)]  # fmt: skip
 VIEWS = ("view", "detach", "slice", "alias", "empty", "reshape", "unsqueeze", "item", "_local_scalar_dense", "select")
 
 
@@ -54,7 +55,9 @@ class Contender:
         torch.manual_seed(0)
         self.weight = torch.nn.Parameter(torch.randn(elements // 1024, 1024).to(dtype))
         self.grad = torch.randn_like(self.weight)
-        self.optimizer = AdamW([self.weight], weight_decay=0.1, state_bits=bits, compiled=compiled)
+        self.optimizer = AdamW(
+            [self.weight], weight_decay=0.1, state_bits=bits or 32, stateless=not bits, compiled=compiled
+        )
         self.seconds: list[float] = []
 
     def step(self) -> None:
@@ -90,13 +93,14 @@ def case(dtype: torch.dtype, bits: int, options: argparse.Namespace) -> list[obj
     with Counted(1024) as counted:
         plain.step()
     arguments = sum(t.nbytes for t in fast.optimizer.state[fast.weight].values() if t.numel() > 1) + fast.weight.nbytes
-    cast = 0 if dtype == torch.float32 else 6 * options.elements  # of the gradient to float32, before the kernel
+    # around the kernel: the gradient is cast to float32; or weights and gradients are joined and parted, with numbers for noise
+    around, bytes_around = (4, 26) if not bits else (0, 0) if dtype == torch.float32 else (1, 6)
     between = sum(held_between(code, options.elements) for code in codes)
-    moved = 2 * arguments + 4 * options.elements + cast + 2 * between
+    moved = 2 * arguments + (4 + bytes_around) * options.elements + 2 * between
     ns = [1e9 * statistics.median(c.seconds[2:]) / options.elements for c in (plain, fast)]
     return [
         str(dtype)[6:], bits, *(f"{t:.2f}" for t in ns), f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-        counted.kernels, sum(len(re.findall(r"async_compile\.cpp", code)) for code in codes) + (dtype != torch.float32),
+        counted.kernels, sum(len(re.findall(r"async_compile\.cpp", code)) for code in codes) + around,
         f"{counted.bytes / options.elements:.0f}", f"{moved / options.elements:.0f}", f"{compiled_in:.0f}",
     ]  # fmt: skip
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from lisatune.errors import UserError
 from lisatune.memory.blocks import whole_of
 from lisatune.memory.bundles import bundles
-from lisatune.optim.compiled import fits, no_more_than, numbers_of, update_block
+from lisatune.optim.compiled import fits, no_more_than, numbers_of, update_block, update_stateless
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
-from lisatune.optim.rounding import keys_of, random_bits, random_bits_of, round_stochastically
+from lisatune.optim.rounding import keys_of, random_bits, random_bits_of, round_stochastically, spread_of
 from lisatune.optim.row_gradients import RowGradients
 from lisatune.processes.tensors import first_element, local
 
@@ -50,7 +50,7 @@ class AdamW(torch.optim.Optimizer):
             gradient, or less where the gradient is small against ``eps``. A group of parameters may have this entry too.
         block_elements: The most elements of a block. It is rounded up to whole rows that end at a multiple of 256. On a
             CPU it is 2**20 at most, because more is slower.
-        compiled: Compile the arithmetic of a block with moments into one kernel, as ``compiled.update_block`` tells.
+        compiled: Compile the arithmetic of a block into one kernel, as ``compiled`` tells.
     Raises: UserError for other ``state_bits``, and for a parameter that is not contiguous.
     Cost: 8, 4 or 2.03 bytes of state for each element that trains, and about 8 float32 temporaries of a block: 128 MiB
         (on a CPU a quarter). On 2 CPU cores a step takes 1 ns for a float32 element. For a bfloat16 element it takes 4,
@@ -183,6 +183,11 @@ class AdamW(torch.optim.Optimizer):
             grad = self._gradient(p, start // width, stop // width).view(-1)
             if sq_norm is not None:
                 sq_norm += torch.dot(grad, grad)
+            if self.compiled and p.dtype == torch.bfloat16:
+                ((name, first),) = self._streams([p], group)
+                block = local(p.detach()).view(-1)[start:stop]
+                self._update_compiled_stateless(block, grad, [(name, first + start, first + stop)], group)
+                continue
             weight = self._decayed(p, start, stop, group)
             weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
             del grad
@@ -212,15 +217,27 @@ class AdamW(torch.optim.Optimizer):
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_addcdiv_(weights, grads, denominators, value=-group["lr"])
                 continue
+            streams = zip(self._streams(some, group), weights, strict=True)
+            noise = [(name, first, first + len(w)) for (name, first), w in streams]
+            if self.compiled and some[0].dtype == torch.bfloat16:
+                weight = torch.cat(weights)
+                self._update_compiled_stateless(weight, torch.cat(grads), noise, group)
+                torch._foreach_copy_(weights, list(torch.split(weight, [len(w) for w in weights])))
+                continue
             weight, grad = torch.cat(weights).float(), torch.cat(grads).float()
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
             if some[0].dtype == torch.bfloat16:
                 del grad  # a bundle less while the rest is rounded
-                streams = zip(self._streams(some, group), weights, strict=True)
-                bits = random_bits_of([(name, first, first + len(w)) for (name, first), w in streams], weight.device)
+                bits = random_bits_of(noise, weight.device)
                 weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
             torch._foreach_copy_(weights, list(torch.split(weight, [len(w) for w in weights])))
+
+    def _update_compiled_stateless(
+        self, weight: Tensor, grad: Tensor, streams: list[tuple[str, int, int]], group: dict[str, Any]
+    ) -> None:
+        numbers = [1 - group["lr"] * group["weight_decay"], group["eps"], -group["lr"]]
+        update_stateless(weight, grad, spread_of(streams, weight.device), numbers)
 
     def _streams(self, parameters: list[Tensor], group: dict[str, Any]) -> list[tuple[str, int]]:
         """The stream of noise for each parameter, and where in it the parameter begins."""

@@ -24,12 +24,12 @@ def make_adamw(
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     trained = groups[0]["params"]
     ours = ours or offload_optimizer or state_bits != 32 or any(group["stateless"] for group in groups)
-    if not ours and trained[0].dtype == torch.float32:
-        if optim_compile:
-            raise UserError(
-                "optim_compile=true has no effect with optim=adamw and float32 weights, which PyTorch updates in one kernel: "
-                "leave it out"
-            )
+    in_float32 = trained[0].dtype == torch.float32
+    if optim_compile and in_float32 and (not ours or all(group["stateless"] for group in groups)):
+        raise UserError(
+            "optim_compile=true has no effect with float32 weights and these settings, which PyTorch updates in few kernels: leave it out"
+        )
+    if not ours and in_float32:
         return MetaAdamW(groups, **options) if trained[0].is_meta else torch.optim.AdamW(groups, **options, fused=True)
     return AdamW(
         groups, **options, seed=seed, state_bits=state_bits, offload_state=offload_optimizer, compiled=optim_compile

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lisatune.common.compiler import compiling
 from lisatune.optim.moments import GROUP, Moments
-from lisatune.optim.rounding import bits_of_keys, round_stochastically
+from lisatune.optim.rounding import bits_of_keys, bits_of_spread, round_stochastically
 
 LEAST = 2 * GROUP  # elements of the smallest block: a length of one group would be compiled by itself
 
@@ -54,11 +54,7 @@ def update_block(
     Raises: UserError if there is no compiler.
     Cost: compiled once for each type of weights, gradient and moments: 2 to 5 s of work for Python, and a C++ compiler's.
     """
-    # as tensors, since a number that changes would be compiled anew
-    there = [
-        torch.tensor(given, dtype=dtype).to(weight.device, non_blocking=True)
-        for given, dtype in ((numbers, torch.float32), (keys, torch.int32))
-    ]
+    there = _on(weight.device, numbers), _on(weight.device, keys, torch.int32)
     # .data is no view: of views, the shape of what they show would be compiled in
     parts = {name: tensor.data for name, tensor in held.items()}
     # who counts tensors would be given other kernels, and so other bits
@@ -69,6 +65,38 @@ def update_block(
 def no_more_than(bits: int) -> int:
     """Bytes for an element that the kernel holds beside its arguments, at most; 8 bits need two passes over a group."""
     return 13 if bits == 8 else 0
+
+
+def update_stateless(weight: Tensor, grad: Tensor, spread: Tensor, numbers: list[float]) -> None:
+    """The step without moments on bfloat16 ``weight``, (n,), in place and in one kernel: equal to ``AdamW``'s to the bit.
+
+    Args:
+        weight: Weights, (n,).
+        grad: Their gradient, (n,), any type.
+        spread: Of ``rounding.spread_of``, for all n.
+        numbers: Factor of the decay, eps, and the rate with a minus.
+    """
+    if weight.is_meta:
+        return  # a forecast: the kernel holds nothing
+    with _disable_current_modes(), compiling("optim_compile", weight.device.type):
+        _stateless_kernel()(weight.data, grad.data, spread, _on(weight.device, numbers))
+
+
+def _on(device: torch.device, values: list[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of ``values``, since a number that changes would be compiled anew."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+@cache
+def _stateless_kernel() -> Callable[..., None]:
+    return torch.compile(_stateless_arithmetic, dynamic=True, fullgraph=True)
+
+
+def _stateless_arithmetic(weight: Tensor, grad: Tensor, spread: Tensor, numbers: Tensor) -> None:
+    decay, eps, rate = numbers.unbind()
+    grad = grad.float()
+    updated = weight.float() * decay + rate * grad / (grad.abs() + eps)
+    weight.copy_(round_stochastically(updated, bits_of_spread(spread).bitwise_and_(0xFFFF)))
 
 
 @cache

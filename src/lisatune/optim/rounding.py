@@ -62,6 +62,11 @@ def random_bits_of(streams: Sequence[tuple[str, int, int]], device: torch.device
         >>> torch.equal(bits[:3], random_bits("a", 2, 5, device)), torch.equal(bits[3:], random_bits("b", 0, 2, device))
         (True, True)
     """
+    return bits_of_spread(spread_of(streams, device))
+
+
+def spread_of(streams: Sequence[tuple[str, int, int]], device: torch.device) -> Tensor:
+    """Two numbers for each element of ``streams``, which make its bits: int32, shape (elements, 2)."""
     keys, lengths, position = [], [], 0
     for name, start, stop in streams:
         first, second = _keys(name)
@@ -70,8 +75,12 @@ def random_bits_of(streams: Sequence[tuple[str, int, int]], device: torch.device
         position += stop - start
     # the CPU does not wait for the copy, nor for the device to add up the lengths
     at_hand = [torch.tensor(numbers).to(device, non_blocking=True) for numbers in (keys, lengths)]
-    spread = at_hand[0].to(torch.int32).repeat_interleave(at_hand[1], dim=0, output_size=position)
-    x = torch.arange(position, dtype=torch.int32, device=device).add_(spread[:, 0])
+    return at_hand[0].to(torch.int32).repeat_interleave(at_hand[1], dim=0, output_size=position)
+
+
+def bits_of_spread(spread: Tensor) -> Tensor:
+    """The bits of what ``spread_of`` gave, int32."""
+    x = torch.arange(len(spread), dtype=torch.int32, device=spread.device).add_(spread[:, 0])
     return _mixed(x, spread[:, 1])
 
 

@@ -35,11 +35,10 @@ class Optim(BaseModel):
     )  # fmt: skip
     optim_compile: bool = row(
         False,
-        "Compile the arithmetic of adamw, adamw_16bit and adamw_8bit into one kernel. It needs a C++ compiler, or Triton on a GPU. "
+        "Compile the arithmetic of adamw, adamw_16bit, adamw_8bit and sign into one kernel. It needs a C++ compiler, or Triton on a GPU. "
         "Weights agree to rounding.",
-        methods=FIRST_ORDER, optims=("adamw", "adamw_16bit", "adamw_8bit"), free=True, tasks=SFT,
+        methods=FIRST_ORDER, optims=("adamw", "adamw_16bit", "adamw_8bit", "sign"), free=True, tasks=SFT,
         never_with={"full_determinism": "which promises bits that no compiler does"},
-        needs={NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no moments: leave it out"},
     )  # fmt: skip
     momentum: float | None = row(
         None, "Momentum of sgd and lars (0.9 if not given) and of muon (0.95).", ge=0, lt=1,
