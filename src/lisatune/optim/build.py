@@ -25,7 +25,8 @@ def make_adamw(
     trained = groups[0]["params"]
     ours = ours or offload_optimizer or state_bits != 32 or any(group["stateless"] for group in groups)
     in_float32 = trained[0].dtype == torch.float32
-    if optim_compile and in_float32 and (not ours or all(group["stateless"] for group in groups)):
+    matrices = [group for group in groups if group["params"][0].ndim > 1]
+    if optim_compile and in_float32 and (not ours or all(group["stateless"] for group in matrices)):
         raise UserError(
             "optim_compile=true has no effect with float32 weights and these settings, which PyTorch updates in few kernels: leave it out"
         )
