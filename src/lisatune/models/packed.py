@@ -63,15 +63,16 @@ def _keeps_apart(layers: Layers, device: torch.device) -> bool:
 
 @torch.enable_grad()
 def _has_kernels(device: torch.device) -> bool:
-    """Whether attention over documents works on ``device``, forward and backward; on a GPU it depends on PyTorch's version."""
-    if device.type != "cuda":
-        return device.type == "cpu"
+    """Whether attention over documents works on ``device``, forward and backward, with this PyTorch; found by trying it."""
+    if device.type not in ("cpu", "cuda"):
+        return False
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     documents = Documents(torch.tensor([[True, False, False, True, False]]), device)
     made = []
     for where in (documents, documents.mask):
         generator = torch.Generator(device).manual_seed(0)
         query, key, value = (
-            torch.randn(1, heads, 5, 64, generator=generator, device=device, dtype=torch.bfloat16, requires_grad=True)
+            torch.randn(1, heads, 5, 64, generator=generator, device=device, dtype=dtype, requires_grad=True)
             for heads in (4, 2, 2)
         )
         module = nn.Module()
@@ -79,7 +80,7 @@ def _has_kernels(device: torch.device) -> bool:
         try:
             out, _ = attention(module, query, key, value, where)
             made.append([out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))])
-        except (ImportError, RuntimeError, TypeError):
+        except (AttributeError, ImportError, RuntimeError, TypeError):
             return False
     return all(torch.allclose(a, b, rtol=0.05, atol=0.05) for a, b in zip(*made, strict=True))  # bfloat16
 
