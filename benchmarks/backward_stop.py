@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one layer, deep ones more often": FROZEN | DEEP | {"num_active": 1},
     "two layers, embedding and head train": FROZEN | {"train_embedding": True, "train_head": True},
 }
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1.25e-4, 2.5e-4, 5e-4)
 
 
 def main() -> None:
