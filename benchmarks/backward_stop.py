@@ -4,7 +4,7 @@ python benchmarks/backward_stop.py [--steps 60] [--seeds 0 1 2] [--runs runs/bac
 
 Needs stories15M and GSM8K in shared/ beside the checkout. The embedding is frozen, so the backward pass ends at the lowest
 active layer. Four ways of drawing are compared with layers drawn evenly, two at a time: neighbours, a bias to deep layers,
-one layer at a time, and embedding trained. Each has its own best of three learning rates, by the first seed. Processor time is compared, since the machine
+one layer at a time, and embedding trained. Each has its own best of four learning rates, by the first seed. Processor time is compared, since the machine
 may do other work. Runs that have ended are kept, so the command goes on where it stopped.
 """
 
@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "one layer, deep ones more often": FROZEN | DEEP | {"num_active": 1},
     "two layers, embedding and head train": FROZEN | {"train_embedding": True, "train_head": True},
 }
-RATES = (1.25e-4, 2.5e-4, 5e-4)
+RATES = (6e-5, 1.2e-4, 2.4e-4, 4.8e-4)
 
 
 def main() -> None:
