@@ -37,6 +37,9 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        # DistributedDataParallel keeps Python's lock while it is freed. If it were the last to hold the group, it would wait for
+        # a thread of Gloo that waits for the lock. So it goes first, while others hold the group too
+        gc.collect()
         dist.destroy_process_group()
         _let_go()
 
