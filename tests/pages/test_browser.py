@@ -6,7 +6,7 @@ import pytest
 
 from browser import BROWSER, browser, look
 from lisatune.data.files import DataFile
-from lisatune.data.inspection import Inspection, ShownRow
+from lisatune.data.inspection import Inspection, PaddingShares, ShownRow
 from lisatune.data.tokenize import Counts
 from lisatune.data.view import write_page
 from lisatune.run.report import write_report
@@ -66,7 +66,7 @@ def rows(tmp_path_factory):
     text = [("<|im_start|>user\nWhat?<|im_end|>\n", False), ("x" * 300 + "<|im_end|>", True)]
     found = Inspection(
         ["rows.jsonl"], ["rows.jsonl: 1 file"], [DataFile(folder / "rows.jsonl", num_rows=90)], [], counts, list(range(10, 90)), 60, 8,
-        (0.3, 0.1), [ShownRow("rows.jsonl, line 1", text, list(range(99)), [-100] * 40 + list(range(59)))],
+        PaddingShares(0.3, 0.1, 0.05), [ShownRow("rows.jsonl, line 1", text, list(range(99)), [-100] * 40 + list(range(59)))],
         ["<|im_start|>", "<|im_end|>"],
     )  # fmt: skip
     return write_page(found, folder / "rows.html", ids=True)

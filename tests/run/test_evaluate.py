@@ -37,13 +37,14 @@ def test_without_a_period_nothing_is_due():
 
 
 def test_progress_counts_steps_tokens_and_bad_steps_in_a_row():
-    progress, batch = Progress(), SimpleNamespace(num_tokens=5, sources=[("a", 5)])
+    progress, batch = Progress(), SimpleNamespace(num_tokens=5, sources=[("a", 5)], computed=8, padding=3)
     progress.note(Evaluation(losses={"": 2.0}))
     for bad in (True, True, False, True):
         progress.advance(batch, Position(1, 2, 3), bad=bad)
     progress.note(Evaluation())
     assert (progress.step, progress.tokens, progress.position) == (4, 20, Position(1, 2, 3))
     assert progress.drawn == {"a": 20}
+    assert (progress.computed, progress.padding) == (32, 12)
     assert (progress.skipped_steps, progress.skipped_in_a_row) == (3, 1)
     assert (progress.eval_before, progress.eval_after) == ({"": 2.0}, {"": 2.0})
     progress.note(Evaluation(losses={"": 1.0}))
