@@ -92,7 +92,7 @@ def plain(folder, lisa, model=None, **more):
     ],
 )
 def test_the_peak_is_what_the_allocator_gives_out(make, lisa, tmp_path):
-    """Within 1%: 0.07% were seen, with slices 0.7%, whose state is dropped in each step."""
+    """Within 1%: 0.07% were seen."""
     callback = Kept(**lisa)
     trainer = make(tmp_path, callback)
     reference = getattr(trainer, "ref_model", None)

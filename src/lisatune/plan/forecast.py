@@ -345,6 +345,14 @@ def _watch(ledger: Ledger, learner: Learner, parts: dict[nn.Parameter, str]) -> 
             p.requires_grad_(asked)
 
 
+def _book_state(ledger: Ledger, learner: Learner, parts: Mapping[Any, str]) -> None:
+    """A function of its own, whose names hold nothing when the next step drops it."""
+    for p, state in learner.optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, Tensor) and value.is_meta:
+                ledger.book(value, f"state/{parts[whole_of(p)]}")
+
+
 def _batches(ledger: Ledger, rows: int, tokens: int, count: int) -> Iterator[Batch]:
     for _ in range(count):
         ledger.label = "other"
@@ -364,10 +372,7 @@ def _two_steps(ledger: Ledger, learner: Learner, config: TrainConfig, rows: int,
         with wires[number] if num_ranks() > 1 else nullcontext():  # following operations takes time
             learner.step(number, _batches(ledger, rows, tokens, count), rows * tokens)
         _book_weights(ledger, learner, owner)  # again: of streamed layers some have moved to the device
-        for p, state in learner.optimizer.state.items():
-            for value in state.values():
-                if isinstance(value, Tensor) and value.is_meta:
-                    ledger.book(value, f"state/{owner[whole_of(p)]}")
+        _book_state(ledger, learner, owner)
     if num_ranks() == 1:
         return {}
     if config.task != "sft":

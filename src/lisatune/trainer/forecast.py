@@ -181,10 +181,15 @@ def run_on_meta(model: Any, settings: LisaSettings, arguments: Any, tokens: int)
                     made.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-            for state in optimizer.state.values():
-                for value in state.values():
-                    ledger.book(value, "state")
+            book_state(ledger, optimizer)
     return ledger
+
+
+def book_state(ledger: Ledger, optimizer: torch.optim.Optimizer) -> None:
+    """Book what an optimizer holds. A function of its own, whose names hold nothing when the next step drops it."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            ledger.book(value, "state")
 
 
 def book(ledger: Ledger, model: nn.Module, label: str) -> None:
