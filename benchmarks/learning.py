@@ -86,6 +86,12 @@ CONTENDERS: dict[str, Contender] = {
     "slices, E/H by sign 0.3": Contender(slices(optim="sign", **whole_vocabulary(0.3)), 1e-3),
     "slices, 3 parts": Contender(slices(3), 5e-4),
     "slices, 3 parts, E/H by sign 0.3": Contender(slices(3, optim="sign", **whole_vocabulary(0.3)), 5e-4),
+    "slices, spectral": Contender(slices(optim="spectral"), 5e-4),
+    "slices, spectral, E/H by sign 0.3": Contender(slices(optim="spectral", **whole_vocabulary(0.3)), 1e-3),
+    "slices, 3 parts, spectral": Contender(slices(3, optim="spectral"), 5e-4),
+    "slices, 3 parts, spectral, E/H by sign 0.3": Contender(slices(3, optim="spectral", **whole_vocabulary(0.3)), 5e-4),
+    "full, Muon": Contender({"method": "full", "optim": "muon"}, 5e-4),
+    "paper LISA, Muon": Contender({"num_active": 2, "interval_steps": 3, "optim": "muon"}, 5e-4),
     "slices, norms 0.1": Contender(slices(norm_lr_ratio=0.1), 1e-3),
     "slices, norms frozen": Contender(slices(train_norms=False), 1e-3),
     "slices, 5 parts": Contender(slices(5), 5e-4),
@@ -110,10 +116,17 @@ BEST = ("full", "lora r16", "paper LISA", "slices")
 SHORT = ("slices", "lora r16", "full", "slices, E/H by sign 0.1", "paper LISA", "slices, E/H 0.1")
 WHOLE = ("slices, E/H by sign 0.1", "slices, E/H by sign 0.3")
 THIRDS = ("slices, 3 parts, E/H by sign 0.3", "slices, 3 parts")  # the share of two layers of six
+SPECTRAL = (
+    "slices, 3 parts, spectral, E/H by sign 0.3",
+    "slices, 3 parts, spectral",
+    "slices, spectral, E/H by sign 0.3",
+)
+MUON = ("full, Muon", "paper LISA, Muon")
+UNKNOWN = (*SPECTRAL, *THIRDS, "full", "paper LISA", *MUON, *WHOLE, "slices", "lora r16", "slices, E/H 0.3", "sign")
 
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
-    "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=(*WHOLE, "slices")),
+    "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=(*WHOLE, "slices", "slices, spectral")),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=SHORT),
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=SHORT),
@@ -124,8 +137,9 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch8": Study("smollm2", "gsm8k", 400, batch=8, names=BEST, scale=0.5),
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
-    "stories-100": Study("stories15M", "gsm8k", 100, names=(*THIRDS, *WHOLE, *MAIN), max_length=256),
-    "stories-400": Study("stories15M", "gsm8k", 400, names=(*THIRDS, *WHOLE, *MAIN), max_length=256, scale=0.7),
+    "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
+    "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
+    "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }
 
 

@@ -136,6 +136,8 @@ WAYS = [
     Way("moments kept in 8 bits", {"state_policy": "keep", "num_active": 1, "optim": "adamw_8bit"}, processes=None),
     Way("all moments reset", {"state_policy": "reset_all"}, **SAME),
     Way("sign", {"optim": "sign", "learning_rate": 3e-3}, processes=None),
+    Way("spectral", {"optim": "spectral", "learning_rate": 3e-3}, processes=None),
+    Way("slices, spectral", SLICES | {"optim": "spectral", "learning_rate": 3e-3}, processes=None),
     Way("SGD", {"optim": "sgd", "learning_rate": 0.5}, processes=None),
     Way("LARS", {"optim": "lars", "learning_rate": 0.1}, processes=None),
     Way("LAMB", {"optim": "lamb"}, processes=None, falls=0.1),

@@ -108,7 +108,7 @@ def make_groups(config: TrainConfig, layers: Layers, model: Any) -> list[dict[st
     return parameter_groups(
         layers, model, weight_decay=config.weight_decay, embedding_lr_ratio=config.embedding_lr_ratio,
         head_lr_ratio=config.head_lr_ratio, norm_lr_ratio=config.norm_lr_ratio, stateless=optim.stateless,
-        stateless_slices=optim.in_blocks and changes and config.state_policy != "keep",
+        stateless_slices=optim.in_blocks and changes and config.state_policy != "keep", spectral=optim.spectral,
     )  # fmt: skip
 
 

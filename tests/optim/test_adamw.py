@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lisatune import AdamW, UserError
+from lisatune import AdamW, UserError, find_layers
 from lisatune.memory.measure import state_bytes
+from lisatune.optim.build import parameter_groups
+from lisatune.optim.spectral import spectral_step
 from tiny import make_llama
 
 BITS = pytest.mark.parametrize("bits", [32, 16, 8])
@@ -323,3 +325,69 @@ def test_a_stateless_step_is_the_first_of_adam_and_equal_one_by_one_and_together
             torch.testing.assert_close(one, third, rtol=3 * 2**-23, atol=1e-8)
         else:
             assert (one != third).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_a_spectral_step_makes_singular_values_alike(shape, dtype):
+    """Between 0.65 and 1.25, which is where the iterations end; and the directions are those of the decomposition."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    u, _, v = torch.linalg.svd(gradient.double(), full_matrices=False)
+    seen = u.T @ spectral_step(gradient).double() @ v.T / max(shape) ** 0.5
+    values = seen.diag()
+    assert ((values > 0.65) & (values < 1.25)).all()
+    # float32: rounding. bfloat16: three products of 8 bits in each of five iterations
+    assert (seen - values.diag()).abs().max() < (1e-4 if dtype == torch.float32 else 0.15)
+
+
+def test_a_spectral_step_of_zero_and_of_rows_without_gradient_is_zero():
+    assert not spectral_step(torch.zeros(3, 5)).any()
+    gradient = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    gradient[2] = 0
+    assert not spectral_step(gradient)[2].any()
+
+
+def test_spectral_weights_are_those_of_the_plain_rule_in_any_blocks():
+    """To the bit one by one and in a step, with blocks of any size; with rounding against the rule in float64."""
+    shapes = [(30, 64), (64, 30), (300, 7)]
+    ours, single, plain = (
+        [torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+        for _ in range(3)
+    )
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "stateless": True, "spectral": True}
+    optimizer, other = AdamW(ours, block_elements=512, **settings), AdamW(single, **settings)
+    norm = torch.zeros(())
+    for step in range(3):
+        for i, (a, b, c) in enumerate(zip(ours, single, plain, strict=True)):
+            a.grad = b.grad = torch.randn(shapes[i], generator=torch.Generator().manual_seed(10 * step + i))
+            c.data = c * (1 - 1e-3) - 1e-2 * spectral_step(a.grad.double()).float()
+            other.update(b, sq_norm=norm)
+            b.grad = None
+        optimizer.step()
+        other.step()
+    for one, two, three in zip(ours, single, plain, strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-5)  # iterations in float32
+    assert not optimizer.state
+    expected = sum(
+        torch.randn(s, generator=torch.Generator().manual_seed(10 * step + i)).square().sum()
+        for step in range(3)
+        for i, s in enumerate(shapes)
+    )
+    torch.testing.assert_close(norm, expected)
+
+
+@pytest.mark.parametrize(("shape", "stateless"), [((3,), True), ((2, 3, 4), True), ((3, 4), False)])
+def test_a_spectral_step_is_for_matrices_without_moments(shape, stateless):
+    with pytest.raises(
+        UserError, match=r"spectral=True is for matrices without moments, and this is a parameter of shape"
+    ):
+        AdamW([torch.nn.Parameter(torch.zeros(shape))], spectral=True, stateless=stateless)
+
+
+def test_groups_take_the_spectral_step_of_hidden_matrices_alone():
+    model = make_llama()
+    groups = parameter_groups(find_layers(model), model, stateless=True, spectral=True)
+    names = {p: name for name, p in model.named_parameters()}
+    spectral = {names[p] for group in groups if group["spectral"] for p in group["params"]}
+    assert spectral == {name for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name}

@@ -16,6 +16,7 @@ from lisatune.optim.compiled import fits, no_more_than, numbers_of, update_block
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
 from lisatune.optim.rounding import keys_of, random_bits, random_bits_of, round_stochastically, spread_of
 from lisatune.optim.row_gradients import RowGradients
+from lisatune.optim.spectral import spectral_step
 from lisatune.processes.tensors import first_element, local
 
 # On a CPU, 8-bit blocks of 2**20 take 0.8 of the time of 2**22, which leave its cache. Smaller ones are faster still
@@ -48,6 +49,7 @@ class AdamW(torch.optim.Optimizer):
         row_gradients: Holds the gradients of embedding and head that are made a block at a time. They add to ``p.grad``.
         stateless: Keep no moments. Each step is then a first step, ``p -= lr * g / (abs(g) + eps)``: the sign of the
             gradient, or less where the gradient is small against ``eps``. A group of parameters may have this entry too.
+        spectral: Of a group of matrices without moments: take ``spectral.spectral_step`` in place of the sign.
         block_elements: The most elements of a block. It is rounded up to whole rows that end at a multiple of 256. On a
             CPU it is 2**20 at most, because more is slower.
         compiled: Compile the arithmetic of a block into one kernel, as ``compiled`` tells.
@@ -78,6 +80,7 @@ class AdamW(torch.optim.Optimizer):
         offload_state: bool = False,
         row_gradients: RowGradients | None = None,
         stateless: bool = False,
+        spectral: bool = False,
         block_elements: int = 2**22,
         compiled: bool = False,
     ) -> None:
@@ -87,8 +90,8 @@ class AdamW(torch.optim.Optimizer):
         self.block_elements = block_elements
         self.compiled = compiled
         self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> number of its group, and its own number
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "stateless": stateless}
-        super().__init__(params, defaults | {"num_steps": 0})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "num_steps": 0}
+        super().__init__(params, defaults | {"stateless": stateless, "spectral": spectral})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The same as in ``torch.optim.Optimizer``."""
@@ -96,6 +99,11 @@ class AdamW(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             if not p.is_contiguous():
                 raise UserError(f"a parameter of shape {tuple(p.shape)} is not contiguous: make it from .contiguous()")
+            if self.param_groups[-1]["spectral"] and not (whole_of(p).ndim == 2 and self.param_groups[-1]["stateless"]):
+                raise UserError(
+                    f"spectral=True is for matrices without moments, and this is a parameter of shape {tuple(p.shape)}: "
+                    "give matrices a group of their own, with stateless=True"
+                )
             self._places[p] = len(self.param_groups) - 1, len(self._places)
 
     @property
@@ -113,7 +121,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             together = []
             for p in group["params"]:
-                if group["stateless"] and p.grad is not None and p not in self.row_gradients:
+                if group["stateless"] and p.grad is not None and p not in self.row_gradients and not is_spectral(group):
                     together.append(p)
                 elif p.grad is not None or p in self.row_gradients:
                     self.update(p)
@@ -132,7 +140,8 @@ class AdamW(torch.optim.Optimizer):
         number, index = self._places[whole_of(p)]
         group = self.param_groups[number]
         if group["stateless"]:
-            self._update_stateless(p, group, sq_norm)
+            update = self._update_spectral if is_spectral(group) else self._update_stateless
+            update(p, group, sq_norm)
             return
         state = self.state[p]
         if not state:
@@ -191,6 +200,16 @@ class AdamW(torch.optim.Optimizer):
             weight = self._decayed(p, start, stop, group)
             weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
             del grad
+            self._write(p, start, weight, group)
+
+    def _update_spectral(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
+        assert p.grad is not None
+        if sq_norm is not None:
+            sq_norm += torch.linalg.vector_norm(p.grad, dtype=torch.float32).square()
+        step = spectral_step(p.grad).view(-1)
+        for start, stop in self._spans(p):
+            weight = self._decayed(p, start, stop, group)
+            weight.add_(step[start:stop], alpha=-group["lr"])
             self._write(p, start, weight, group)
 
     def _decayed(self, p: Tensor, start: int, stop: int, group: dict[str, Any]) -> Tensor:
@@ -310,6 +329,11 @@ class AdamW(torch.optim.Optimizer):
                 )
             entry.copy_(local(saved[name]))
         self.state[p] = state
+
+
+def is_spectral(group: dict[str, Any]) -> bool:
+    """Whether a group takes the spectral step; groups that were saved by earlier versions do not say."""
+    return bool(group.get("spectral"))
 
 
 def _width(p: Tensor) -> int:

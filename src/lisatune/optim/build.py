@@ -47,6 +47,7 @@ def parameter_groups(
     norm_lr_ratio: float = 1.0,
     stateless: bool = False,
     stateless_slices: bool = False,
+    spectral: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first.
 
@@ -59,6 +60,7 @@ def parameter_groups(
         norm_lr_ratio: The same for vectors.
         stateless: Keep no state of any parameter.
         stateless_slices: Keep no state of what is cut into slices.
+        spectral: Take the spectral step of hidden matrices: not of embedding, head, and tensors of three dimensions.
     """
     parts = layers.parts()
     part_of = {p: part for part in ("embedding", "head") for p in parts[part].values()}
@@ -66,16 +68,18 @@ def parameter_groups(
     if layers.tied and head_ratio != embedding_lr_ratio:
         raise UserError("embedding and head are one tensor in this model: leave head_lr_ratio out")
     ratios = {"embedding": embedding_lr_ratio, "head": 1.0 if head_ratio is None else head_ratio}
-    groups: dict[tuple[bool, bool, float], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, bool, float], list[Tensor]] = {}
     trained = [p for p in model.parameters() if p.requires_grad and whole_of(p) is p]
     for p in sorted(trained, key=lambda p: p.ndim < 2):
         ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else norm_lr_ratio
         forgets = stateless or (stateless_slices and hasattr(p, "cut_into"))
-        groups.setdefault((p.ndim < 2, forgets, ratio), []).append(p)
+        of_matrix = spectral and p.ndim == 2 and p not in part_of
+        groups.setdefault((p.ndim < 2, forgets, of_matrix, ratio), []).append(p)
     return [
-        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets}
-        for (vector, forgets, ratio), members in groups.items()
-    ]
+        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets,
+         "spectral": of_matrix}
+        for (vector, forgets, of_matrix, ratio), members in groups.items()
+    ]  # fmt: skip
 
 
 class MetaAdamW(torch.optim.AdamW):

@@ -25,7 +25,7 @@ class Optim(BaseModel):
     optim: Annotated[str, OneOf(OPTIMS)] = row(
         "adamw",
         "AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically); sign (the gradient's sign, "
-        "no state); or another.",
+        "no state); spectral (Muon without momentum, no state); or another.",
         methods=FIRST_ORDER, choices=OPTIMS.__getitem__,
         ladder=3, pulled="adamw_8bit",
         needs={
