@@ -110,10 +110,10 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def race(
-    rows: dict[str, dict[str, Any]], against: str, options: argparse.Namespace, device: torch.device
-) -> tuple[str, dict[str, Any]]:
-    """A table of ``rows``, each timed against ``against``."""
+def step_seconds(
+    rows: dict[str, dict[str, Any]], options: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Contender], dict[str, list[float]]]:
+    """Seconds of each step of each of ``rows``, which take turns."""
     contenders = {name: Contender(settings, options, device) for name, settings in rows.items()}
     ids = torch.randint(3, 1000, (options.rows, options.tokens), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(options.tokens).repeat(options.rows, 1)
@@ -126,6 +126,14 @@ def race(
                 seconds[name].append(took)
     for contender in contenders.values():
         contender.count(options.rounds + 2, batch)
+    return contenders, seconds
+
+
+def race(
+    rows: dict[str, dict[str, Any]], against: str, options: argparse.Namespace, device: torch.device
+) -> tuple[str, dict[str, Any]]:
+    """A table of ``rows``, each timed against ``against``."""
+    contenders, seconds = step_seconds(rows, options, device)
     head = ["", "s/step, median", f"against {against}, median (min to max)", f"matrix work against {against}",
             "peak MiB, forecast", "optimizer state MiB"]  # fmt: skip
     table = []

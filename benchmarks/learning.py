@@ -1,11 +1,13 @@
-"""Who learns best at equal steps: held-out loss of every contender at its own best learning rate, and C4 beside it.
+"""Who learns best at equal steps, time and memory: held-out loss of each contender at its own best learning rate, and C4.
 
 python benchmarks/learning.py run [STUDY ...] [--device cuda] [--workers 2] [--minutes 8] [--runs runs/learning]
 python benchmarks/learning.py page [STUDY ...] [--runs runs/learning] [--name learning]
 
 A study is a model, a data set, a number of steps and a batch size; STUDIES below lists them. Each contender starts with
 five learning rates, a factor of two apart. While its best rate is at the edge, the next rate beyond is tried. Then the
-other seeds run at the best rate. Finished runs are kept, so the command goes on where it stopped. Weights are float32;
+other seeds run at the best rate. A study at equal time is of a study at equal steps: each contender has its best rate there,
+and as many steps as take the time of full fine-tuning's. Their times are measured by turns before it begins, in RUNS/STUDY/cost.json.
+Finished runs are kept, so the command goes on where it stopped. Weights are float32;
 on a GPU matrix products use TensorFloat-32. Loss on C4 tells what was forgotten. Processes take turns on a GPU and slow each
 other down: 14 of them made a step of 40 ms last 3 s, so start 1 or 2.
 
@@ -23,6 +25,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,7 @@ from results import SHARED, markdown, write_page
 from lisatune.compare.results import interval
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+COST_SHAPES = {"stories15M": "stories15m", "smollm2": "smollm2-135m"}
 MOST_WIDENED = 4  # rates tried beyond the five, on each side together
 
 
@@ -63,6 +67,7 @@ class Study:
     seeds: tuple[int, ...] = (1, 2, 3)
     names: tuple[str, ...] = ()  # contenders; all if empty
     scale: float = 1.0  # of the middle rates
+    time_of: str = ""  # a study at equal steps, whose time each contender has
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -127,6 +132,7 @@ UNKNOWN = (*SPECTRAL, *THIRDS, "full", "paper LISA", *MUON, *WHOLE, "slices", "l
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
     "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=(*WHOLE, "slices", "slices, spectral")),
+    "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=(*WHOLE, *BEST), time_of="gsm8k-40"),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=SHORT),
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=SHORT),
@@ -138,6 +144,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
+    "stories-100-time": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256, time_of="stories-100"),
     "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }
@@ -179,10 +186,46 @@ def losses_of(name: str, contender: str, seed: int, runs: Path) -> dict[float, f
     return dict(sorted(found.items()))
 
 
+def costs_of(name: str, runs: Path, device: str) -> dict[str, float]:
+    """Contender to the time of its step, against full fine-tuning's: measured once, by turns, and kept."""
+    path = runs / name / "cost.json"
+    if not path.exists():
+        import torch
+        from cost import step_seconds
+
+        study = STUDIES[name]
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("high" if device != "cpu" else "highest")
+        rows = {contender: own.settings for contender, own in contenders_of(study).items()}
+        options = argparse.Namespace(
+            shape=COST_SHAPES[study.model], rows=study.batch, tokens=study.max_length, rounds=10, dtype="float32"
+        )
+        _, seconds = step_seconds(rows, options, torch.device(device))
+        found = {
+            contender: statistics.median(own / full for own, full in zip(own, seconds["full"], strict=True))
+            for contender, own in seconds.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    costs: dict[str, float] = json.loads(path.read_text())
+    return costs
+
+
+def num_steps_of(trial: Trial, runs: Path, device: str) -> int:
+    """Steps of a run: those of the study, or as many as take the time of full fine-tuning's."""
+    study = STUDIES[trial.study]
+    return round(study.steps / costs_of(trial.study, runs, device)[trial.contender]) if study.time_of else study.steps
+
+
 def wanted(name: str, contender: str, middle: float, runs: Path) -> Iterator[Trial]:
     """What is missing of a contender now: first rates, then rates beyond an edge, then the other seeds."""
     study = STUDIES[name]
     first, *others = study.seeds
+    if study.time_of:
+        done = losses_of(study.time_of, contender, STUDIES[study.time_of].seeds[0], runs)
+        every = [Trial(name, contender, min(done, key=done.__getitem__), seed) for seed in study.seeds] if done else []
+        yield from (trial for trial in every if not trial.file(runs).exists())
+        return
     done = losses_of(name, contender, first, runs)
     missing = [rate for rate in rates_of(middle) if rate not in done]
     if missing:
@@ -266,13 +309,13 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     from lisatune.train import train_built
 
     study, contender = STUDIES[trial.study], CONTENDERS[trial.contender]
-    rows = runs / "rows"
+    rows, steps = runs / "rows", num_steps_of(trial, runs, device)
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     sets = {"task": str(rows / f"{study.data}.held_out.jsonl"), "general": str(rows / "c4.jsonl")}
     settings = {
         "model": model, "data": str(rows / f"{study.data}.jsonl"), "output": str(folder / "run"), "eval_data": sets,
-        "max_steps": study.steps, "warmup_steps": max(5, study.steps // 20), "per_device_train_batch_size": study.batch,
-        "max_length": study.max_length, "eval_steps": max(1, study.steps // 2), "learning_rate": trial.rate,
+        "max_steps": steps, "warmup_steps": max(5, steps // 20), "per_device_train_batch_size": study.batch,
+        "max_length": study.max_length, "eval_steps": max(1, steps // 2), "learning_rate": trial.rate,
         "seed": trial.seed, "device": device, "dtype": "float32", "save_minutes": 1e6, **contender.settings, **study.extra,
     }  # fmt: skip
     loaded, tokenizer = load(model, device)
@@ -335,14 +378,14 @@ def run_all(
 
 
 def table(name: str, runs: Path) -> str:
-    """One study: contenders down, their best rate and losses across."""
-    study, rows = STUDIES[name], []
+    """One study: contenders down, their best rate and losses across; then the best for each amount of memory."""
+    study, rows, by_memory = STUDIES[name], [], []
     for contender in contenders_of(study):
         losses = losses_of(name, contender, study.seeds[0], runs)
         if not losses:
             continue
         best = min(losses, key=losses.__getitem__)
-        edge = best in (min(losses), max(losses))
+        edge = not study.time_of and best in (min(losses), max(losses))
         kept = [
             json.loads(path.read_text())
             for seed in study.seeds
@@ -356,27 +399,42 @@ def table(name: str, runs: Path) -> str:
             interval([result[f"eval_{kind}_loss_after"] for result in kept]) for kind in ("task", "general")
         )
         before = kept[0]["eval_general_loss_before"]
-        own = max(result["peak_bytes"] - result["base_bytes"] for result in kept) / 2**30
+        own = max(result["planned_peak_bytes"] for result in kept) / 2**20
         tried = " ".join(f"{rate:g}:{loss:.3f}" for rate, loss in losses.items())
+        if study.time_of:
+            tried = f"{kept[0]['steps']}"
+        by_memory.append((own, task["mean"], contender))
         rows.append([contender, f"{best:g}{' (edge)' if edge else ''}", spread(task), f"{len(kept)}",
-                     f"{general['mean'] - before:+.3f}", f"{own:.2f}", f"{max(r['state_bytes'] for r in kept) / 2**20:.0f}", tried])  # fmt: skip
+                     f"{general['mean'] - before:+.3f}", f"{own:.0f}", f"{max(r['state_bytes'] for r in kept) / 2**20:.0f}", tried])  # fmt: skip
     head = [
         "contender",
         "best rate",
         "held-out loss",
         "seeds",
         "C4, change",
-        "peak GiB",
+        "peak MiB, forecast",
         "state MiB",
-        "tried, first seed",
+        "steps" if study.time_of else "tried, first seed",
     ]
     machines = sorted({json.loads(path.read_text())["made_with"] for path in (runs / name).glob("*/*.json")})
     about = (
         f"{study.model}, {study.data}, {study.steps} steps of {study.batch} rows of at most {study.max_length} tokens"
     )
+    about += f", as many steps as take the time of full's {study.steps}" if study.time_of else ""
     about = f"{about}. Runs made with {'; '.join(machines)}"
     rows.sort(key=lambda row: row[2])
-    return f"## {name}\n\n{about}.\n\n{markdown(head, rows)}"
+    return f"## {name}\n\n{about}.\n\n{markdown(head, rows)}\n\n{best_for_memory(by_memory)}"
+
+
+def best_for_memory(found: list[tuple[float, float, str]]) -> str:
+    """Whoever has a lower loss than all that hold as little or less: a table by peak memory."""
+    rows: list[tuple[str, str, str]] = []
+    lowest = float("inf")
+    for peak, loss, contender in sorted(found):
+        if loss < lowest:
+            lowest = loss
+            rows.append((f"{peak:.0f}", contender, f"{loss:.4f}"))
+    return "At equal memory:\n\n" + markdown(("with at least, MiB", "lowest loss", "held-out loss"), rows)
 
 
 def spread(value: dict[str, Any]) -> str:
@@ -405,6 +463,9 @@ def main() -> None:
         given = MODELS | {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
         used = {STUDIES[name].model for name in names}
         models = {name: str(unpacked(given[name], options.runs).resolve()) for name in used}
+        for name in names:
+            if STUDIES[name].time_of:
+                costs_of(name, options.runs, options.device)
         run_all(names, models, options.runs, options.device, options.workers, options.minutes)
 
 
