@@ -131,7 +131,8 @@ UNKNOWN = (*SPECTRAL, *THIRDS, "full", "paper LISA", *MUON, *WHOLE, "slices", "l
 
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
-    "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=(*WHOLE, "slices", "slices, spectral")),
+    "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=WHOLE),
+    "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts", "slices, spectral")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=(*WHOLE, *BEST), time_of="gsm8k-40"),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=SHORT),

@@ -33,6 +33,8 @@ def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
             f"{name} counts steps for all parameters together, so a layer that is sampled late would take huge "
             "steps: use AdamW with a learning rate schedule"
         )
+    if any(group.get("spectral") for group in optimizer.param_groups) and not isinstance(optimizer, AdamW):
+        raise UserError(f"{name} has no spectral step: use lisatune.AdamW for groups with spectral=True")
     if isinstance(optimizer, torch.optim.RAdam) and state_policy != "keep":
         raise UserError(
             "RAdam warms up again whenever state is dropped, so decoder layers would hardly move: use AdamW, or "

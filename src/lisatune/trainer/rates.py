@@ -18,9 +18,10 @@ def rates_by_part(
     embedding_lr_ratio: float = 1.0,
     head_lr_ratio: float | None = None,
     norm_lr_ratio: float = 1.0,
+    spectral: bool = False,
     decoder_name: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups of parameters for ``torch.optim``, with the learning rates that ``lisatune train`` has under these names.
+    """Groups of parameters for an optimizer, with the learning rates that ``lisatune train`` has under these names.
 
     The Trainer's schedule multiplies the rate of each group.
 
@@ -31,6 +32,8 @@ def rates_by_part(
         embedding_lr_ratio: Learning rate of the embedding, as a multiple of ``learning_rate``.
         head_lr_ratio: The same for the head. Default: 1, or ``embedding_lr_ratio`` if the two are tied.
         norm_lr_ratio: The same for norms and biases.
+        spectral: The steps of ``optim=spectral``, for ``lisatune.AdamW``: no group has moments, and hidden matrices take the
+            spectral step.
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
     Raises: UserError for a ``head_lr_ratio`` of a tied head.
     Example:
@@ -44,8 +47,7 @@ def rates_by_part(
     """
     groups = parameter_groups(
         find_layers(model, decoder_name), model, weight_decay=weight_decay, embedding_lr_ratio=embedding_lr_ratio,
-        head_lr_ratio=head_lr_ratio, norm_lr_ratio=norm_lr_ratio,
+        head_lr_ratio=head_lr_ratio, norm_lr_ratio=norm_lr_ratio, stateless=spectral, spectral=spectral,
     )  # fmt: skip
-    return [
-        {"params": g["params"], "weight_decay": g["weight_decay"], "lr": learning_rate * g["lr_ratio"]} for g in groups
-    ]
+    kept = ("params", "weight_decay", *(("stateless", "spectral") if spectral else ()))
+    return [{key: group[key] for key in kept} | {"lr": learning_rate * group["lr_ratio"]} for group in groups]
