@@ -127,7 +127,7 @@ SPECTRAL = (
     "slices, spectral, E/H by sign 0.3",
 )
 MUON = ("full, Muon", "paper LISA, Muon")
-UNKNOWN = (*SPECTRAL, *THIRDS, "full", "paper LISA", *MUON, *WHOLE, "slices", "lora r16", "slices, E/H 0.3", "sign")
+UNKNOWN = (*SPECTRAL, *THIRDS, "full", "paper LISA", *MUON, WHOLE[1], "slices", "lora r16", "sign")
 
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
@@ -316,7 +316,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     settings = {
         "model": model, "data": str(rows / f"{study.data}.jsonl"), "output": str(folder / "run"), "eval_data": sets,
         "max_steps": steps, "warmup_steps": max(5, steps // 20), "per_device_train_batch_size": study.batch,
-        "max_length": study.max_length, "eval_steps": max(1, steps // 2), "learning_rate": trial.rate,
+        "max_length": study.max_length, "eval_steps": steps, "learning_rate": trial.rate,
         "seed": trial.seed, "device": device, "dtype": "float32", "save_minutes": 1e6, **contender.settings, **study.extra,
     }  # fmt: skip
     loaded, tokenizer = load(model, device)
@@ -332,11 +332,6 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
         run = build(config, *preflight(config), console=console, loaded=(copy.deepcopy(loaded), tokenizer))
         kept |= train_built(run, console=console)
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-        kept["curve"] = [
-            {key: line[key] for key in ("step", "eval_task_loss", "eval_general_loss") if key in line}
-            for line in lines
-            if "eval_task_loss" in line
-        ]
         kept["step_seconds"] = sorted(line["step_seconds"] for line in lines if "step_seconds" in line)[len(lines) // 2]
     except UserError as error:
         kept["failed"] = str(error)[:300]

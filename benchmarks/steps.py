@@ -1,0 +1,92 @@
+"""Which step without state learns best: the sign of a gradient, or a gradient that is normalised in another way.
+
+python benchmarks/steps.py [--runs runs/steps] [--seeds 1 2] [--model smollm2=PATH]
+
+Slices train, a third of each matrix in a step. Embedding and head train whole by the sign at 0.3 of the rate, whatever step the
+hidden matrices take. Each step has a root mean square of 1, so that learning rates mean the same. Each has five rates, and more
+where the best one is at the edge; then the other seeds run at the best rate. Runs that have ended are kept, so the command goes on
+where it stopped. Weights are float32. Needs shared/ beside the checkout; SmolLM2 is tried where its path is given, on slices of a
+fifteenth, as many layers as it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import learning
+from learning import (
+    CONTENDERS,
+    STUDIES,
+    Contender,
+    Study,
+    make_rows,
+    pending,
+    run_trial,
+    slices,
+    table,
+    whole_vocabulary,
+)
+from reproduce import MODELS, unpacked
+from results import write_page
+from torch import Tensor
+
+from lisatune.optim import adamw
+from lisatune.optim.spectral import spectral_step
+
+Step = Callable[[Tensor], Tensor]
+STEPS: dict[str, Step] = {
+    "sign": lambda g: g.sign(),
+    "each row normalised": lambda g: normalised(g, 1),
+    "each column normalised": lambda g: normalised(g, 0),
+    "rows and columns by turns, five times": lambda g: both_normalised(g),
+    "the matrix normalised": lambda g: normalised(g, (0, 1)),
+    "root of each element, normalised": lambda g: normalised(g.sign() * g.abs().sqrt(), (0, 1)),
+    "spectral": spectral_step,
+}
+MIDDLES = {"stories15M": 5e-4, "stories260K": 5e-3, "smollm2": 1e-3}
+
+
+def normalised(gradient: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """``gradient`` with a root mean square of 1 along ``dim``; zero where it is zero."""
+    return gradient / gradient.square().mean(dim, keepdim=True).sqrt().clamp(min=1e-30)
+
+
+def both_normalised(gradient: Tensor) -> Tensor:
+    """Rows and columns with a root mean square near 1 (SinkGD, arXiv:2502.06742)."""
+    for _ in range(5):
+        gradient = normalised(normalised(gradient, 1), 0)
+    return gradient
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/steps"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
+    options = parser.parse_args()
+    make_rows(options.runs / "rows")
+    given = {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
+    given = {name: MODELS[name] for name in ("stories15M", "stories260K")} | given
+    models = {name: unpacked(path, options.runs).resolve() for name, path in given.items()}
+    taken: Step = spectral_step
+    plain: Any = adamw
+    plain.spectral_step = lambda gradient: taken(gradient)
+    small = slices(3, optim="spectral", **whole_vocabulary(0.3))
+    for model in models:
+        settings = small | ({"num_slices": 15} if model == "smollm2" else {})
+        learning.CONTENDERS = CONTENDERS | {name: Contender(settings, 1.0) for name in STEPS}
+        STUDIES[model] = Study(
+            model, "gsm8k", 40 if model == "smollm2" else 100, max_length=192 if model == "smollm2" else 256,
+            seeds=tuple(options.seeds), names=tuple(STEPS), scale=MIDDLES[model],
+        )  # fmt: skip
+        while trial := next(pending([model], options.runs), None):
+            taken = STEPS[trial.contender]
+            print(run_trial(trial, str(models[model]), options.runs.resolve(), "cpu"), flush=True)
+    print(write_page("steps", "\n\n".join(table(model, options.runs) for model in models), __doc__ or ""))
+
+
+if __name__ == "__main__":
+    main()
