@@ -1,9 +1,9 @@
-"""Which step without state learns best: the sign of a gradient, or a gradient that is normalised in another way.
+"""Which step without state learns best: a gradient's sign, or a gradient normalised in another way; and rows against columns.
 
 python benchmarks/steps.py [--runs runs/steps] [--seeds 1 2] [--model smollm2=PATH]
 
 Slices train, a third of each matrix in a step. Embedding and head train whole by the sign at 0.3 of the rate, whatever step the
-hidden matrices take. Each step has a root mean square of 1, so that learning rates mean the same. Each has five rates, and more
+hidden matrices take. One contender trains a third of the columns in place of rows. Each step has a root mean square of 1, so that learning rates mean the same. Each has five rates, and more
 where the best one is at the edge; then the other seeds run at the best rate. Runs that have ended are kept, so the command goes on
 where it stopped. Weights are float32. Needs shared/ beside the checkout; SmolLM2 is tried where its path is given, on slices of a
 fifteenth, as many layers as it has.
@@ -12,11 +12,14 @@ fifteenth, as many layers as it has.
 from __future__ import annotations
 
 import argparse
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import learning
+import torch
 from learning import (
     CONTENDERS,
     STUDIES,
@@ -33,6 +36,7 @@ from reproduce import MODELS, unpacked
 from results import write_page
 from torch import Tensor
 
+from lisatune.memory.blocks import block_rows
 from lisatune.optim import adamw
 from lisatune.optim.spectral import spectral_step
 
@@ -46,6 +50,7 @@ STEPS: dict[str, Step] = {
     "root of each element, normalised": lambda g: normalised(g.sign() * g.abs().sqrt(), (0, 1)),
     "spectral": spectral_step,
 }
+COLUMNS = "sign, columns in place of rows"
 MIDDLES = {"stories15M": 5e-4, "stories260K": 5e-3, "smollm2": 1e-3}
 
 
@@ -59,6 +64,29 @@ def both_normalised(gradient: Tensor) -> Tensor:
     for _ in range(5):
         gradient = normalised(normalised(gradient, 1), 0)
     return gradient
+
+
+def num_matrices(model: Path) -> int:
+    """Of a model of Llama's kind: seven in each decoder layer."""
+    return 7 * int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+
+
+class OfColumns:
+    """The sign in a third of the columns, another third in each step; each matrix has its own order, without replacement."""
+
+    def __init__(self, num_matrices: int, parts: int = 3) -> None:
+        self.num_matrices, self.parts, self.calls = num_matrices, parts, 0
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """The step of the next matrix."""
+        step, matrix = divmod(self.calls, self.num_matrices)
+        self.calls += 1
+        sweep, turn = divmod(step, self.parts)
+        block = random.Random(f"{sweep} {matrix}").sample(range(self.parts), self.parts)[turn]
+        start, stop = block_rows(gradient.shape[1], self.parts, block)
+        taken = torch.zeros_like(gradient)
+        taken[:, start:stop] = gradient[:, start:stop].sign()
+        return taken
 
 
 def main() -> None:
@@ -77,13 +105,15 @@ def main() -> None:
     small = slices(3, optim="spectral", **whole_vocabulary(0.3))
     for model in models:
         settings = small | ({"num_slices": 15} if model == "smollm2" else {})
+        whole = {"method": "full", "optim": "spectral", "embedding_lr_ratio": 0.3}
         learning.CONTENDERS = CONTENDERS | {name: Contender(settings, 1.0) for name in STEPS}
+        learning.CONTENDERS[COLUMNS] = Contender(whole, 1.0)
         STUDIES[model] = Study(
             model, "gsm8k", 40 if model == "smollm2" else 100, max_length=192 if model == "smollm2" else 256,
-            seeds=tuple(options.seeds), names=tuple(STEPS), scale=MIDDLES[model],
+            seeds=tuple(options.seeds), names=(*STEPS, COLUMNS), scale=MIDDLES[model],
         )  # fmt: skip
         while trial := next(pending([model], options.runs), None):
-            taken = STEPS[trial.contender]
+            taken = STEPS.get(trial.contender) or OfColumns(num_matrices(models[model]))
             print(run_trial(trial, str(models[model]), options.runs.resolve(), "cpu"), flush=True)
     print(write_page("steps", "\n\n".join(table(model, options.runs) for model in models), __doc__ or ""))
 
