@@ -74,7 +74,7 @@ def num_matrices(model: Path) -> int:
 class OfColumns:
     """The sign in a third of the columns, another third in each step; each matrix has its own order, without replacement."""
 
-    def __init__(self, num_matrices: int, parts: int = 3) -> None:
+    def __init__(self, num_matrices: int, parts: int) -> None:
         self.num_matrices, self.parts, self.calls = num_matrices, parts, 0
 
     def __call__(self, gradient: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     make_rows(options.runs / "rows")
     given = {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
-    given = {name: MODELS[name] for name in ("stories15M", "stories260K")} | given
+    given = {name: MODELS[name] for name in ("stories260K", "stories15M")} | given
     models = {name: unpacked(path, options.runs).resolve() for name, path in given.items()}
     taken: Step = spectral_step
     plain: Any = adamw
@@ -113,7 +113,7 @@ def main() -> None:
             seeds=tuple(options.seeds), names=(*STEPS, COLUMNS), scale=MIDDLES[model],
         )  # fmt: skip
         while trial := next(pending([model], options.runs), None):
-            taken = STEPS.get(trial.contender) or OfColumns(num_matrices(models[model]))
+            taken = STEPS.get(trial.contender) or OfColumns(num_matrices(models[model]), settings["num_slices"])
             print(run_trial(trial, str(models[model]), options.runs.resolve(), "cpu"), flush=True)
     print(write_page("steps", "\n\n".join(table(model, options.runs) for model in models), __doc__ or ""))
 
