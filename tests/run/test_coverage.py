@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lisatune.assemble import make_learner
-from lisatune.run.coverage import describe_coverage, hint_at_vocabulary, turns
+from lisatune.run.coverage import describe_coverage, hint_at_unknown_text, turns
 from lisatune.samplers.uniform import UniformSampler
 from lisatune.settings import build_config
 from tiny import make_llama
@@ -72,16 +72,20 @@ def test_turns_are_those_that_the_engine_will_take():
 
 
 @pytest.mark.parametrize(
-    ("settings", "loss", "is_told"),
+    ("settings", "loss", "tries"),
     [
-        ({"sampled_unit": "slices"}, 6.2, True),
-        ({"sampled_unit": "slices"}, 1.5, False),
-        ({"sampled_unit": "slices"}, None, False),
-        ({"sampled_unit": "slices", "train_embedding": True, "train_head": True}, 6.2, False),
-        ({"recipe": "paper"}, 6.2, False),
+        ({"sampled_unit": "slices"}, 6.2, ["optim=spectral", "train_embedding=true"]),
+        ({"sampled_unit": "slices"}, 4.8, None),
+        ({"sampled_unit": "slices"}, None, None),
+        ({"sampled_unit": "slices", "train_embedding": True, "train_head": True}, 6.2, ["optim=spectral"]),
+        ({"sampled_unit": "slices", "optim": "spectral"}, 6.2, ["train_embedding=true"]),
+        ({"sampled_unit": "slices", "optim": "spectral", "train_embedding": True, "train_head": True}, 6.2, None),
+        ({"recipe": "paper"}, 6.2, None),
     ],
 )
-def test_who_trains_slices_of_a_vocabulary_that_has_much_to_learn_is_told(settings, loss, is_told):
-    learner = make_learner(build_config(NEEDED | settings), make_llama(), torch.device("cpu"))
-    hint = hint_at_vocabulary(learner.engine, loss)
-    assert (hint is not None) == is_told
+def test_who_trains_slices_of_a_model_that_does_not_know_the_text_is_told(settings, loss, tries):
+    config = build_config(NEEDED | settings)
+    hint = hint_at_unknown_text(config, make_learner(config, make_llama(), torch.device("cpu")).engine, loss)
+    assert (hint is None) == (tries is None)
+    for word in ("optim=spectral", "train_embedding=true"):
+        assert (word in (hint or "")) == (word in (tries or []))

@@ -17,7 +17,7 @@ from lisatune.learner import Outcome
 from lisatune.memory.measure import state_bytes
 from lisatune.processes.collectives import rank
 from lisatune.run.build import Run, is_due
-from lisatune.run.coverage import hint_at_vocabulary
+from lisatune.run.coverage import hint_at_unknown_text
 from lisatune.run.metrics import Metrics
 from lisatune.run.progress import Evaluation, Progress
 from lisatune.run.samples import Samples
@@ -67,7 +67,8 @@ class Journal:
         )  # fmt: skip
         if self._samples:
             self._samples.write(0)
-        if hint := hint_at_vocabulary(self.run.learner.engine, next(iter((evaluation.losses or {}).values()), None)):
+        loss = next(iter((evaluation.losses or {}).values()), None)
+        if hint := hint_at_unknown_text(self.run.config, self.run.learner.engine, loss):
             tell(self._console, hint)
 
     def write(
