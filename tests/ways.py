@@ -58,6 +58,7 @@ class Way:
 
 
 SLICES = {"sampled_unit": "slices", "num_slices": 3, "num_active": 1}
+SPECTRAL = SLICES | {"interval_steps": 1, "optim": "spectral", "learning_rate": 3e-3}
 CHECKPOINTED = {"gradient_checkpointing": True}
 SAME: dict[str, Any] = {"forecast_within": None}  # it holds what another row holds
 OFF_THE_DEVICE: dict[str, Any] = {"forecast_within": None, "processes": None}  # a CPU has one memory
@@ -137,7 +138,11 @@ WAYS = [
     Way("all moments reset", {"state_policy": "reset_all"}, **SAME),
     Way("sign", {"optim": "sign", "learning_rate": 3e-3}, processes=None),
     Way("spectral", {"optim": "spectral", "learning_rate": 3e-3}, processes=None),
-    Way("slices, spectral", SLICES | {"optim": "spectral", "learning_rate": 3e-3}, processes=None),
+    Way("slices, spectral", SPECTRAL, processes=None),
+    Way(
+        "slices, spectral, step in backward", SPECTRAL | UNCLIPPED | {"optimizer_in_backward": True}, processes=None,
+        bit_equal_to=SPECTRAL | UNCLIPPED,
+    ),
     Way("SGD", {"optim": "sgd", "learning_rate": 0.5}, processes=None),
     Way("LARS", {"optim": "lars", "learning_rate": 0.1}, processes=None),
     Way("LAMB", {"optim": "lamb"}, processes=None, falls=0.1),
