@@ -321,7 +321,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     rows, steps = runs / "rows", num_steps_of(trial, runs, device)
     folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
     sets = {"task": str(rows / f"{study.data}.held_out.jsonl")}
-    if trial.seed != study.seeds[0] or device != "cpu":  # on a CPU it takes longer than the run
+    if (trial.seed != study.seeds[0] and not study.time_of) or device != "cpu":  # on a CPU it takes longer than the run
         sets["general"] = str(rows / "c4.jsonl")
     settings = {
         "model": model, "data": str(rows / f"{study.data}.jsonl"), "output": str(folder / "run"), "eval_data": sets,
