@@ -128,7 +128,8 @@ SPECTRAL = (
     "slices, spectral, E/H by sign 0.3",
 )
 MUON = ("full, Muon", "paper LISA, Muon")
-UNKNOWN = (*SPECTRAL, *THIRDS, "full", "paper LISA", *MUON, WHOLE[1], "slices", "lora r16", "sign")
+LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
+UNKNOWN = (*SPECTRAL, "slices, spectral", *THIRDS, "full", "paper LISA", *MUON, WHOLE[1], "slices", "lora r16", "sign")
 BEST_RATES = {
     "full": 1e-4,
     "lora r16": 2e-3,
@@ -152,7 +153,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
-    "stories-100-time": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256, time_of="stories-100"),
+    "stories-100-time": Study("stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100"),
     "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }
