@@ -140,7 +140,8 @@ BEST_RATES = {
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
     "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=WHOLE),
-    "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts", "slices, spectral")),
+    "gsm8k-40-spectral": Study("smollm2", "gsm8k", 40, names=("slices, spectral",)),
+    "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=SHORT),
