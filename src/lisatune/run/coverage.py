@@ -12,7 +12,7 @@ from lisatune.samplers.fixed import FixedSampler
 from lisatune.settings.config import TrainConfig
 from lisatune.slices.engine import SliceEngine
 
-UNKNOWN_TEXT = 5.5  # nats a token: at 6.2 spectral steps were far better; at 1.5 no different, and at 4.8 not better
+UNKNOWN_TEXT = 5.5  # nats a token: at 6.2 spectral steps were far better; at 4.8 worse, at 1.5 no different
 MOST_INTERVALS = 5000  # that are looked at; after so many a unit that had no turn has next to no chance
 
 
