@@ -119,7 +119,7 @@ CONTENDERS: dict[str, Contender] = {
 
 MAIN = ("full", "lora r16", "paper LISA", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
 BEST = ("full", "lora r16", "paper LISA", "slices")
-SHORT = ("slices", "lora r16", "full", "slices, E/H by sign 0.1", "paper LISA", "slices, E/H 0.1")
+SHORT = ("slices", "slices, spectral", "lora r16", "full", "slices, E/H by sign 0.1", "paper LISA", "slices, E/H 0.1")
 WHOLE = ("slices, E/H by sign 0.1", "slices, E/H by sign 0.3")
 THIRDS = ("slices, 3 parts, E/H by sign 0.3", "slices, 3 parts")  # the share of two layers of six
 SPECTRAL = (
