@@ -74,11 +74,13 @@ def test_turns_are_those_that_the_engine_will_take():
 @pytest.mark.parametrize(
     ("settings", "loss", "tries"),
     [
-        ({"sampled_unit": "slices"}, 6.2, ["optim=spectral", "train_embedding=true"]),
+        ({"sampled_unit": "slices"}, 6.2, ["optim=spectral"]),
+        ({"sampled_unit": "slices", "num_slices": 15}, 6.2, ["optim=spectral", "train_embedding=true"]),
         ({"sampled_unit": "slices"}, 4.8, None),
         ({"sampled_unit": "slices"}, None, None),
         ({"sampled_unit": "slices", "train_embedding": True, "train_head": True}, 6.2, ["optim=spectral"]),
-        ({"sampled_unit": "slices", "optim": "spectral"}, 6.2, ["train_embedding=true"]),
+        ({"sampled_unit": "slices", "optim": "spectral"}, 6.2, None),
+        ({"sampled_unit": "slices", "num_slices": 15, "optim": "spectral"}, 6.2, ["train_embedding=true"]),
         ({"sampled_unit": "slices", "optim": "spectral", "train_embedding": True, "train_head": True}, 6.2, None),
         ({"recipe": "paper"}, 6.2, None),
     ],

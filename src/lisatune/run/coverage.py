@@ -13,6 +13,7 @@ from lisatune.settings.config import TrainConfig
 from lisatune.slices.engine import SliceEngine
 
 UNKNOWN_TEXT = 5.5  # nats a token: at 6.2 spectral steps were far better; at 4.8 worse, at 1.5 no different
+MANY_SLICES = 7  # with 15 of them, training the vocabulary whole helped; with 3 it did not
 MOST_INTERVALS = 5000  # that are looked at; after so many a unit that had no turn has next to no chance
 
 
@@ -45,7 +46,7 @@ def hint_at_unknown_text(
     if not isinstance(engine, SliceEngine) or not (loss or 0) > UNKNOWN_TEXT:
         return None
     tries = [] if config.optim in ("spectral", "muon") else ["optim=spectral"]
-    if engine.trains["embedding"] == "sampled":
+    if engine.trains["embedding"] == "sampled" and len(engine.pool) > MANY_SLICES:
         tries.append("train_embedding=true train_head=true embedding_lr_ratio=0.3")
     if not tries:
         return None
