@@ -1,6 +1,6 @@
 """Which step without state learns best: a gradient's sign, or a gradient normalised in another way; and rows against columns.
 
-python benchmarks/steps.py [--runs runs/steps] [--seeds 1 2] [--model smollm2=PATH]
+python benchmarks/steps.py [--runs runs/steps] [--seeds 1 2] [--model smollm2=PATH] [--page]
 
 Slices train, a third of each matrix in a step. Embedding and head train whole by the sign at 0.3 of the rate, whatever step the
 hidden matrices take. One contender trains a third of the columns in place of rows. Each step has a root mean square of 1, so that learning rates mean the same. Each has five rates, and more
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/steps"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--page", action="store_true", help="write the page of what is there, and run nothing")
     options = parser.parse_args()
     make_rows(options.runs / "rows")
     given = {name: Path(path) for name, _, path in (word.partition("=") for word in options.model)}
@@ -112,7 +113,7 @@ def main() -> None:
             model, "gsm8k", 40 if model == "smollm2" else 100, max_length=192 if model == "smollm2" else 256,
             seeds=tuple(options.seeds), names=(*STEPS, COLUMNS), scale=MIDDLES[model],
         )  # fmt: skip
-        while trial := next(pending([model], options.runs), None):
+        while not options.page and (trial := next(pending([model], options.runs), None)):
             taken = STEPS.get(trial.contender) or OfColumns(num_matrices(models[model]), settings["num_slices"])
             print(run_trial(trial, str(models[model]), options.runs.resolve(), "cpu"), flush=True)
     print(write_page("steps", "\n\n".join(table(model, options.runs) for model in models), __doc__ or ""))
