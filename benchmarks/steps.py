@@ -43,12 +43,12 @@ from lisatune.optim.spectral import spectral_step
 Step = Callable[[Tensor], Tensor]
 STEPS: dict[str, Step] = {
     "sign": lambda g: g.sign(),
+    "rows and columns by turns, five times": lambda g: both_normalised(g),
+    "spectral": spectral_step,
     "each row normalised": lambda g: normalised(g, 1),
     "each column normalised": lambda g: normalised(g, 0),
-    "rows and columns by turns, five times": lambda g: both_normalised(g),
     "the matrix normalised": lambda g: normalised(g, (0, 1)),
     "root of each element, normalised": lambda g: normalised(g.sign() * g.abs().sqrt(), (0, 1)),
-    "spectral": spectral_step,
 }
 COLUMNS = "sign, columns in place of rows"
 MIDDLES = {"stories15M": 5e-4, "stories260K": 5e-3, "smollm2": 1e-3}
@@ -111,7 +111,7 @@ def main() -> None:
         learning.CONTENDERS[COLUMNS] = Contender(whole, 1.0)
         STUDIES[model] = Study(
             model, "gsm8k", 40 if model == "smollm2" else 100, max_length=192 if model == "smollm2" else 256,
-            seeds=tuple(options.seeds), names=(*STEPS, COLUMNS), scale=MIDDLES[model],
+            seeds=tuple(options.seeds), names=(COLUMNS, *STEPS), scale=MIDDLES[model],
         )  # fmt: skip
         while not options.page and (trial := next(pending([model], options.runs), None)):
             taken = STEPS.get(trial.contender) or OfColumns(num_matrices(models[model]), settings["num_slices"])
