@@ -29,7 +29,7 @@ NAMES = {
     (interval, paid): f"K {interval}{', payout' if paid else ''}"
     for interval, paid in itertools.product(INTERVALS, (False, True))
 }
-MODELS_USED = {"stories15M": 3e-4, "stories260K": 4e-3}  # model: middle of its rates
+MODELS_USED = {"stories260K": 4e-3, "stories15M": 3e-4}  # model: middle of its rates
 
 
 @torch.no_grad()

@@ -3,10 +3,10 @@
 python benchmarks/steps.py [--runs runs/steps] [--seeds 1 2] [--model smollm2=PATH] [--page]
 
 Slices train, a third of each matrix in a step. Embedding and head train whole by the sign at 0.3 of the rate, whatever step the
-hidden matrices take. One contender trains a third of the columns in place of rows. Each step has a root mean square of 1, so that learning rates mean the same. Each has five rates, and more
-where the best one is at the edge; then the other seeds run at the best rate. Runs that have ended are kept, so the command goes on
-where it stopped. Weights are float32. Needs shared/ beside the checkout; SmolLM2 is tried where its path is given, on slices of a
-fifteenth, as many layers as it has.
+hidden matrices take. One contender trains a third of the columns in place of rows. Each step has a root mean square of 1, so
+learning rates mean the same. Each has five rates, and more where the best one is at the edge. The other seeds run at the
+best rate. Runs that have ended are kept, so the command goes on where it stopped. Weights are float32. Needs shared/ beside
+the checkout. SmolLM2 is tried where its path is given, with slices of a fifteenth.
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ class OptimChoice(Choice):
     stateless: bool = False
     spectral: bool = False
 
+    @property
+    def has_state(self) -> bool:
+        """Whether it keeps something between steps."""
+        return not self.stateless
+
 
 OURS = "lisatune.optim.build:make_adamw"
 

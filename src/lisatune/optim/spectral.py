@@ -17,7 +17,10 @@ def spectral_step(gradient: Tensor) -> Tensor:
     root mean square of 1 if no singular value is near 0, so a learning rate moves weights as far as ``optim=sign`` does.
     Muon takes this step of its momentum. Here it is taken of one gradient.
 
-    Newton-Schulz iterations find it, which are products of matrices alone. They stop when singular values are between 0.7
+    Why ours: ``torch.optim.Muon`` holds a buffer even with a momentum of 0, and always iterates in bfloat16. Its step cannot
+    be taken in the backward pass of a slice, and its weights are rounded to nearest.
+
+    Newton-Schulz iterations find it, which are products of matrices alone. They stop when singular values are between 0.65
     and 1.2. Values below a thousandth of the gradient's norm, which are mostly noise, stay smaller.
 
     Args:

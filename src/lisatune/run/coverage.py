@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from lisatune.engine import LisaEngine
 from lisatune.errors import UserError
 from lisatune.learner import Learner
+from lisatune.optim import OPTIMS
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.fixed import FixedSampler
 from lisatune.settings.config import TrainConfig
@@ -45,7 +46,7 @@ def hint_at_unknown_text(
     """What to try if slices train and the model hardly knows the text; ``loss`` is the held-out loss before training."""
     if not isinstance(engine, SliceEngine) or not (loss or 0) > UNKNOWN_TEXT:
         return None
-    tries = [] if config.optim in ("spectral", "muon") else ["optim=spectral"]
+    tries = [] if OPTIMS[config.optim].spectral else ["optim=spectral"]
     if engine.trains["embedding"] == "sampled" and len(engine.pool) > MANY_SLICES:
         tries.append("train_embedding=true train_head=true embedding_lr_ratio=0.3")
     if not tries:

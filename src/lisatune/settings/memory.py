@@ -77,7 +77,7 @@ class Memory(BaseModel):
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, whole=True, ladder=7, needs=IN_BLOCKS | {
             NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no optimizer state: leave it out",
-            "optim!=sign and optim!=spectral": "has no effect with optim=sign and optim=spectral, which have no state: leave it out",
+            "optim.has_state": "has no effect with an optimizer that has no state: leave it out",
         }, tasks=SFT,
     )  # fmt: skip
     frozen_bits: Literal[4, 8] | None = row(
