@@ -336,6 +336,10 @@ def test_what_needs_whole_weights_is_refused_in_shards(monkeypatch):
         check_num_ranks(settings(reduce_dtype="auto"), 1)
     with pytest.raises(UserError, match="dp_shard_size=3 does not divide the 4 processes"):
         check_num_ranks(settings(dp_shard_size=3, recipe="paper"), 4)
+    with pytest.raises(
+        UserError, match="dp_shard_size=2 needs 2 processes, and one was started: start them with torchrun"
+    ):
+        check_num_ranks(settings(dp_shard_size=2, recipe="paper"), 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("sys.argv", ["lisatune", "plan"])
     with pytest.raises(SystemExit, match="2"):

@@ -141,6 +141,11 @@ def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
 
     Raises: UserError naming the setting.
     """
+    if num_ranks == 1 < config.dp_shard_size:
+        raise UserError(
+            f"dp_shard_size={config.dp_shard_size} needs {config.dp_shard_size} processes, and one was started: start them with "
+            "torchrun, or leave it out"
+        )
     if num_ranks % config.dp_shard_size:
         raise UserError(
             f"dp_shard_size={config.dp_shard_size} does not divide the {num_ranks} processes that were started: choose 1, "
