@@ -1,6 +1,6 @@
 """Whether a last step with the momentum that is left over helps, when layers freeze.
 
-python benchmarks/payout.py [--runs runs/payout] [--seeds 1 2]
+python benchmarks/payout.py [--runs runs/payout] [--seeds 1 2] [--page]
 
 MISA (arXiv:2511.00056) ends the interval of a layer with one more step, rate * beta1 / (1 - beta1) * m / sqrt(v): as far
 as its momentum would still have moved it. The paper's LISA is run with and without this step, at three lengths of an
@@ -48,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/payout"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--page", action="store_true", help="write the page of what is there, and run nothing")
     options = parser.parse_args()
     make_rows(options.runs / "rows")
     learning.CONTENDERS = CONTENDERS | {
@@ -59,10 +60,10 @@ def main() -> None:
         )
     paid = {name for (_, is_paid), name in NAMES.items() if is_paid}
     engine: Any = lisatune.engine
-    while trial := next(pending(list(MODELS_USED), options.runs), None):
+    while not options.page and (trial := next(pending(list(MODELS_USED), options.runs), None)):
         engine.drop_state = pay_out if trial.contender in paid else drop_state
         print(run_trial(trial, str(MODELS[trial.study]), options.runs.resolve(), "cpu"), flush=True)
-    tables = [table(model, options.runs) for model in MODELS_USED]
+    tables = [table(model, options.runs) for model in MODELS_USED if (options.runs / model).is_dir()]
     print(write_page("payout", "\n\n".join(tables), __doc__ or ""))
 
 
