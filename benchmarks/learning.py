@@ -96,6 +96,22 @@ CONTENDERS: dict[str, Contender] = {
     "slices, spectral, E/H by sign 0.3": Contender(slices(optim="spectral", **whole_vocabulary(0.3)), 1e-3),
     "slices, 3 parts, spectral": Contender(slices(3, optim="spectral"), 5e-4),
     "slices, 3 parts, spectral, E/H by sign 0.3": Contender(slices(3, optim="spectral", **whole_vocabulary(0.3)), 5e-4),
+    "slices of columns": Contender(slices(slices_of="columns"), 1e-3),
+    "slices of columns, spectral": Contender(slices(optim="spectral", slices_of="columns"), 5e-4),
+    "slices of columns, E/H by sign 0.1": Contender(
+        slices(optim="sign", slices_of="columns", **whole_vocabulary(0.1)), 1e-3
+    ),
+    "slices of columns, E/H by sign 0.3": Contender(
+        slices(optim="sign", slices_of="columns", **whole_vocabulary(0.3)), 1e-3
+    ),
+    "slices of columns, 3 parts": Contender(slices(3, slices_of="columns"), 5e-4),
+    "slices of columns, 3 parts, spectral": Contender(slices(3, optim="spectral", slices_of="columns"), 5e-4),
+    "slices of columns, 3 parts, E/H by sign 0.3": Contender(
+        slices(3, optim="sign", slices_of="columns", **whole_vocabulary(0.3)), 5e-4
+    ),
+    "slices of columns, 3 parts, spectral, E/H by sign 0.3": Contender(
+        slices(3, optim="spectral", slices_of="columns", **whole_vocabulary(0.3)), 5e-4
+    ),
     "full, Muon": Contender({"method": "full", "optim": "muon"}, 5e-4),
     "paper LISA, Muon": Contender({"num_active": 2, "interval_steps": 3, "optim": "muon"}, 5e-4),
     "slices, norms 0.1": Contender(slices(norm_lr_ratio=0.1), 1e-3),
@@ -127,9 +143,22 @@ SPECTRAL = (
     "slices, 3 parts, spectral",
     "slices, spectral, E/H by sign 0.3",
 )
+COLUMNS = tuple(name for name in CONTENDERS if name.startswith("slices of columns"))
 MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
-UNKNOWN = (*SPECTRAL, "slices, spectral", *THIRDS, "full", "paper LISA", *MUON, WHOLE[1], "slices", "lora r16", "sign")
+UNKNOWN = (
+    *SPECTRAL,
+    *(name for name in COLUMNS if "E/H by sign 0.1" not in name),
+    "slices, spectral",
+    *THIRDS,
+    "full",
+    "paper LISA",
+    *MUON,
+    WHOLE[1],
+    "slices",
+    "lora r16",
+    "sign",
+)
 BEST_RATES = {
     "full": 1e-4,
     "lora r16": 2e-3,
@@ -141,6 +170,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
     "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=WHOLE),
     "gsm8k-40-spectral": Study("smollm2", "gsm8k", 40, names=("slices, spectral",)),
+    "gsm8k-40-columns": Study("smollm2", "gsm8k", 40, names=COLUMNS[:3]),
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),

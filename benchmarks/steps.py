@@ -36,7 +36,7 @@ from reproduce import MODELS, unpacked
 from results import write_page
 from torch import Tensor
 
-from lisatune.memory.blocks import block_rows
+from lisatune.memory.blocks import block_range
 from lisatune.optim import adamw
 from lisatune.optim.spectral import spectral_step
 
@@ -83,7 +83,7 @@ class OfColumns:
         self.calls += 1
         sweep, turn = divmod(step, self.parts)
         block = random.Random(f"{sweep} {matrix}").sample(range(self.parts), self.parts)[turn]
-        start, stop = block_rows(gradient.shape[1], self.parts, block)
+        start, stop = block_range(gradient.shape[1], self.parts, block)
         taken = torch.zeros_like(gradient)
         taken[:, start:stop] = gradient[:, start:stop].sign()
         return taken

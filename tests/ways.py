@@ -59,6 +59,7 @@ class Way:
 
 SLICES = {"sampled_unit": "slices", "num_slices": 3, "num_active": 1}
 SPECTRAL = SLICES | {"interval_steps": 1, "optim": "spectral", "learning_rate": 3e-3}
+COLUMNS = SLICES | {"slices_of": "columns"}
 CHECKPOINTED = {"gradient_checkpointing": True}
 SAME: dict[str, Any] = {"forecast_within": None}  # it holds what another row holds
 OFF_THE_DEVICE: dict[str, Any] = {"forecast_within": None, "processes": None}  # a CPU has one memory
@@ -95,6 +96,21 @@ WAYS = [
     Way("halves", {"sampled_unit": "halves"}, processes=((2, 2),), more={"packing": True, "max_steps": 4}),
     Way("modules", {"sampled_unit": "modules", "num_active": 6}),
     Way("slices", SLICES | {"interval_steps": 1}, processes=((2, 1), (4, 1))),
+    Way("slices of columns", COLUMNS | {"interval_steps": 1}, processes=((2, 1),), more={"max_steps": 4}),
+    Way(
+        "slices of columns with moments",
+        COLUMNS | {"num_active": 2, "interval_steps": 4, "dtype": "bfloat16", "optim": "adamw_8bit", "train_norms": "sampled"},
+        processes=None, **BFLOAT16,
+    ),
+    Way(
+        "slices of columns, step in backward", COLUMNS | UNCLIPPED | {"interval_steps": 1, "optimizer_in_backward": True},
+        processes=None,
+    ),
+    Way(
+        "slices of columns off the device", COLUMNS | CHECKPOINTED | {"interval_steps": 2, "offload_frozen": True},
+        bit_equal_to=COLUMNS | {"interval_steps": 2}, **OFF_THE_DEVICE,
+    ),
+    Way("slices of columns, spectral", COLUMNS | SPECTRAL, processes=None),
     Way(
         "slices with moments",
         SLICES | {"num_active": 2, "interval_steps": 4, "dtype": "bfloat16", "optim": "adamw_8bit", "train_norms": "sampled"},

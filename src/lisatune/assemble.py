@@ -89,6 +89,7 @@ def make_optimizer_over(
 ) -> torch.optim.Optimizer:
     """The optimizer of ``config`` over ``groups``; ``ours`` if a lever needs this package's AdamW."""
     parts = layers.parts()
+    ours = ours or config.slices_of == "columns"  # torch's fused one takes them for contiguous
     return make_optimizer(
         config.optim, groups, **vars(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon, vocabulary=[*parts["embedding"].values(), *parts["head"].values()], ours=ours,

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
+from lisatune.memory.blocks import SliceOf
 from lisatune.processes.collectives import num_ranks
 from lisatune.slices.engine import SliceEngine
 from lisatune.slices.modules import ReadWhole
@@ -59,6 +60,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         num_slices: Only for slices: blocks that each matrix is cut into. Default: 15, or half of the number of decoder
             layers if that is less.
         train_norms: Only for slices: see ``SliceEngine``. Default: False.
+        slices_of: Only for slices: ``rows`` or ``columns``, see ``SliceEngine``. Default: rows.
         train_outside: Train what is outside the text model too: a vision tower and its projector, in every step.
         report: Write ``report.html`` into the Trainer's ``output_dir`` at the end; needs matplotlib.
     Raises: UserError, when training begins, for a model that has adapters, a bidirectional model with a next-token loss,
@@ -81,18 +83,19 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         sampled_unit: str = "layers",
         num_slices: int | None = None,
         train_norms: Trains | None = None,
+        slices_of: SliceOf | None = None,
         train_outside: bool = False,
         report: bool = False,
     ) -> None:
         if sampled_unit == "slices" and train_outside:
             raise UserError("train_outside has no effect with sampled_unit='slices': leave it out")
-        if sampled_unit != "slices" and (num_slices is not None or train_norms is not None):
-            raise UserError("num_slices and train_norms have no effect without sampled_unit='slices': leave them out")
+        of_slices = {"num_slices": num_slices, "train_norms": train_norms, "slices_of": slices_of}
+        if sampled_unit != "slices" and (given := [name for name, value in of_slices.items() if value is not None]):
+            raise UserError(f"{given[0]} has no effect without sampled_unit='slices': leave it out")
         self.settings = LisaSettings.usual(
             num_active=num_active, interval_steps=interval_steps, seed=seed, state_policy=state_policy,
             decoder_name=decoder_name, train_embedding=train_embedding, train_head=train_head, sampler=sampler,
-            sampler_options=sampler_options, sampled_unit=sampled_unit, num_slices=num_slices, train_norms=train_norms,
-            train_outside=train_outside,
+            sampler_options=sampler_options, sampled_unit=sampled_unit, train_outside=train_outside, **of_slices,
         )  # fmt: skip
         self.engine: LisaEngine | SliceEngine | None = None
         self._copies: Copies | None = None

@@ -16,7 +16,7 @@ from lisatune.data.loader import Batch
 from lisatune.data.tokenize import IGNORED
 from lisatune.errors import UserError
 from lisatune.layers import Layers
-from lisatune.memory.blocks import Cut, cut_of
+from lisatune.memory.blocks import Cut, Range, cut_of
 from lisatune.optim.row_gradients import HeadPart, RowGradients
 from lisatune.slices.functions import whole_weight
 
@@ -56,7 +56,7 @@ def linear_cross_entropy(
             ``CHUNK_LOGITS``.
         row_gradients: If given, ``weight`` gets no gradient of its shape; instead the backward pass leaves there what
             its rows' gradients are made from, a block at a time. Holds the labelled tokens' hidden states until then.
-        cut: If given, that of ``weight``: only its trained rows get a gradient, of their own shape.
+        cut: If given, that of ``weight``: only its trained blocks get a gradient, of their own shape.
         weights: What each token's loss is multiplied by, shape (N,), float32. Default: 1 each.
         labelled: Places of the labels that are not -100, ascending, int64. If it is given, nobody waits for a GPU to count them.
     Returns: Scalar float32; 0.0 with zero gradients when nothing is labelled.
@@ -86,10 +86,10 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         cut = None
-    rows, slots = ((), ()) if cut is None else (cut.rows, tuple(cut.slots))
+    dim, ranges, slots = (0, (), ()) if cut is None else (cut.dim, cut.ranges, tuple(cut.slots))
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients,
-        None if weights is None else weights[labelled, None], rows, *slots,
+        None if weights is None else weights[labelled, None], dim, ranges, *slots,
     )  # fmt: skip
     return loss
 
@@ -106,14 +106,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         row_gradients: RowGradients | None,
         weights: Tensor | None,
-        slot_rows: tuple[tuple[int, int], ...],
+        dim: int,
+        ranges: tuple[Range, ...],
         *slots: Tensor,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         leaves_part = wants_weight and row_gradients is not None
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight and not leaves_part else None
-        grad_slots = [torch.zeros_like(slot) for slot in slots] if any(ctx.needs_input_grad[9:]) else []
+        grad_slots = (
+            [torch.zeros_like(slot, memory_format=torch.contiguous_format) for slot in slots]
+            if any(ctx.needs_input_grad[10:])
+            else []
+        )
         grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
         log_normalisers = hidden.new_empty(len(hidden), dtype=torch.float32) if leaves_part else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -143,8 +148,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden[rows])
-            for (first, last), grad_slot in zip(slot_rows, grad_slots, strict=False):
-                grad_slot.addmm_(grad[:, first:last].T, hidden[rows])
+            for (first, last), grad_slot in zip(ranges, grad_slots, strict=False):
+                if dim == 0:
+                    grad_slot.addmm_(grad[:, first:last].T, hidden[rows])
+                else:
+                    grad_slot.addmm_(grad.T, hidden[rows, first:last])
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             del logits_CV, softmax, grad  # else the next chunk's logits are made beside them
@@ -167,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = HeadPart(hidden.detach(), labels, log_normaliser, bias, factor)
             ctx.row_gradients.add(ctx.weight, part)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
-        return (*grads[:3], None, None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))
+        return (*grads[:3], None, None, None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))
 
 
 def batch_loss(

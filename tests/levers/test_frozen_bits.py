@@ -85,7 +85,7 @@ def coarse_rows(engine, bits):
             exact[cut] = cut.weight.detach().clone()
             small = few_bits(cut.weight, bits)
             rough = small.restore(small.tensors).view(cut.shape)
-            for start, stop in cut.rows:
+            for start, stop in cut.ranges:
                 rough[start:stop] = cut.weight.detach().view(cut.shape)[start:stop]
             cut.weight.detach().view(cut.shape).copy_(rough)
     return exact

@@ -152,6 +152,7 @@ ALLOWED = {
     "optimizer_in_backward": {"max_grad_norm": 0},
     "eval_tasks": {"gradient_checkpointing": True},
     "precompute_ref_log_probs": {"task": "dpo"},
+    "slices_of": {"sampled_unit": "slices"},
 }
 
 

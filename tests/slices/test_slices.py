@@ -1,4 +1,7 @@
-"""Slices: blocks of rows of every matrix, views of the weights, and nothing else that trains."""
+"""Slices: blocks of rows or columns of every matrix, views of the weights, and nothing else that trains."""
+
+import copy
+from functools import partial
 
 import pytest
 import torch
@@ -7,12 +10,14 @@ from hypothesis import strategies as st
 
 from lisatune import UniformSampler, UserError, find_layers
 from lisatune.loss import linear_cross_entropy
-from lisatune.memory.blocks import Cut, block_rows
+from lisatune.memory.blocks import Cut, block_range
 from lisatune.memory.measure import state_bytes
+from lisatune.optim import make_optimizer
 from lisatune.samplers.bernoulli import BernoulliSampler
 from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.sweep import SweepSampler
 from lisatune.slices.engine import SliceEngine
+from lisatune.slices.functions import sliced_linear
 from lisatune.slices.modules import SlicedForward
 from tiny import VOCABULARY, make_llama
 
@@ -88,18 +93,18 @@ def weights(model):
 
 @given(st.integers(0, 1000), st.integers(1, 70))
 def test_blocks_cover_the_rows_once_and_differ_by_one_row_at_most(num_rows, num_slices):
-    blocks = [block_rows(num_rows, num_slices, block) for block in range(num_slices)]
+    blocks = [block_range(num_rows, num_slices, block) for block in range(num_slices)]
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(num_rows))
     sizes = {stop - start for start, stop in blocks}
     assert max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "slices_of"), [(False, "rows"), (True, "rows"), (False, "columns")])
 @pytest.mark.parametrize("name", MODELS)
-def test_one_slice_is_full_fine_tuning_to_the_bit(name, fused):
+def test_one_slice_is_full_fine_tuning_to_the_bit(name, fused, slices_of):
     full, sliced = MODELS[name](), MODELS[name]()
     full_optimizer = torch.optim.AdamW(full.parameters(), lr=1e-2, weight_decay=0.1, fused=fused)
-    engine, optimizer = make(sliced, num_slices=1, fused=fused, train_norms=True)
+    engine, optimizer = make(sliced, num_slices=1, fused=fused, train_norms=True, slices_of=slices_of)
     for step in range(6):
         train_step(full, full_optimizer, step)
         train_step(sliced, optimizer, step, engine)
@@ -107,25 +112,31 @@ def test_one_slice_is_full_fine_tuning_to_the_bit(name, fused):
         assert torch.equal(a, b), n
 
 
+@pytest.mark.parametrize("slices_of", ["rows", "columns"])
 @pytest.mark.parametrize("num_active", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_of_rows_are_those_of_the_whole_gradient_with_the_rest_thrown_away(name, num_active):
+def test_gradients_of_blocks_are_those_of_the_whole_gradient_with_the_rest_thrown_away(name, num_active, slices_of):
     fast, slow, whole = MODELS[name](), MODELS[name](), MODELS[name]()
     engines = []
     for model, option in ((fast, False), (slow, True)):
         engine, optimizer = make(
-            model, num_active=num_active, slow=option, train_norms="sampled" if num_active == 1 else False
-        )
+            model, num_active=num_active, slow=option, train_norms="sampled" if num_active == 1 else False,
+            slices_of=slices_of,
+        )  # fmt: skip
         engine.begin_step(3, optimizer)
         engines.append(engine)
     for model in (fast, slow, whole):
         model(input_ids=batch(0), labels=batch(0)).loss.backward()
     grads = dict(whole.named_parameters())
     for n, cut in engines[0].cuts.items():
-        for slot, other, (start, stop) in zip(cut.slots, engines[1].cuts[n].slots, cut.rows, strict=True):
+        assert cut.dim == (
+            slices_of == "columns" and ".layers." in n.replace(".h.", ".layers.") and cut.weight.ndim > 1
+        )
+        for slot, other, (start, stop) in zip(cut.slots, engines[1].cuts[n].slots, cut.ranges, strict=True):
             if not slot.requires_grad:
                 continue
-            expected = grads[n].grad.view(cut.shape)[start:stop]
+            whole_grad = grads[n].grad.view(cut.shape)
+            expected = whole_grad[:, start:stop] if cut.dim else whole_grad[start:stop]
             assert torch.equal(other.grad, expected), n
             assert slot.grad.shape == expected.shape
             # a product of fewer rows may be summed in another order: 8 terms of 32 here
@@ -133,20 +144,22 @@ def test_gradients_of_rows_are_those_of_the_whole_gradient_with_the_rest_thrown_
     assert all(p.grad is None for cut in engines[0].cuts.values() for p in [cut.weight])
 
 
+@pytest.mark.parametrize("slices_of", ["rows", "columns"])
 @pytest.mark.parametrize("name", MODELS)
-def test_over_many_switches_state_is_flat_and_exactly_the_active_rows_change(name):
+def test_over_many_switches_state_is_flat_and_exactly_the_active_blocks_change(name, slices_of):
     model = MODELS[name]()
-    engine, optimizer = make(model, num_slices=4, train_norms="sampled")
+    engine, optimizer = make(model, num_slices=4, train_norms="sampled", slices_of=slices_of)
     sizes, before, turns = set(), weights(model), {}
     for step in range(12):
         train_step(model, optimizer, step, engine)
         after, changed = weights(model), 0
         for n, cut in engine.cuts.items():
-            ((start, stop),) = cut.rows
+            ((start, stop),) = cut.ranges
             moved = (after[n] != before[n]).view(cut.shape)
+            moved = moved.T if cut.dim else moved
             assert not moved[:start].any(), n
             assert not moved[stop:].any(), n
-            changed += stop - start if cut.weight.ndim == 1 else (stop - start) * cut.weight.shape[-1]
+            changed += moved[start:stop].numel()
             turns.setdefault(n, []).append(cut.blocks[0])
         assert changed == engine.num_trainable() == sum(p.numel() for p in model.parameters() if p.requires_grad)
         sizes.add(state_bytes(optimizer))
@@ -242,6 +255,75 @@ def test_a_module_s_own_forward_gets_gradients_of_its_trained_rows_alone():
     assert type(out) is torch.Tensor
 
 
+@pytest.mark.parametrize("of", ["rows", "columns"])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_an_embedding_gets_gradients_of_its_trained_blocks_alone(of, padding_idx):
+    whole = torch.nn.Embedding(20, 8, padding_idx=padding_idx)
+    sliced = copy.deepcopy(whole)
+    cut = Cut("embedding", sliced.weight, num_slices=3, num_active=2, of=of)
+    cut.place([2, 0])
+    ids, scale = torch.randint(0, 20, (4, 9)), torch.randn(4, 9, 8)
+    (whole(ids) * scale).sum().backward()
+    (SlicedForward(sliced)(ids) * scale).sum().backward()
+    for slot, (start, stop) in zip(cut.slots, cut.ranges, strict=True):
+        expected = whole.weight.grad[start:stop] if of == "rows" else whole.weight.grad[:, start:stop]
+        assert torch.equal(slot.grad, expected)
+
+
+def test_of_columns_only_their_share_of_the_input_is_kept():
+    torch.manual_seed(0)
+    linear, kept = torch.nn.Linear(40, 6), []
+    cut = Cut("weight", linear.weight, num_slices=4, num_active=1, of="columns")
+    cut.place([1])
+    inputs = torch.randn(5, 40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        sliced_linear(inputs * 1, cut, linear.bias)
+    sizes = sorted(t.untyped_storage().nbytes() for t in kept)
+    assert sizes == [5 * 10 * 4, 6 * 40 * 4]  # a quarter of the input, and the weight
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamw_8bit", "sign", "spectral", "sgd", "lars", "lamb", "adafactor", "muon"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_does_to_columns_what_it_does_to_a_matrix_of_them(name, dtype):
+    """Columns lie apart in memory; whoever takes them for contiguous writes to others."""
+    torch.manual_seed(0)
+    columns = torch.nn.Parameter(torch.randn(300, 12, dtype=dtype))
+    cut = Cut("weight", columns, num_slices=3, num_active=1, of="columns")
+    cut.place([0])
+    alone = torch.nn.Parameter(columns.detach()[:, :4].clone())
+    frozen = columns.detach()[:, 4:].clone()
+    for whole, parameter in ((columns, cut.slots[0]), (alone, alone)):
+        torch.manual_seed(1)
+        stateless = {"stateless": True, "spectral": name == "spectral"} if name in ("sign", "spectral") else {}
+        group = {"params": [whole], "weight_decay": 0.1, **stateless}
+        optimizer = make_optimizer(name, [group], lr=0.1, betas=(0.9, 0.99), eps=1e-8, seed=0, ours=True)
+        optimizer.param_groups[0]["params"][:] = [parameter]
+        for _ in range(3):
+            parameter.grad = torch.randn(300, 4).to(dtype)
+            optimizer.step()
+    # torch's Adafactor sums the norm of columns in another order
+    torch.testing.assert_close(columns[:, :4], alone, rtol=0, atol=2**-22 if name == "adafactor" else 0)
+    assert torch.equal(columns[:, 4:], frozen)
+
+
+def test_an_optimizer_that_takes_columns_for_contiguous_is_refused():
+    class Foreign(torch.optim.SGD):
+        pass
+
+    for make_one, name in (
+        (partial(torch.optim.AdamW, fused=True), "fused AdamW"),
+        (partial(Foreign, lr=1), "Foreign"),
+    ):
+        model = make_llama()
+        engine = SliceEngine(find_layers(model), SweepSampler(3, 1), slices_of="columns")
+        with pytest.raises(UserError, match=f"^{name} may take the columns of a matrix for contiguous"):
+            engine.begin_step(0, make_one(model.parameters()))
+    with pytest.raises(UserError, match="slices_of is 'cells': choose one of rows, columns"):
+        SliceEngine(find_layers(make_llama()), SweepSampler(3, 1), slices_of="cells")
+
+
 def test_a_graph_that_is_still_held_does_not_fix_the_number_of_rows():
     model = make_llama()
     engine, optimizer = make(model, num_slices=5)
@@ -286,11 +368,12 @@ def test_mistakes_are_refused():
         SliceEngine(find_layers(make_llama(tied=True)), UniformSampler(4, 1), train_head=False)
 
 
-def test_the_loss_in_chunks_makes_gradients_of_the_trained_rows_of_the_head_alone():
+@pytest.mark.parametrize("of", ["rows", "columns"])
+def test_the_loss_in_chunks_makes_gradients_of_the_trained_blocks_of_the_head_alone(of):
     torch.manual_seed(0)
     hidden, labels = torch.randn(20, 8, requires_grad=True), torch.randint(0, 50, (20,))
     whole = torch.nn.Parameter(torch.randn(50, 8))
-    cut = Cut("head", torch.nn.Parameter(whole.detach().clone()), num_slices=4, num_active=2)
+    cut = Cut("head", torch.nn.Parameter(whole.detach().clone()), num_slices=4, num_active=2, of=of)
     cut.place([3, 1])
     loss = linear_cross_entropy(hidden, whole, labels, chunk_tokens=7)
     (3 * loss).backward()
@@ -300,7 +383,8 @@ def test_the_loss_in_chunks_makes_gradients_of_the_trained_rows_of_the_head_alon
     assert torch.equal(sliced, loss)
     assert torch.equal(hidden.grad, grad_hidden)
     assert cut.weight.grad is None
-    for slot, (start, stop) in zip(cut.slots, cut.rows, strict=True):
-        torch.testing.assert_close(slot.grad, whole.grad[start:stop], rtol=1e-5, atol=1e-7)
+    for slot, (start, stop) in zip(cut.slots, cut.ranges, strict=True):
+        expected = whole.grad[start:stop] if of == "rows" else whole.grad[:, start:stop]
+        torch.testing.assert_close(slot.grad, expected, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
         assert not linear_cross_entropy(hidden, cut.weight, labels, cut=cut).requires_grad

@@ -36,12 +36,14 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("slices_of", ["rows", "columns"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "lever", [{"gradient_checkpointing": True}, {"optimizer_in_backward": True}, {"gradient_checkpointing": 2, "optimizer_in_backward": True}]
 )  # fmt: skip
-def test_levers_change_no_bit(dtype, lever):
-    assert same(trained(learner_of(dtype=dtype)), trained(learner_of(dtype=dtype, **lever)))
+def test_levers_change_no_bit(dtype, lever, slices_of):
+    plain = {"dtype": dtype, "slices_of": slices_of}
+    assert same(trained(learner_of(**plain)), trained(learner_of(**plain, **lever)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -102,5 +104,5 @@ def test_a_forecast_draws_as_many_slices_as_are_ever_drawn():
             learner.method.draw_always(())
             learner.engine._interval = None
         learner.step(0, [batch(0)], batch(0).num_labelled)
-        rows.append([sum(stop - start for start, stop in cut.rows) for cut in learner.engine.cuts.values()])
+        rows.append([sum(stop - start for start, stop in cut.ranges) for cut in learner.engine.cuts.values()])
     assert all(one < two for one, two in zip(*rows, strict=True))

@@ -181,7 +181,7 @@ class HostLayers:
         small = self._small.get(parameter)
         if small is None:
             return
-        for slot, rows in zip(cut.slots, cut.rows, strict=True):
+        for slot, rows in zip(cut.slots, cut.ranges, strict=True):
             start, stop = small.apart(*rows)
             alone = (start, stop) == rows
             exact = slot if alone else to_device(parameter.detach().view(cut.shape)[start:stop], self.device)

@@ -1,4 +1,4 @@
-"""A tensor of the model cut into blocks of rows, of which a few train at a time.
+"""A tensor of the model cut into blocks of rows or of columns, of which a few train at a time.
 
 Shapes: R rows of a tensor (all its dimensions but the last, as one), W its width.
 """
@@ -7,44 +7,49 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lisatune.memory.offload import to_device
 
-Rows = tuple[int, int]
+Range = tuple[int, int]
+SliceOf = Literal["rows", "columns"]
 
 
-def block_rows(num_rows: int, num_slices: int, block: int) -> Rows:
-    """First row of block ``block``, and one after its last; the sizes of two blocks differ by one row at most.
+def block_range(length: int, num_slices: int, block: int) -> Range:
+    """First row or column of block ``block``, and one after its last; the sizes of two blocks differ by one at most.
 
     Example:
-        >>> [block_rows(7, 3, block) for block in range(3)]
+        >>> [block_range(7, 3, block) for block in range(3)]
         [(0, 2), (2, 4), (4, 7)]
     """
-    return num_rows * block // num_slices, num_rows * (block + 1) // num_slices
+    return length * block // num_slices, length * (block + 1) // num_slices
 
 
 class Cut:
     """A parameter and its blocks: the trained ones are parameters of their own, views of the whole one.
 
-    A block's parameter shares the memory of its rows, so an optimizer that updates it in place updates the model, and
-    nothing is copied. The whole parameter itself is frozen. A tensor of more than two dimensions, such as stacked
-    experts, counts as one matrix of all its rows; of a vector each element is a row.
+    A block's parameter shares the memory of its rows or columns, so an optimizer that updates it in place updates the model,
+    and nothing is copied. The whole parameter itself is frozen. A tensor of more than two dimensions, such as stacked
+    experts, counts as one matrix of all its rows; of a vector each element is a row. Columns are not contiguous: see
+    ``elements`` and ``put_elements``.
 
     If the weight has an attribute ``streamed_to``, a device, it lies in host memory and is brought there to compute. Then
-    the slots are copies of their rows on that device, and ``write_back`` puts what was trained into the weight.
+    the slots are contiguous copies of their blocks on that device, and ``write_back`` puts what was trained into the weight.
 
     Args:
         name: Name of the parameter in the model.
         weight: The parameter, contiguous.
         num_slices: Blocks that it is cut into. If it has fewer rows, some blocks are empty.
         num_active: Blocks that train at a time.
+        of: What a block is made of. A vector has rows alone.
     Attributes:
+        dim: The dimension that is cut, of the matrix of all rows: 0 for rows, 1 for columns.
         slots: The trained blocks' parameters, ``num_active`` of them. They stay the same objects when blocks change.
         blocks: Which block each slot holds; empty before the first ``place``.
+        ranges: The rows or columns of each slot.
     Example:
         >>> weight = nn.Parameter(torch.zeros(4, 2))
         >>> cut = Cut("weight", weight, num_slices=2, num_active=1)
@@ -54,17 +59,16 @@ class Cut:
         ([[0.0, 0.0], [0.0, 0.0], [5.0, 5.0], [5.0, 5.0]], False)
     """
 
-    def __init__(self, name: str, weight: nn.Parameter, num_slices: int, num_active: int) -> None:
+    def __init__(self, name: str, weight: nn.Parameter, num_slices: int, num_active: int, of: SliceOf = "rows") -> None:
         self.name = name
         self.weight = weight
         self.num_slices = num_slices
         self.shape = (-1, weight.shape[-1]) if weight.ndim > 1 else (-1,)
-        self.width = weight.shape[-1] if weight.ndim > 1 else 1
-        self.num_rows = weight.numel() // self.width
-        empty = weight.detach().view(self.shape)[:0]
-        self.slots = [nn.Parameter(torch.empty_like(empty)) for _ in range(num_active)]
+        self.dim = 1 if of == "columns" and weight.ndim > 1 else 0
+        self.length = weight.detach().view(self.shape).shape[self.dim]
+        self.slots = [nn.Parameter(torch.empty_like(self.part(weight.detach(), (0, 0)))) for _ in range(num_active)]
         self.blocks: tuple[int | None, ...] = ()
-        self.rows: tuple[Rows, ...] = ()
+        self.ranges: tuple[Range, ...] = ()
         weight.cut_into = self  # type: ignore[attr-defined]
         for slot in self.slots:
             slot.cut = self  # type: ignore[attr-defined]
@@ -77,18 +81,25 @@ class Cut:
         self.weight.grad = None
         self.weight.requires_grad_(False)
         self.blocks = self.arranged(blocks)
-        self.rows = tuple(
-            (0, 0) if block is None else block_rows(self.num_rows, self.num_slices, block) for block in self.blocks
+        self.ranges = tuple(
+            (0, 0) if block is None else block_range(self.length, self.num_slices, block) for block in self.blocks
         )
-        whole, device = self.weight.detach().view(self.shape), self.streamed_to
-        for slot, (start, stop) in zip(self.slots, self.rows, strict=True):
+        whole, device = self.weight.detach(), self.streamed_to
+        for slot, (start, stop) in zip(self.slots, self.ranges, strict=True):
             slot.grad = None
-            block = whole[start:stop] if device is None else to_device(whole[start:stop], device)
+            block = self.part(whole, (start, stop))
+            if device is not None:
+                block = to_device(block, device).contiguous()
             if slot.shape != block.shape:
                 # a graph that is still held keeps the shape that gradients must have; another type makes torch forget it
                 slot.data = block.new_empty(0, dtype=torch.bfloat16 if block.dtype == torch.float16 else torch.float16)
             slot.data = block
             slot.requires_grad_(start < stop)
+
+    def part(self, tensor: Tensor, of: Range) -> Tensor:
+        """The rows or columns ``of`` a tensor that is shaped as the weight; a view if the tensor is contiguous."""
+        start, stop = of
+        return tensor.reshape(self.shape).narrow(self.dim, start, stop - start)
 
     @property
     def streamed_to(self) -> torch.device | None:
@@ -110,9 +121,9 @@ class Cut:
 
     @torch.no_grad()
     def _fill(self, weight: Tensor) -> None:
-        whole = weight.detach().view(self.shape)
-        for slot, (start, stop) in zip(self.slots, self.rows, strict=True):
-            whole[start:stop].copy_(slot, non_blocking=True)
+        for slot, of in zip(self.slots, self.ranges, strict=True):
+            # torch copies columns by way of a buffer, which it would read before a GPU has filled it
+            self.part(weight.detach(), of).copy_(slot, non_blocking=self.dim == 0)
 
     def arranged(self, blocks: Iterable[int]) -> tuple[int | None, ...]:
         """What each slot will hold: those of ``blocks`` that train now stay; None for a slot that is left over."""
@@ -122,20 +133,24 @@ class Cut:
 
     def empty(self) -> None:
         """Freeze all blocks."""
-        self.blocks, self.rows = (), ()
+        self.blocks, self.ranges = (), ()
         for slot in self.slots:
             slot.grad = None
             slot.data = slot.new_empty(0)
 
     def num_elements(self, blocks: Iterable[int]) -> int:
         """Elements of ``blocks``, whether they train now or not."""
-        rows = [block_rows(self.num_rows, self.num_slices, block) for block in blocks]
-        return sum(stop - start for start, stop in rows) * self.width
+        ranges = [block_range(self.length, self.num_slices, block) for block in blocks]
+        return sum(stop - start for start, stop in ranges) * self._across()
 
     def first_element(self, slot: Tensor) -> int:
-        """Where in the flat parameter the block of ``slot`` begins."""
+        """How many elements of the parameter lie in the blocks before that of ``slot``."""
         index = next(i for i, candidate in enumerate(self.slots) if candidate is slot)
-        return self.rows[index][0] * self.width
+        return self.ranges[index][0] * self._across()
+
+    def _across(self) -> int:
+        """Elements of a row or of a column."""
+        return self.weight.numel() // max(1, self.length)
 
     def is_in_place(self) -> bool:
         """Whether the slots still are the parameter's rows; a move of the model to another device ends it."""
@@ -161,6 +176,28 @@ def is_view(parameter: Tensor) -> bool:
     """Whether ``parameter`` is a block that lies in the memory of the whole one."""
     whole = whole_of(parameter)
     return whole is not parameter and getattr(whole, "streamed_to", None) is None
+
+
+def elements(parameter: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Elements ``start`` to ``stop`` of a parameter, as one row: a view, or a copy if it is a block of columns.
+
+    Example:
+        >>> columns = torch.arange(6).view(2, 3)[:, 1:]
+        >>> elements(columns, 1, 3).tolist()
+        [2, 4]
+    """
+    return parameter.detach().reshape(-1)[start:stop]
+
+
+def put_elements(parameter: Tensor, start: int, values: Tensor) -> None:
+    """Put ``values``, (n,), where the elements of a parameter begin at ``start``; the equal of a write to ``elements``.
+
+    Cost: of a block of columns all is copied twice.
+    """
+    flat = parameter.detach().reshape(-1)
+    flat[start : start + len(values)] = values
+    if not parameter.is_contiguous():
+        parameter.detach().copy_(flat.view(parameter.shape))
 
 
 class Slots(nn.Module):

@@ -1,4 +1,4 @@
-"""LISA by slices: a block of rows of every matrix trains at a time, instead of whole decoder layers."""
+"""LISA by slices: a block of rows or columns of every matrix trains at a time, instead of whole decoder layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lisatune.layers import Layers, Trains
+from lisatune.memory.blocks import SliceOf
 from lisatune.methods.base import State
 from lisatune.methods.lisa import Lisa
 from lisatune.samplers import make_sampler
@@ -23,6 +24,7 @@ class Slices(Lisa):
 
     num_slices: int | None
     train_norms: Trains
+    slices_of: SliceOf
     engine: SliceEngine = field(init=False, repr=False)
 
     def make_engine(self, layers: Layers) -> SliceEngine:
@@ -35,7 +37,7 @@ class Slices(Lisa):
         )  # fmt: skip
         return SliceEngine(
             layers, sampler, self.interval_steps, self.state_policy, train_embedding=self.train_embedding,
-            train_head=self.train_head, train_norms=self.train_norms,
+            train_head=self.train_head, train_norms=self.train_norms, slices_of=self.slices_of,
         )  # fmt: skip
 
     def largest_draws(self, model: Any) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lisatune.errors import UserError
-from lisatune.memory.blocks import whole_of
+from lisatune.memory.blocks import elements, put_elements, whole_of
 from lisatune.memory.bundles import bundles
 from lisatune.optim.compiled import fits, no_more_than, numbers_of, update_block, update_stateless
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
@@ -97,7 +97,7 @@ class AdamW(torch.optim.Optimizer):
         """The same as in ``torch.optim.Optimizer``."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if not p.is_contiguous():
+            if not whole_of(p).is_contiguous():
                 raise UserError(f"a parameter of shape {tuple(p.shape)} is not contiguous: make it from .contiguous()")
             if self.param_groups[-1]["spectral"] and not (whole_of(p).ndim == 2 and self.param_groups[-1]["stateless"]):
                 raise UserError(
@@ -179,12 +179,14 @@ class AdamW(torch.optim.Optimizer):
         self, p: Tensor, start: int, grad: Tensor, held: dict[str, Tensor], group: dict[str, Any], noise: str
     ) -> None:
         ((name, first),) = self._streams([p], group)
-        weight = local(p.detach()).view(-1)[start : start + len(grad)]
+        weight = elements(local(p), start, start + len(grad))
         keys = [keys_of(name, first + start), keys_of(noise, first + start)]
         if p.is_meta:  # a forecast counts what the kernel holds
             torch.empty(no_more_than(self.moments.bits) * len(grad), dtype=torch.uint8, device=p.device)
         else:
             update_block(self.moments, weight, grad, held, numbers_of(group, self.state[p]["step"].item()), keys)
+        if not p.is_contiguous():
+            put_elements(p, start, weight)
 
     def _update_stateless(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
         width = _width(p)
@@ -194,8 +196,10 @@ class AdamW(torch.optim.Optimizer):
                 sq_norm += torch.dot(grad, grad)
             if self.compiled and p.dtype == torch.bfloat16:
                 ((name, first),) = self._streams([p], group)
-                block = local(p.detach()).view(-1)[start:stop]
+                block = elements(local(p), start, stop)
                 self._update_compiled_stateless(block, grad, [(name, first + start, first + stop)], group)
+                if not p.is_contiguous():
+                    put_elements(p, start, block)
                 continue
             weight = self._decayed(p, start, stop, group)
             weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
@@ -213,8 +217,8 @@ class AdamW(torch.optim.Optimizer):
             self._write(p, start, weight, group)
 
     def _decayed(self, p: Tensor, start: int, stop: int, group: dict[str, Any]) -> Tensor:
-        """The weights ``start`` to ``stop`` after their decay, float32, (n,); of float32 the weights themselves."""
-        return local(p.detach()).view(-1)[start:stop].float().mul_(1 - group["lr"] * group["weight_decay"])
+        """The weights ``start`` to ``stop`` after their decay, float32, (n,); of contiguous float32 the weights themselves."""
+        return elements(local(p), start, stop).float().mul_(1 - group["lr"] * group["weight_decay"])
 
     def _write(self, p: Tensor, start: int, weight: Tensor, group: dict[str, Any]) -> None:
         """Put ``weight``, float32, (n,), where the weights begin at ``start``."""
@@ -222,27 +226,32 @@ class AdamW(torch.optim.Optimizer):
             ((name, first),) = self._streams([p], group)
             bits = random_bits(name, first + start, first + start + len(weight), p.device)
             weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
-        if p.dtype != torch.float32:
-            local(p.detach()).view(-1)[start : start + len(weight)] = weight
+        if p.dtype != torch.float32 or not p.is_contiguous():
+            put_elements(local(p), start, weight)
 
     def _update_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Update many small parameters at once: bit-identical to ``_update_stateless`` for each, with fewer GPU kernels."""
         for some in bundles(parameters, self._most(parameters)):
-            weights = [local(p.detach()).view(-1) for p in some]
-            grads = [local(p.grad).reshape(-1) for p in some]  # type: ignore[arg-type]
-            if some[0].dtype == torch.float32:
-                denominators = torch._foreach_abs(grads)
-                torch._foreach_add_(denominators, group["eps"])
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_addcdiv_(weights, grads, denominators, value=-group["lr"])
-                continue
-            streams = zip(self._streams(some, group), weights, strict=True)
-            noise = [(name, first, first + len(w)) for (name, first), w in streams]
-            if self.compiled and some[0].dtype == torch.bfloat16:
-                weight = torch.cat(weights)
-                self._update_compiled_stateless(weight, torch.cat(grads), noise, group)
-                torch._foreach_copy_(weights, list(torch.split(weight, [len(w) for w in weights])))
-                continue
+            weights = [elements(local(p)) for p in some]
+            self._update_bundle(group, some, weights)
+            for p, weight in zip(some, weights, strict=True):
+                if not p.is_contiguous():
+                    put_elements(p, 0, weight)
+
+    def _update_bundle(self, group: dict[str, Any], some: list[Tensor], weights: list[Tensor]) -> None:
+        grads = [local(p.grad).reshape(-1) for p in some]  # type: ignore[arg-type]
+        if some[0].dtype == torch.float32:
+            denominators = torch._foreach_abs(grads)
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_addcdiv_(weights, grads, denominators, value=-group["lr"])
+            return
+        streams = zip(self._streams(some, group), weights, strict=True)
+        noise = [(name, first, first + len(w)) for (name, first), w in streams]
+        if self.compiled and some[0].dtype == torch.bfloat16:
+            weight = torch.cat(weights)
+            self._update_compiled_stateless(weight, torch.cat(grads), noise, group)
+        else:
             weight, grad = torch.cat(weights).float(), torch.cat(grads).float()
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
@@ -250,7 +259,7 @@ class AdamW(torch.optim.Optimizer):
                 del grad  # a bundle less while the rest is rounded
                 bits = random_bits_of(noise, weight.device)
                 weight = round_stochastically(weight, bits.bitwise_and_(0xFFFF))
-            torch._foreach_copy_(weights, list(torch.split(weight, [len(w) for w in weights])))
+        torch._foreach_copy_(weights, list(torch.split(weight, [len(w) for w in weights])))
 
     def _update_compiled_stateless(
         self, weight: Tensor, grad: Tensor, streams: list[tuple[str, int, int]], group: dict[str, Any]

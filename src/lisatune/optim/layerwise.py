@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lisatune.memory.blocks import elements
 from lisatune.optim.rounded import RoundedOptimizer
 
 BLOCK = 2**22  # elements worked on at a time: 16 MiB in float32
@@ -72,7 +73,7 @@ class Layerwise(RoundedOptimizer):
 
 def _blocks(p: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Iterator[Block]:
     assert p.grad is not None
-    weights, grads, t = p.detach().view(-1), p.grad.reshape(-1), state["step"].item()
+    weights, grads, t = elements(p), p.grad.reshape(-1), state["step"].item()
     flat = {name: moment.view(-1) for name, moment in state.items() if name != "step"}
     size = CPU_BLOCK if p.device.type == "cpu" else BLOCK
     for start in range(0, p.numel(), size):

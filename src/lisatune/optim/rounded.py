@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lisatune.errors import UserError
-from lisatune.memory.blocks import whole_of
+from lisatune.memory.blocks import put_elements, whole_of
 from lisatune.optim.rounding import random_bits, round_stochastically
 from lisatune.processes.tensors import first_element
 
@@ -39,7 +39,7 @@ class RoundedOptimizer(torch.optim.Optimizer, ABC):
         """The same as in ``torch.optim.Optimizer``."""
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if not p.is_contiguous():
+            if not whole_of(p).is_contiguous():
                 raise UserError(f"a parameter of shape {tuple(p.shape)} is not contiguous: make it from .contiguous()")
             self.places[p] = len(self.places)
 
@@ -66,7 +66,7 @@ class RoundedOptimizer(torch.optim.Optimizer, ABC):
             name = f"weight {self.seed} {num_steps} {self.places[whole_of(p)]}"
             bits = random_bits(name, first + start, first + stop, p.device)
             values = round_stochastically(values, bits.bitwise_and_(0xFFFF))
-        p.detach().view(-1)[start:stop] = values
+        put_elements(p, start, values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The same as in ``torch.optim.Optimizer``, but state is a copy and keeps its type."""

@@ -9,6 +9,7 @@ import torch
 
 from lisatune.errors import UserError
 from lisatune.optim.adamw import AdamW
+from lisatune.optim.rounded import RoundedOptimizer
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -18,9 +19,13 @@ def each_of(optimizer: Optimizers) -> tuple[torch.optim.Optimizer, ...]:
     return tuple(_innermost(one) for one in (optimizer if isinstance(optimizer, Sequence) else [optimizer]))
 
 
-def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
+def check_suited(optimizer: torch.optim.Optimizer, state_policy: str, *, strided: bool = False) -> None:
     """Refuse an optimizer that would move frozen weights, or whose count of steps is not that of a layer.
 
+    Args:
+        optimizer: Whatever is to train.
+        state_policy: That of the engine.
+        strided: Whether it gets parameters that are not contiguous. A fused kernel would write to other elements.
     Raises: UserError naming the optimizer and what to use instead.
     """
     name = type(optimizer).__name__
@@ -35,6 +40,15 @@ def check_suited(optimizer: torch.optim.Optimizer, state_policy: str) -> None:
         )
     if any(group.get("spectral") for group in optimizer.param_groups) and not isinstance(optimizer, AdamW):
         raise UserError(f"{name} has no spectral step: use lisatune.AdamW for groups with spectral=True")
+    knows_strides = isinstance(optimizer, RoundedOptimizer | AdamW) or type(optimizer).__module__.startswith(
+        "torch.optim"
+    )
+    if strided and (not knows_strides or any(group.get("fused") for group in optimizer.param_groups)):
+        fused = "fused " if knows_strides else ""
+        raise UserError(
+            f"{fused}{name} may take the columns of a matrix for contiguous: use lisatune.AdamW or torch's AdamW with "
+            "fused=False (optim='adamw_torch' in a Trainer), or leave slices_of out"
+        )
     if isinstance(optimizer, torch.optim.RAdam) and state_policy != "keep":
         raise UserError(
             "RAdam warms up again whenever state is dropped, so decoder layers would hardly move: use AdamW, or "

@@ -46,7 +46,7 @@ OF_CALLBACK = (
     "num_active", "interval_steps", "seed", "state_policy", "decoder_name", "train_embedding", "train_head", "sampler",
     "sampler_options", "sampled_unit",
 )  # fmt: skip
-OF_SLICES = ("num_slices", "train_norms")
+OF_SLICES = ("num_slices", "train_norms", "slices_of")
 
 
 @dataclass

@@ -80,6 +80,12 @@ class Sampling(BaseModel):
         "decoder layers if that is less.",
         ge=1, only_with=WITH_SLICES,
     )  # fmt: skip
+    slices_of: Literal["rows", "columns"] = row(
+        "rows",
+        "What a slice of a decoder layer's matrix is made of. Columns need only their share of a linear layer's input. "
+        "Slices of embedding and head are always rows.",
+        only_with=WITH_SLICES, never_with={"frozen_bits": "whose scales are of rows"},
+    )  # fmt: skip
     train_norms: bool | Literal["sampled"] = row(
         False,
         "With slices: true trains norms and biases whole in every step, sampled in slices. It keeps the input of each norm.",

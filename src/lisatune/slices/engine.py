@@ -1,4 +1,4 @@
-"""LISA by slices: in each interval one block of rows, or a few, of every matrix trains."""
+"""LISA by slices: in each interval one block of rows or columns, or a few, of every matrix trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
-from lisatune.memory.blocks import Cut, Slots, cut_of
+from lisatune.memory.blocks import Cut, SliceOf, Slots, cut_of
 from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, state_device
 from lisatune.samplers import SAMPLERS
 from lisatune.samplers.base import Sampler
@@ -39,9 +39,13 @@ class SliceEngine:
     """Every ``interval_steps`` steps, train the blocks that ``sampler`` draws of each tensor, and freeze all other rows.
 
     ``LisaEngine`` trains a few layers whole. This engine trains a part of every layer. Each matrix of the text model is
-    cut into blocks of rows. Each matrix has its own order of blocks, made from the sampler's seed and the matrix's
-    number. The parameter of a block is a view of its rows. Nothing is copied, and only these rows get a gradient. At its
-    first step, the engine replaces the whole parameters by these in the optimizer's groups.
+    cut into blocks of rows, or of columns. Each matrix has its own order of blocks, made from the sampler's seed and the
+    matrix's number. The parameter of a block is a view of it. Nothing is copied, and only the block gets a gradient. At
+    its first step, the engine replaces the whole parameters by these in the optimizer's groups.
+
+    A linear layer's columns belong to its inputs. A block of them needs only its share of the layer's input in the
+    backward pass. (Transformers' ``Conv1D``, as GPT-2 has it, stores inputs as rows.) Columns are not contiguous in
+    memory, so an optimizer that takes them for contiguous is refused.
 
     What is frozen has no gradient, no optimizer state, no weight decay, and its bytes do not change.
 
@@ -55,6 +59,8 @@ class SliceEngine:
             freezes it.
         train_head: The same for the head. Of a tied pair, both take the same value.
         train_norms: The same for all vectors: norms and biases. If they train, the backward pass needs the input of each norm.
+        slices_of: ``"rows"`` or ``"columns"``: what the blocks of the decoder layers' matrices are made of. Those of
+            embedding and head are rows, which are tokens.
         slow: Make every gradient whole and throw away the rows that do not train. For tests.
     Raises: UserError for another sampler, and for what ``LisaEngine`` refuses.
     Cost: a switch is about 10 microseconds for each tensor of the model.
@@ -89,12 +95,15 @@ class SliceEngine:
         train_embedding: Trains = "sampled",
         train_head: Trains = "sampled",
         train_norms: Trains = False,
+        slices_of: SliceOf = "rows",
         slow: bool = False,
     ) -> None:
         if interval_steps < 1:
             raise UserError(f"interval_steps is {interval_steps}: choose at least 1")
         if state_policy not in get_args(StatePolicy):
             raise UserError(f"state_policy is '{state_policy}': choose one of {', '.join(get_args(StatePolicy))}")
+        if slices_of not in get_args(SliceOf):
+            raise UserError(f"slices_of is '{slices_of}': choose one of {', '.join(get_args(SliceOf))}")
         if layers.tied and train_embedding != train_head:
             raise UserError(
                 "embedding and head are one tensor in this model: give train_embedding and train_head the same value"
@@ -109,6 +118,7 @@ class SliceEngine:
         self._num_active: int = sampler.num_active  # type: ignore[attr-defined]  # ``for_slices`` says so
         self.interval_steps = interval_steps
         self.state_policy = state_policy
+        self.slices_of = slices_of
         self.pool = tuple(f"slices.{block}" for block in range(sampler.num_layers))
         self.trains: dict[str, Trains] = {"embedding": train_embedding, "head": train_head, "norms": train_norms}
 
@@ -123,7 +133,8 @@ class SliceEngine:
         self._asked: dict[nn.Parameter, bool] = {}
         self._kept: dict[tuple[str, int], dict[str, Any]] = {}
         for number, (name, (part, parameter)) in enumerate(self._tensors().items()):
-            self._sort(number, name, parameter, self.trains_as(part, parameter))
+            of: SliceOf = "rows" if part in ("embedding", "head") else slices_of
+            self._sort(number, name, parameter, self.trains_as(part, parameter), of)
         ever = self.cuts.keys() | self.always.keys()
         self._trained_parts = {part for part, names in layers.parts().items() if ever & names.keys()}
 
@@ -162,7 +173,8 @@ class SliceEngine:
         for part, trains in self.trains.items():
             when[trains].append("norms and biases" if part == "norms" else part)
         steps = "1 step" if self.interval_steps == 1 else f"{self.interval_steps} steps"
-        text = f"{self._num_active} of {len(self.pool)} slices of each tensor train at a time, for {steps}"
+        slices = "slices" if self.slices_of == "rows" else "slices of columns"
+        text = f"{self._num_active} of {len(self.pool)} {slices} of each tensor train at a time, for {steps}"
         text += f" ({', '.join(when['sampled'])})"
         text += f"; {', '.join(when[True])} train whole in every step" if when[True] else ""
         return text + (f"; {', '.join(when[False])} never" if when[False] else "")
@@ -246,7 +258,7 @@ class SliceEngine:
         """
         optimizers = each_of(optimizer)
         for one in optimizers:
-            check_suited(one, self.state_policy)
+            check_suited(one, self.state_policy, strided=self.slices_of == "columns")
         if not self._asked:
             self._asked = {p: p.requires_grad for p in self.layers.model.parameters()}
             self._put_into_modules()
@@ -308,7 +320,7 @@ class SliceEngine:
     def _tensors(self) -> dict[str, tuple[str, nn.Parameter]]:
         return {name: (part, p) for part, own in self.layers.parts().items() for name, p in own.items()}
 
-    def _sort(self, number: int, name: str, parameter: nn.Parameter, trains: Trains) -> None:
+    def _sort(self, number: int, name: str, parameter: nn.Parameter, trains: Trains, of: SliceOf) -> None:
         if trains is True:
             self.always[name] = parameter
         elif trains == "sampled":
@@ -316,7 +328,7 @@ class SliceEngine:
                 raise UserError(f"{name} is not contiguous, so it cannot be cut: make it from .contiguous()")
             if cut_of(parameter) is not None:
                 raise UserError("slices of this model train already: call release() of the other engine first")
-            self.cuts[name] = Cut(name, parameter, self.sampler.num_layers, self._num_active)
+            self.cuts[name] = Cut(name, parameter, self.sampler.num_layers, self._num_active, of)
             seeded: Any = self.sampler
             if hasattr(seeded, "seed"):
                 seeded = dataclasses.replace(seeded, seed=hashed(seeded.seed, 0, number))

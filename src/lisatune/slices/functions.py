@@ -1,4 +1,4 @@
-"""What a cut tensor does in the model, with the gradient of its trained rows alone.
+"""What a cut tensor does in the model, with the gradient of its trained blocks alone.
 
 Shapes: N tokens, I inputs, O outputs, V vocabulary, D width, r rows of a block.
 """
@@ -10,43 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lisatune.memory.blocks import Cut, Rows
+from lisatune.memory.blocks import Cut, Range
 
 
-def sliced_linear(input: Tensor, cut: Cut, bias: Tensor | None = None) -> Tensor:
-    """``F.linear(input, weight, bias)``, whose backward pass makes the gradients of the cut's trained rows, (r, I) each.
+def sliced_linear(input: Tensor, cut: Cut, bias: Tensor | None = None, *, of_inputs: bool = False) -> Tensor:
+    """``F.linear(input, weight, bias)``, whose backward pass makes the gradients of the cut's trained blocks alone.
 
-    Cost: the product for the inputs' gradient, and r / O of the one for the weight's. The input is kept, as ever.
+    Of a block of outputs the input is kept, as ever. Of a block of inputs only their share of it is kept.
+
+    Args:
+        input: Shape (..., I).
+        cut: That of the weight, shape (O, I), or (I, O) if ``of_inputs``.
+        bias: Shape (O,).
+        of_inputs: The rows of the weight are inputs, as in transformers' ``Conv1D``.
+    Returns: Shape (..., O).
+    Cost: the product for the inputs' gradient, and the block's share of the one for the weight's.
     """
-    out: Tensor = _Linear.apply(*_cast(input, cut.weight, bias), cut.rows, *cut.slots)  # type: ignore[no-untyped-call]
-    return out
-
-
-def sliced_conv1d(input: Tensor, cut: Cut, bias: Tensor) -> Tensor:
-    """``input @ weight + bias`` for transformers' ``Conv1D``, whose weight is (I, O): its rows are inputs.
-
-    Only the trained rows' share of the input is kept for the backward pass.
-    """
-    out: Tensor = _Conv1D.apply(*_cast(input, cut.weight, bias), cut.rows, *cut.slots)  # type: ignore[no-untyped-call]
+    cast, weight, bias = _cast(input, cut.weight, bias)
+    weight = weight.T if of_inputs else weight
+    out: Tensor = _Linear.apply(cast, weight, bias, of_inputs, cut.dim, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
 def sliced_embedding(ids: Tensor, cut: Cut, padding_idx: int | None = None) -> Tensor:
-    """``F.embedding(ids, weight, padding_idx)``, whose backward pass makes the gradients of the trained rows, (r, D) each.
+    """``F.embedding(ids, weight, padding_idx)``, whose backward pass makes the gradients of the trained blocks alone.
 
     Sums are made in float32, in the tokens' order, so two runs are equal to the bit.
     """
-    out: Tensor = _Embedding.apply(ids, cut.weight, padding_idx, cut.rows, *cut.slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Embedding.apply(ids, cut.weight, padding_idx, cut.dim, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
 def whole_weight(cut: Cut) -> Tensor:
-    """The weight itself; its gradient is made whole, and all rows that do not train are thrown away.
+    """The weight itself; its gradient is made whole, and all that does not train is thrown away.
 
     It is right for whatever is done with the weight, so it is the slow equal of the functions above, and what modules
     get that we do not know.
     """
-    out: Tensor = _Whole.apply(cut.weight.detach(), cut.rows, *cut.slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Whole.apply(cut.weight.detach(), cut, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -62,66 +63,66 @@ def _cast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[Rows, ...], *slots: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(input, weight if ctx.needs_input_grad[0] else None)
-        ctx.rows, ctx.dtypes = rows, [slot.dtype for slot in slots]
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, of_inputs: bool, dim: int,
+        ranges: tuple[Range, ...], *slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.cuts_inputs, ctx.of_inputs = (dim == 0) == of_inputs, of_inputs
+        kept = [input]
+        if ctx.cuts_inputs:  # a copy, since a view would keep all of the input
+            flat = input.reshape(-1, input.shape[-1])
+            kept = [flat[:, start:stop].clone() for start, stop in ranges]
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        ctx.ranges, ctx.dtypes = ranges, [slot.dtype for slot in slots]
         return nn.functional.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        input, weight = ctx.saved_tensors
-        needs_input, _, needs_bias = ctx.needs_input_grad[:3]
-        flat, inputs = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-        grads = [
-            (flat[:, start:stop].T @ inputs).to(dtype)
-            for (start, stop), dtype in zip(ctx.rows, ctx.dtypes, strict=True)
-        ]
-        return grad @ weight if needs_input else None, None, flat.sum(0) if needs_bias else None, None, *grads
-
-
-class _Conv1D(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, rows: tuple[Rows, ...], *slots: Tensor
-    ) -> Tensor:
-        inputs = input.reshape(-1, input.shape[-1])
-        parts = [inputs[:, start:stop].clone() for start, stop in rows]  # a view would keep all of the input
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *parts)
-        ctx.dtypes = [slot.dtype for slot in slots]
-        return torch.addmm(bias, inputs, weight).view(*input.shape[:-1], weight.shape[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, *parts = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         needs_input, _, needs_bias = ctx.needs_input_grad[:3]
         flat = grad.reshape(-1, grad.shape[-1])
-        grads = [(part.T @ flat).to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)]
-        grad_input = (flat @ weight.T).view(*grad.shape[:-1], weight.shape[0]) if needs_input else None
-        return grad_input, None, flat.sum(0) if needs_bias else None, None, *grads
+        if ctx.cuts_inputs:
+            pairs = [(flat, part) for part in kept]
+        else:
+            inputs = kept[0].reshape(-1, kept[0].shape[-1])
+            pairs = [(flat[:, start:stop], inputs) for start, stop in ctx.ranges]
+        grads = [
+            (inputs.T @ outputs if ctx.of_inputs else outputs.T @ inputs).to(dtype)
+            for (outputs, inputs), dtype in zip(pairs, ctx.dtypes, strict=True)
+        ]
+        grad_input = grad @ weight if needs_input else None
+        return grad_input, None, flat.sum(0) if needs_bias else None, None, None, None, *grads
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, rows: tuple[Rows, ...], *slots: Tensor
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        dim: int,
+        ranges: tuple[Range, ...],
+        *slots: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding_idx, ctx.rows, ctx.dtypes = padding_idx, rows, [slot.dtype for slot in slots]
+        ctx.padding_idx, ctx.dim, ctx.num_rows, ctx.ranges = padding_idx, dim, len(weight), ranges
+        ctx.dtypes = [slot.dtype for slot in slots]
         return nn.functional.embedding(ids, weight, padding_idx)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
         ids, flat = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
+        every = 0, ctx.num_rows
+        parts = [((start, stop), flat) if ctx.dim == 0 else (every, flat[:, start:stop]) for start, stop in ctx.ranges]
         grads = [
-            embedding_rows(ids, flat, rows, ctx.padding_idx).to(dtype)
-            for rows, dtype in zip(ctx.rows, ctx.dtypes, strict=True)
+            embedding_rows(ids, grads, rows, ctx.padding_idx).to(dtype)
+            for (rows, grads), dtype in zip(parts, ctx.dtypes, strict=True)
         ]
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
-def embedding_rows(ids: Tensor, grads: Tensor, rows: Rows, padding_idx: int | None = None) -> Tensor:
+def embedding_rows(ids: Tensor, grads: Tensor, rows: Range, padding_idx: int | None = None) -> Tensor:
     """The gradient of rows ``rows`` of an embedding: each token adds its output's gradient to its row; float32, (r, D).
 
     To choose the tokens of these rows would make the CPU wait for a GPU to count them. So the others take part too, and
@@ -143,11 +144,10 @@ def embedding_rows(ids: Tensor, grads: Tensor, rows: Rows, padding_idx: int | No
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: tuple[Rows, ...], *slots: Tensor) -> Tensor:
-        ctx.rows, ctx.shape = rows, (-1, weight.shape[-1]) if weight.ndim > 1 else (-1,)
+    def forward(ctx: Any, weight: Tensor, cut: Cut, ranges: tuple[Range, ...], *slots: Tensor) -> Tensor:
+        ctx.cut, ctx.ranges = cut, ranges
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grads = [grad.reshape(ctx.shape)[start:stop].clone() for start, stop in ctx.rows]
-        return None, None, *grads
+        return None, None, None, *(ctx.cut.part(grad, of).clone() for of in ctx.ranges)

@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from lisatune.memory.blocks import Cut, cut_of
-from lisatune.slices.functions import sliced_conv1d, sliced_embedding, sliced_linear, whole_weight
+from lisatune.slices.functions import sliced_embedding, sliced_linear, whole_weight
 
 
 class ShownWeight(Tensor):
     """A cut tensor as a module's own code sees it: the whole one, whose use as a linear map or an embedding is noticed.
 
-    Then only the trained rows get a gradient. For any other use (a norm's product, stacked experts) the whole gradient is
-    made, and thrown away but for the trained rows.
+    Then only the trained block gets a gradient. For any other use (a norm's product, stacked experts) the whole gradient is
+    made, and thrown away but for the trained block.
     """
 
     cut_into: Cut
@@ -53,7 +53,7 @@ UNUSUAL = ("max_norm", "scale_grad_by_freq", "sparse")  # an embedding with one 
 
 
 class SlicedForward:
-    """A module's forward in which only the trained rows of its cut tensors get gradients.
+    """A module's forward in which only the trained blocks of its cut tensors get gradients.
 
     ``nn.Linear``, ``Conv1D`` and ``nn.Embedding`` have functions of their own. Any other module runs as it is, and sees
     ``ShownWeight`` in place of a cut tensor.
@@ -102,7 +102,7 @@ class ReadWhole:
     """Lets whoever reads a cut parameter of ``module``, past its forward, get a whole one whose gradient goes to the blocks.
 
     TRL multiplies by the head's weight itself. Without this, autograd would find no way from there to the blocks. The whole
-    gradient is made then, and thrown away but for the trained rows.
+    gradient is made then, and thrown away but for the trained blocks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -127,8 +127,7 @@ def _linear(module: Any, input: Tensor, cut: Cut, bias: Tensor | None) -> Tensor
 
 
 def _conv1d(module: Any, input: Tensor, cut: Cut, bias: Tensor | None) -> Tensor:
-    assert bias is not None
-    return sliced_conv1d(input, cut, bias)
+    return sliced_linear(input, cut, bias, of_inputs=True)
 
 
 def _embedding(module: Any, ids: Tensor, cut: Cut, bias: Tensor | None) -> Tensor:

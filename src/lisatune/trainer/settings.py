@@ -12,6 +12,7 @@ from torch import nn
 from lisatune.engine import LisaEngine, StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Trains, find_layers
+from lisatune.memory.blocks import SliceOf
 from lisatune.methods import UNITS
 from lisatune.pieces import split_layers
 from lisatune.samplers import make_sampler
@@ -35,6 +36,7 @@ class LisaSettings:
     sampled_unit: str = "layers"
     num_slices: int | None = None
     train_norms: Trains = False
+    slices_of: SliceOf = "rows"
     train_outside: bool = False
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ def layer_engine(settings: LisaSettings, model: nn.Module) -> LisaEngine:
 
 
 def slice_engine(settings: LisaSettings, model: nn.Module) -> SliceEngine:
-    """Blocks of rows of every matrix."""
+    """Blocks of rows or columns of every matrix."""
     layers = find_layers(model, settings.decoder_name)
     num_slices = settings.num_slices or usual_num_slices(len(layers.decoder))
     check_num_active(settings.num_active, num_slices, unit="slices")
@@ -107,6 +109,7 @@ def slice_engine(settings: LisaSettings, model: nn.Module) -> SliceEngine:
     return SliceEngine(
         layers, sampler, settings.interval_steps, settings.state_policy,
         train_embedding=settings.train_embedding, train_head=settings.train_head, train_norms=settings.train_norms,
+        slices_of=settings.slices_of,
     )  # fmt: skip
 
 
