@@ -144,6 +144,7 @@ SPECTRAL = (
     "slices, spectral, E/H by sign 0.3",
 )
 COLUMNS = tuple(name for name in CONTENDERS if name.startswith("slices of columns"))
+OF_COLUMNS = tuple(name for name in COLUMNS if "E/H by sign 0.1" not in name)
 MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
 UNKNOWN = (
@@ -184,6 +185,8 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
+    "stories-100-columns": Study("stories15M", "gsm8k", 100, names=OF_COLUMNS, max_length=256),
+    "tiny-100-columns": Study("stories260K", "gsm8k", 100, batch=4, names=OF_COLUMNS, max_length=256, scale=10),
     "stories-100-time": Study("stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100"),
     "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
