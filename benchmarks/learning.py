@@ -149,7 +149,6 @@ MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
 UNKNOWN = (
     *SPECTRAL,
-    *(name for name in COLUMNS if "E/H by sign 0.1" not in name),
     "slices, spectral",
     *THIRDS,
     "full",
