@@ -187,6 +187,8 @@ def slices() -> None:
         "slices": {},
         "slices, norms train": SLICES,
         "slices of 30": {"num_slices": 30},
+        "slices of columns": {"slices_of": "columns"},
+        "slices of columns, norms train": SLICES | {"slices_of": "columns"},
         "LoRA r16": {"method": "lora"},
     }
     rows = []
@@ -194,8 +196,13 @@ def slices() -> None:
         ("llama-3.1-8b", 2, 2048), ("llama-2-7b", 2, 2048), ("llama-3.1-70b", 2, 2048), ("llama-2-7b", 1, 1024),
     ):  # fmt: skip
         for name, levers in PARTS:
-            peaks = [plan_of(shape, batch, tokens, **own, **levers).peak_bytes for own in contenders.values()]
-            rows.append([shape, f"{batch} x {tokens}", name, *(f"{peak / GB:.2f}" for peak in peaks)])
+            peaks = [
+                "refused"
+                if "slices_of" in own and "frozen_bits" in levers
+                else f"{plan_of(shape, batch, tokens, **own, **levers).peak_bytes / GB:.2f}"
+                for own in contenders.values()
+            ]
+            rows.append([shape, f"{batch} x {tokens}", name, *peaks])
             print(*rows[-1], sep=" | ", flush=True)
     about = (
         "Predicted GB (10^9) on a GPU with bfloat16 weights, loss in chunks. Slices are one of 15, as `lisatune train` has them by "
