@@ -2,12 +2,14 @@
 
 python benchmarks/learning.py run [STUDY ...] [--device cuda] [--workers 2] [--minutes 8] [--runs runs/learning]
 python benchmarks/learning.py page [STUDY ...] [--runs runs/learning] [--name learning]
+python benchmarks/learning.py keep [STUDY ...] [--runs runs/learning]
 
 A study is a model, a data set, a number of steps and a batch size; STUDIES below lists them. Each contender starts with
 five learning rates, a factor of two apart. While its best rate is at the edge, the next rate beyond is tried. Then the
 other seeds run at the best rate. A study at equal time is of a study at equal steps: each contender has its best rate there,
 and as many steps as take the time of full fine-tuning's. Their times are measured by turns before it begins, in RUNS/STUDY/cost.json.
-Finished runs are kept, so the command goes on where it stopped. Weights are float32;
+Finished runs are kept, so the command goes on where it stopped. `keep` puts them into results/learning.jsonl, a line a run,
+and `run` on another machine goes on from there. Weights are float32;
 on a GPU matrix products use TensorFloat-32. Loss on C4 tells what was forgotten. Processes take turns on a GPU and slow each
 other down: 14 of them made a step of 40 ms last 3 s, so start 1 or 2.
 
@@ -38,12 +40,13 @@ from pathlib import Path
 from typing import Any
 
 from reproduce import MODELS, unpacked
-from results import SHARED, markdown, write_page
+from results import SHARED, commit, markdown, write_page
 
 from lisatune.compare.results import interval
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COST_SHAPES = {"stories15M": "stories15m", "smollm2": "smollm2-135m"}
+KEPT = Path(__file__).parent / "results" / "learning.jsonl"
 MOST_WIDENED = 4  # rates tried beyond the five, on each side together
 
 
@@ -213,6 +216,30 @@ def rates_of(middle: float) -> list[float]:
     return [float(f"{middle * 2**power:.3g}") for power in range(-2, 3)]
 
 
+def keep(names: Sequence[str], runs: Path) -> int:
+    """Put what has ended into ``KEPT``, beside what is there; how many lines there are now."""
+    lines = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+    for name in names:
+        for contender in contenders_of(STUDIES[name]):
+            for path in Trial(name, contender, 1.0, 1).file(runs).parent.glob("*.json"):
+                lines.append({"study": name, "contender": contender} | json.loads(path.read_text()))
+    found = {(line["study"], line["contender"], line["rate"], line["seed"]): line for line in lines}
+    KEPT.write_text("".join(json.dumps(found[key]) + "\n" for key in sorted(found)), encoding="utf-8")
+    return len(found)
+
+
+def bring_back(names: Sequence[str], runs: Path) -> None:
+    """Put the lines of ``KEPT`` where runs are looked for, if their contender still has those settings."""
+    for line in KEPT.read_text().splitlines() if KEPT.exists() else []:
+        kept = json.loads(line)
+        name, contender = kept.pop("study"), kept.pop("contender")
+        path = Trial(name, contender, kept["rate"], kept["seed"]).file(runs)
+        own = contenders_of(STUDIES[name]).get(contender) if name in names else None
+        if own and kept["settings"] == own.settings and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(kept))
+
+
 def contenders_of(study: Study) -> dict[str, Contender]:
     """Name to contender, with the study's rates."""
     names = study.names or tuple(CONTENDERS)
@@ -370,6 +397,8 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
         "seed": trial.seed,
         "settings": contender.settings,
         "made_with": made_with(device),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }
     console = Console(quiet=True)
     try:
@@ -485,7 +514,7 @@ def spread(value: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("rows", "run", "page"))
+    parser.add_argument("what", choices=("rows", "run", "page", "keep"))
     parser.add_argument("names", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; all by default")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--runs", type=Path, default=Path("runs/learning"))
@@ -495,6 +524,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6)
     options = parser.parse_args()
     names = options.names or list(STUDIES)
+    if options.what == "keep":  # how many steps a study at equal time has, depends on the machine
+        print(f"{keep([name for name in names if not STUDIES[name].time_of], options.runs)} runs in {KEPT}")
+        return
+    bring_back(names, options.runs)
     if options.what == "page":
         tables = [table(name, options.runs) for name in names if (options.runs / name).is_dir()]
         print(write_page(options.name, "\n\n".join(tables), __doc__ or ""))

@@ -34,16 +34,19 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def commit() -> str:
+    """The commit that is checked out, short."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+
 def write_page(name: str, table: str, about: str) -> Path:
     """Write ``results/<date>-<name>.md``; paths in the command are cut to their last part."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
     words = [word if word.startswith("-") else Path(word).name for word in sys.argv[1:]]
     date = datetime.date.today().isoformat()
     page = (
         f"# {name}, {date}\n\n{about.strip().splitlines()[0]}\n\n"
-        f"Command: `python benchmarks/{Path(sys.argv[0]).name} {shlex.join(words)}`, commit {commit}. "
+        f"Command: `python benchmarks/{Path(sys.argv[0]).name} {shlex.join(words)}`, commit {commit()}. "
         f"Hardware: {_hardware()}. Python {platform.python_version()}, "
         + ", ".join(f"{p} {version(p)}" for p in ("torch", "transformers"))
         + f".\n\n{table}\n"

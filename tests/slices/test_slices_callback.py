@@ -34,6 +34,16 @@ def test_one_slice_is_full_training_to_the_bit_clipping_included(tmp_path, more)
         assert torch.equal(a, b), name
 
 
+def test_columns_train_with_an_optimizer_that_knows_strides_and_a_fused_one_is_refused(tmp_path):
+    full, sliced = make_llama(tied=True), make_llama(tied=True)
+    lisa = {"sampled_unit": "slices", "slices_of": "columns", "train_norms": True}
+    norms = fit(full, tmp_path, [], optim="adamw_torch")
+    assert fit(sliced, tmp_path, [LisaCallback(num_slices=1, **lisa)], optim="adamw_torch") == norms
+    assert all(torch.equal(a, b) for a, b in zip(full.parameters(), sliced.parameters(), strict=True))
+    with pytest.raises(UserError, match="fused AdamW may take the columns of a matrix for contiguous: use .* fused=False"):
+        fit(make_llama(), tmp_path, [LisaCallback(**lisa)], optim="adamw_torch_fused")
+
+
 def test_every_tensor_has_its_turn(tmp_path, capsys):
     model, before = make_llama(), make_llama()
     fit(model, tmp_path, [LisaCallback(sampled_unit="slices", num_slices=4, train_norms="sampled")])
