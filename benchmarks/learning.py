@@ -76,7 +76,13 @@ class Study:
 
 
 def slices(count: int = 15, **more: Any) -> dict[str, Any]:
-    whole = {"sampled_unit": "slices", "num_slices": count, "num_active": 1, "interval_steps": 1}
+    whole = {
+        "sampled_unit": "slices",
+        "slices_of": "rows",
+        "num_slices": count,
+        "num_active": 1,
+        "interval_steps": 1,
+    }
     return {"train_embedding": "sampled", "train_head": "sampled", "train_norms": True} | whole | more
 
 

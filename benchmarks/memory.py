@@ -187,8 +187,8 @@ def slices() -> None:
         "slices": {},
         "slices, norms train": SLICES,
         "slices of 30": {"num_slices": 30},
-        "slices of columns": {"slices_of": "columns"},
-        "slices of columns, norms train": SLICES | {"slices_of": "columns"},
+        "slices of rows": {"slices_of": "rows"},
+        "slices of rows, norms train": SLICES | {"slices_of": "rows"},
         "LoRA r16": {"method": "lora"},
     }
     rows = []
@@ -196,17 +196,12 @@ def slices() -> None:
         ("llama-3.1-8b", 2, 2048), ("llama-2-7b", 2, 2048), ("llama-3.1-70b", 2, 2048), ("llama-2-7b", 1, 1024),
     ):  # fmt: skip
         for name, levers in PARTS:
-            peaks = [
-                "refused"
-                if "slices_of" in own and "frozen_bits" in levers
-                else f"{plan_of(shape, batch, tokens, **own, **levers).peak_bytes / GB:.2f}"
-                for own in contenders.values()
-            ]
-            rows.append([shape, f"{batch} x {tokens}", name, *peaks])
+            peaks = [plan_of(shape, batch, tokens, **own, **levers).peak_bytes for own in contenders.values()]
+            rows.append([shape, f"{batch} x {tokens}", name, *(f"{peak / GB:.2f}" for peak in peaks)])
             print(*rows[-1], sep=" | ", flush=True)
     about = (
         "Predicted GB (10^9) on a GPU with bfloat16 weights, loss in chunks. Slices are one of 15, as `lisatune train` has them by "
-        "default. LoRA is on all linear layers. ChunkFT publishes 13.72 GB for 1 x 1024 tokens with Llama-2-7B "
+        "default: of columns, or of rows with `frozen_bits`. LoRA is on all linear layers. ChunkFT publishes 13.72 GB for 1 x 1024 tokens with Llama-2-7B "
         "(arXiv:2605.21177). Nothing here was measured."
     )
     head = ["model", "batch", "levers", *(f"{name}, GB" for name in contenders)]

@@ -57,7 +57,7 @@ class Way:
             pytest.importorskip("peft", reason="the extra 'lora' is not installed")
 
 
-SLICES = {"sampled_unit": "slices", "num_slices": 3, "num_active": 1}
+SLICES = {"sampled_unit": "slices", "slices_of": "rows", "num_slices": 3, "num_active": 1}
 SPECTRAL = SLICES | {"interval_steps": 1, "optim": "spectral", "learning_rate": 3e-3}
 COLUMNS = SLICES | {"slices_of": "columns"}
 CHECKPOINTED = {"gradient_checkpointing": True}

@@ -239,7 +239,14 @@ def test_slices_of_a_head_that_trl_reads_by_itself_train(tied, folder):
     model = make_llama(vocab_size=len(make_tokenizer()), tied=tied)
     model.save_pretrained(folder / f"sliced-{tied}")
     make_tokenizer().save_pretrained(folder / f"sliced-{tied}")
-    own = {"sampled_unit": "slices", "num_slices": 5, "max_steps": 1, "eval_steps": None, "eval_rows": 0}
+    own = {
+        "sampled_unit": "slices",
+        "slices_of": "rows",
+        "num_slices": 5,
+        "max_steps": 1,
+        "eval_steps": None,
+        "eval_rows": 0,
+    }
     run(folder, "dpo", f"slices-{tied}", model=str(folder / f"sliced-{tied}"), **own)
     weights = load_file(folder / f"slices-{tied}" / "model" / "model.safetensors")
     for name, before in model.named_parameters():

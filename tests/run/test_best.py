@@ -16,7 +16,14 @@ from runs import STEPS, manifest, metrics, run, weights
 WANDERING = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "eval_steps": 1, "eval_rows": 12}
 KINDS = {
     "layers": {"num_active": 1, "interval_steps": 2},
-    "slices": {"method": None, "sampled_unit": "slices", "num_slices": 3, "num_active": 1, "interval_steps": 1},
+    "slices": {
+        "method": None,
+        "sampled_unit": "slices",
+        "slices_of": "rows",
+        "num_slices": 3,
+        "num_active": 1,
+        "interval_steps": 1,
+    },
     "lora": {"method": "lora", "learning_rate": 1.0},
 }
 

@@ -40,7 +40,9 @@ def test_columns_train_with_an_optimizer_that_knows_strides_and_a_fused_one_is_r
     norms = fit(full, tmp_path, [], optim="adamw_torch")
     assert fit(sliced, tmp_path, [LisaCallback(num_slices=1, **lisa)], optim="adamw_torch") == norms
     assert all(torch.equal(a, b) for a, b in zip(full.parameters(), sliced.parameters(), strict=True))
-    with pytest.raises(UserError, match="fused AdamW may take the columns of a matrix for contiguous: use .* fused=False"):
+    with pytest.raises(
+        UserError, match="fused AdamW may take the columns of a matrix for contiguous: use .* fused=False"
+    ):
         fit(make_llama(), tmp_path, [LisaCallback(**lisa)], optim="adamw_torch_fused")
 
 

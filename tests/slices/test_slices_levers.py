@@ -62,9 +62,13 @@ def test_without_state_each_step_is_the_first_of_adam(dtype):
             assert (weight != other[name]).float().mean() < 0.01, name
 
 
-def test_one_slice_is_full_to_the_bit():
-    whole = learner_of(method="full", sampled_unit=None, num_slices=None)
-    sliced = learner_of(num_slices=1, train_norms=True)
+@pytest.mark.parametrize(
+    ("slices_of", "more"), [("rows", {}), ("columns", {"optimizer_in_backward": True})], ids=["rows", "columns"]
+)
+def test_one_slice_is_full_to_the_bit(slices_of, more):
+    """Columns take lisatune.AdamW, and so does full with its step in the backward pass."""
+    whole = learner_of(method="full", sampled_unit=None, num_slices=None, **more)
+    sliced = learner_of(num_slices=1, train_norms=True, slices_of=slices_of, **more)
     assert same(trained(whole), trained(sliced))
 
 

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from lisatune.errors import UserError, did_you_mean, shown
 from lisatune.methods import METHODS, UNITS, MethodChoice, usual_unit
-from lisatune.settings.config import TrainConfig
+from lisatune.settings.config import ROWS, TrainConfig
 from lisatune.settings.hints import hint_for
 from lisatune.settings.renamed import with_new_names
-from lisatune.settings.rules import refusals
+from lisatune.settings.rules import holds, refusals
 from lisatune.tasks import TASKS, TaskChoice
 
 UNPRINTED = ("Cc", "Cs", "Zl", "Zp")  # categories: control, half of a surrogate pair, line and paragraph separator
@@ -44,6 +44,9 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         # what is usual for the unit that is sampled, then for the method, then for the task; the user's own win
         preset = {**recipe, **_preset(UNITS, unit), **_preset(METHODS, method), **_preset(TASKS, settings.get("task"))}
         config = TrainConfig.model_validate(preset | dict(settings))
+        for name in _preset(UNITS, unit).keys() - settings.keys():  # it gives way to what was asked for
+            if any(holds(condition, config) for condition in ROWS[name].never_with):
+                config = config.model_copy(update={name: TrainConfig.model_fields[name].default})
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
     for name, value in config:

@@ -83,7 +83,7 @@ class Sampling(BaseModel):
     slices_of: Literal["rows", "columns"] = row(
         "rows",
         "What a slice of a decoder layer's matrix is made of. Columns need only their share of a linear layer's input. "
-        "Slices of embedding and head are always rows.",
+        "Slices of embedding and head are always rows. The default of lisatune train is columns, or rows with frozen_bits.",
         only_with=WITH_SLICES, never_with={"frozen_bits": "whose scales are of rows"},
     )  # fmt: skip
     train_norms: bool | Literal["sampled"] = row(

@@ -53,7 +53,8 @@ class LisaSettings:
         given = {name: value for name, value in given.items() if value is not None}
         unit = UNITS.get(given.get("sampled_unit", "layers"))
         preset = unit.preset if unit else {}
-        own = {field.name for field in fields(cls)}  # the learning rate is the Trainer's
+        # the learning rate is the Trainer's, and so is the optimizer, which is fused by default: rows suit any
+        own = {field.name for field in fields(cls)} - {"slices_of"}
         return cls(**{**{name: value for name, value in preset.items() if name in own}, **given})
 
     def engine(self, model: nn.Module) -> LisaEngine | SliceEngine:
