@@ -106,10 +106,6 @@ WAYS = [
         "slices of columns, step in backward", COLUMNS | UNCLIPPED | {"interval_steps": 1, "optimizer_in_backward": True},
         processes=None,
     ),
-    Way(
-        "slices of columns off the device", COLUMNS | CHECKPOINTED | {"interval_steps": 2, "offload_frozen": True},
-        bit_equal_to=COLUMNS | {"interval_steps": 2}, **OFF_THE_DEVICE,
-    ),
     Way("slices of columns, spectral", COLUMNS | SPECTRAL, processes=None),
     Way(
         "slices with moments",

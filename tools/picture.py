@@ -38,7 +38,7 @@ KINDS = {"weights": BLUE, "gradients": ORANGE, "state": PURPLE, "activations": G
 
 
 def slices_by_step(axes: Axes) -> None:
-    """One block of rows of each part, another one in each step."""
+    """One block of each part, another one in each step."""
     for number, _ in enumerate(PARTS):
         sampler = SweepSampler(NUM_SLICES, 1, hashed(0, 0, number))
         for step in range(STEPS):
@@ -89,7 +89,7 @@ def main() -> None:
         figure = Figure(figsize=(11, 6.4), layout="constrained")
         grid = figure.add_gridspec(2, 2, height_ratios=(1.5, 1))
         left, right, below = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[0, 1], grid[1, :]))
-        parts(left, "Slices (the default): rows of every matrix")
+        parts(left, "Slices (the default): a part of every matrix")
         slices_by_step(left)
         parts(right, "recipe=paper: two whole layers")
         layers_by_step(right)

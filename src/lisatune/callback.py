@@ -56,7 +56,7 @@ class LisaCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         train_head: See ``LisaEngine``. Default: True, with slices ``sampled``.
         sampler: Name of the sampler, as ``make_sampler`` knows it. Default: ``uniform``, with slices ``sweep``.
         sampler_options: Options of that sampler.
-        sampled_unit: ``layers``, pieces of them (``halves``, ``modules``), or ``slices``: blocks of rows of every matrix.
+        sampled_unit: ``layers``, pieces of them (``halves``, ``modules``), or ``slices``: a block of every matrix.
         num_slices: Only for slices: blocks that each matrix is cut into. Default: 15, or half of the number of decoder
             layers if that is less.
         train_norms: Only for slices: see ``SliceEngine``. Default: False.

@@ -177,5 +177,16 @@ def test_the_default_is_slices_and_gamma_or_k_mean_the_papers_layers(
     config = build_config(NEEDED | given)
     found = config.sampled_unit, config.num_active, config.interval_steps, config.learning_rate
     assert found == (unit, num_active, interval_steps, learning_rate)
+    assert config.slices_of == ("columns" if unit == "slices" else "rows")
     write_config(config, tmp_path / "config.yaml")  # what a run leaves behind says it all
     assert build_config(read_settings(str(tmp_path / "config.yaml"), [])) == config
+
+
+@pytest.mark.parametrize("lever", [{"frozen_bits": 8}, {"offload_frozen": True}])
+def test_slices_of_columns_give_way_to_levers_that_need_rows(lever, tmp_path):
+    config = build_config(NEEDED | {"gradient_checkpointing": True} | lever)
+    assert config.slices_of == "rows"
+    write_config(config, tmp_path / "config.yaml")
+    assert build_config(read_settings(str(tmp_path / "config.yaml"), [])) == config
+    with pytest.raises(UserError, match="slices_of=columns cannot go with"):
+        build_config(NEEDED | {"gradient_checkpointing": True, "slices_of": "columns"} | lever)

@@ -54,7 +54,7 @@ def run_demo(output: Path, *, console: Console) -> dict[str, Any]:
         console.print(f"[bold]{row['prompt']}[/bold]\n  {answer}", highlight=False)
 
     # a run like any other
-    console.rule("[bold]2. LISA: in each step, one fifteenth of the rows of every matrix")
+    console.rule("[bold]2. LISA: in each step, one fifteenth of every matrix")
     run = build(config, *examples, console=console, loaded=loaded)
     summary = train_built(run, console=console)
 

@@ -1,1 +1,1 @@
-"""Instruments of memory: a ledger, the measured peak, moving to the host, blocks of rows."""
+"""Instruments of memory: a ledger, the measured peak, moving to the host, blocks of rows or columns."""

@@ -37,7 +37,7 @@ class Cut:
     ``elements`` and ``put_elements``.
 
     If the weight has an attribute ``streamed_to``, a device, it lies in host memory and is brought there to compute. Then
-    the slots are contiguous copies of their blocks on that device, and ``write_back`` puts what was trained into the weight.
+    the slots are copies of their blocks on that device, and ``write_back`` puts what was trained into the weight.
 
     Args:
         name: Name of the parameter in the model.
@@ -88,8 +88,7 @@ class Cut:
         for slot, (start, stop) in zip(self.slots, self.ranges, strict=True):
             slot.grad = None
             block = self.part(whole, (start, stop))
-            if device is not None:
-                block = to_device(block, device).contiguous()
+            block = block if device is None else to_device(block, device)
             if slot.shape != block.shape:
                 # a graph that is still held keeps the shape that gradients must have; another type makes torch forget it
                 slot.data = block.new_empty(0, dtype=torch.bfloat16 if block.dtype == torch.float16 else torch.float16)
@@ -112,7 +111,7 @@ class Cut:
             self._fill(self.weight)
 
     def in_copy(self, weight: Tensor) -> Tensor:
-        """``weight``, a copy of the whole parameter where the slots are: its trained rows become exact, and it is cut alike."""
+        """``weight``, a copy of the whole parameter where the slots are: its trained block becomes exact, and it is cut alike."""
         self._fill(weight)
         cut = copy.copy(self)
         cut.weight = weight.detach()  # type: ignore[assignment]  # a circle would keep the copy's memory

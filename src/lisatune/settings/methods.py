@@ -70,7 +70,7 @@ class Sampling(BaseModel):
     )
     sampled_unit: Annotated[str, OneOf(UNITS)] = row(
         "layers",
-        "What is sampled (the default depends on recipe): decoder layers, their attention and MLP halves, single matrices (MISA), or a block of rows of "
+        "What is sampled (the default depends on recipe): decoder layers, their attention and MLP halves, single matrices (MISA), or a slice of "
         "every matrix (slices).",
         methods=LAYERWISE, choices=UNITS.__getitem__,
     )  # fmt: skip
@@ -83,8 +83,8 @@ class Sampling(BaseModel):
     slices_of: Literal["rows", "columns"] = row(
         "rows",
         "What a slice of a decoder layer's matrix is made of. Columns need only their share of a linear layer's input. "
-        "Slices of embedding and head are always rows. The default of lisatune train is columns, or rows with frozen_bits.",
-        only_with=WITH_SLICES, never_with={"frozen_bits": "whose scales are of rows"},
+        "Slices of embedding and head are always rows. The default of lisatune train is columns, or rows with offload_frozen and frozen_bits.",
+        only_with=WITH_SLICES, never_with={"frozen_bits": "whose scales are of rows", "offload_frozen": "which moves rows to the device and back"},
     )  # fmt: skip
     train_norms: bool | Literal["sampled"] = row(
         False,

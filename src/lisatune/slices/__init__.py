@@ -1,1 +1,1 @@
-"""Slices: every matrix of the model is cut into blocks of rows, and an interval trains one block of each."""
+"""Slices: every matrix of the model is cut into blocks of rows or columns, and an interval trains one block of each."""

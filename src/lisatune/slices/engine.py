@@ -173,8 +173,7 @@ class SliceEngine:
         for part, trains in self.trains.items():
             when[trains].append("norms and biases" if part == "norms" else part)
         steps = "1 step" if self.interval_steps == 1 else f"{self.interval_steps} steps"
-        slices = "slices" if self.slices_of == "rows" else "slices of columns"
-        text = f"{self._num_active} of {len(self.pool)} {slices} of each tensor train at a time, for {steps}"
+        text = f"{self._num_active} of {len(self.pool)} slices of each tensor train at a time, for {steps}"
         text += f" ({', '.join(when['sampled'])})"
         text += f"; {', '.join(when[True])} train whole in every step" if when[True] else ""
         return text + (f"; {', '.join(when[False])} never" if when[False] else "")
