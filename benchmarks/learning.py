@@ -153,7 +153,9 @@ SPECTRAL = (
     "slices, spectral, E/H by sign 0.3",
 )
 COLUMNS = tuple(name for name in CONTENDERS if name.startswith("slices of columns"))
-OF_COLUMNS = tuple(name for name in COLUMNS if "E/H by sign 0.1" not in name)
+OF_COLUMNS = tuple(
+    sorted((name for name in COLUMNS if "E/H by sign 0.1" not in name), key=lambda name: "3 parts" not in name)
+)
 MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
 UNKNOWN = (
