@@ -95,7 +95,14 @@ def trained_in_slices(bits, *, slow=False, **settings):
     """Eight steps of slices, of 32 and 88 rows in 5 blocks, so that blocks share scales of 4 bits."""
     plain = {} if slow else {"frozen_bits": bits} | settings
     learner = learner_of(
-        recipe=None, sampled_unit="slices", num_slices=5, num_active=2, interval_steps=2, train_norms="sampled", **plain
+        recipe=None,
+        sampled_unit="slices",
+        slices_of="rows",
+        num_slices=5,
+        num_active=2,
+        interval_steps=2,
+        train_norms="sampled",
+        **plain,
     )
     losses = []
     for step in range(8):
@@ -136,7 +143,7 @@ def test_with_slices_it_is_the_plain_loop_that_replaces_frozen_rows(bits, stream
 
 def test_trained_rows_are_computed_exactly():
     """With every row in a trained slice, few bits change nothing."""
-    every = {"recipe": None, "sampled_unit": "slices", "num_slices": 3, "num_active": 3}
+    every = {"recipe": None, "sampled_unit": "slices", "slices_of": "rows", "num_slices": 3, "num_active": 3}
     weights = []
     for bits in ({}, {"frozen_bits": 4}):
         learner = learner_of(**every, **bits)
