@@ -153,9 +153,8 @@ SPECTRAL = (
     "slices, spectral, E/H by sign 0.3",
 )
 COLUMNS = tuple(name for name in CONTENDERS if name.startswith("slices of columns"))
-OF_COLUMNS = tuple(
-    sorted((name for name in COLUMNS if "E/H by sign 0.1" not in name), key=lambda name: "3 parts" not in name)
-)
+OF_COLUMNS = tuple(name for name in COLUMNS if "E/H by sign 0.1" not in name)
+LEADING_COLUMNS = ("slices of columns, 3 parts", "slices of columns, 3 parts, spectral", "slices of columns")
 MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
 UNKNOWN = (
@@ -196,7 +195,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-400-batch16": Study("smollm2", "gsm8k", 400, batch=16, names=BEST, scale=0.5),
     "gsm8k-2000": Study("smollm2", "gsm8k", 2000, names=BEST, scale=0.35, seeds=(1,)),
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
-    "stories-100-columns": Study("stories15M", "gsm8k", 100, names=OF_COLUMNS, max_length=256),
+    "stories-100-columns": Study("stories15M", "gsm8k", 100, names=LEADING_COLUMNS, max_length=256),
     "tiny-100-columns": Study("stories260K", "gsm8k", 100, batch=4, names=OF_COLUMNS, max_length=256, scale=10),
     "stories-100-time": Study("stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100"),
     "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
