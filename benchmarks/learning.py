@@ -142,9 +142,18 @@ CONTENDERS: dict[str, Contender] = {
     "lora r128": Contender({"method": "lora", "lora_r": 128, "lora_alpha": 256}, 1e-3),
 }
 
-MAIN = ("full", "lora r16", "paper LISA", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
-BEST = ("full", "lora r16", "paper LISA", "slices")
-SHORT = ("slices", "slices, spectral", "lora r16", "full", "slices, E/H by sign 0.1", "paper LISA", "slices, E/H 0.1")
+MAIN = ("full", "lora r16", "paper LISA", "slices of columns", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
+BEST = ("full", "lora r16", "paper LISA", "slices of columns")
+SHORT = (
+    "slices of columns",
+    "slices",
+    "slices, spectral",
+    "lora r16",
+    "full",
+    "slices, E/H by sign 0.1",
+    "paper LISA",
+    "slices, E/H 0.1",
+)
 WHOLE = ("slices, E/H by sign 0.1", "slices, E/H by sign 0.3")
 THIRDS = ("slices, 3 parts, E/H by sign 0.3", "slices, 3 parts")  # the share of two layers of six
 SPECTRAL = (
@@ -156,7 +165,7 @@ COLUMNS = tuple(name for name in CONTENDERS if name.startswith("slices of column
 OF_COLUMNS = tuple(name for name in COLUMNS if "E/H by sign 0.1" not in name)
 LEADING_COLUMNS = ("slices of columns, 3 parts", "slices of columns, 3 parts, spectral", "slices of columns")
 MUON = ("full, Muon", "paper LISA, Muon")
-LEADING = ("full", "lora r16", "paper LISA", "slices, 3 parts", "slices, 3 parts, spectral", "full, Muon")
+LEADING = ("full", "lora r16", "paper LISA", *LEADING_COLUMNS[:2], "full, Muon")
 UNKNOWN = (
     *SPECTRAL,
     "slices, spectral",
@@ -172,9 +181,10 @@ UNKNOWN = (
 BEST_RATES = {
     "full": 1e-4,
     "lora r16": 2e-3,
+    "slices of columns": 2e-3,
     "slices": 1e-3,
     "paper LISA": 5e-4,
-}  # of gsm8k-40, page 2026-11-26-learning
+}  # of gsm8k-40: pages 2026-11-26-learning and 2026-11-27-learning-columns
 
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
