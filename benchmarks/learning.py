@@ -167,6 +167,7 @@ LEADING_COLUMNS = ("slices of columns, 3 parts", "slices of columns, 3 parts, sp
 MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", *LEADING_COLUMNS[:2], "full, Muon")
 UNKNOWN = (
+    *LEADING_COLUMNS,
     *SPECTRAL,
     "slices, spectral",
     *THIRDS,
