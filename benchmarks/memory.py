@@ -181,8 +181,8 @@ PARTS: tuple[tuple[str, dict[str, Any]], ...] = (  # none, some and all of the l
 )  # fmt: skip
 
 
-def slices() -> None:
-    """The default, slices with frozen norms, beside LoRA r16 with the same levers."""
+def slices(shapes: list[str]) -> None:
+    """The default, slices with frozen norms, beside LoRA r16 with the same levers; of ``shapes`` alone if there are some."""
     contenders: dict[str, dict[str, Any]] = {
         "slices": {},
         "slices, norms train": SLICES,
@@ -195,7 +195,7 @@ def slices() -> None:
     for shape, batch, tokens in (
         ("llama-3.1-8b", 2, 2048), ("llama-2-7b", 2, 2048), ("llama-3.1-70b", 2, 2048), ("llama-2-7b", 1, 1024),
     ):  # fmt: skip
-        for name, levers in PARTS:
+        for name, levers in PARTS if not shapes or shape in shapes else ():
             peaks = [plan_of(shape, batch, tokens, **own, **levers).peak_bytes for own in contenders.values()]
             rows.append([shape, f"{batch} x {tokens}", name, *(f"{peak / GB:.2f}" for peak in peaks)])
             print(*rows[-1], sep=" | ", flush=True)
@@ -205,7 +205,7 @@ def slices() -> None:
         "(arXiv:2605.21177). Nothing here was measured."
     )
     head = ["model", "batch", "levers", *(f"{name}, GB" for name in contenders)]
-    print(write_page("memory-slices", about + "\n\n" + markdown(head, rows), __doc__ or ""))
+    print(write_page("-".join(["memory-slices", *shapes]), about + "\n\n" + markdown(head, rows), __doc__ or ""))
 
 
 def ranks() -> None:
@@ -371,7 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="what", required=True)
     kinds.add_parser("predict")
-    kinds.add_parser("slices")
+    kinds.add_parser("slices").add_argument("shapes", nargs="*", help="all by default")
     kinds.add_parser("ranks")
     measured = kinds.add_parser("measure")
     measured.add_argument("--rounds", type=int, default=3)
@@ -385,7 +385,7 @@ def main() -> None:
     if options.what == "predict":
         predict()
     elif options.what == "slices":
-        slices()
+        slices(options.shapes)
     elif options.what == "ranks":
         ranks()
     elif options.what == "measure":
