@@ -144,16 +144,6 @@ CONTENDERS: dict[str, Contender] = {
 
 MAIN = ("full", "lora r16", "paper LISA", "slices of columns", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
 BEST = ("full", "lora r16", "paper LISA", "slices of columns")
-SHORT = (
-    "slices of columns",
-    "slices",
-    "slices, spectral",
-    "lora r16",
-    "full",
-    "slices, E/H by sign 0.1",
-    "paper LISA",
-    "slices, E/H 0.1",
-)
 WHOLE = ("slices, E/H by sign 0.1", "slices, E/H by sign 0.3")
 THIRDS = ("slices, 3 parts, E/H by sign 0.3", "slices, 3 parts")  # the share of two layers of six
 SPECTRAL = (
@@ -196,9 +186,9 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
-    "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=SHORT),
-    "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=SHORT),
-    "math-40": Study("smollm2", "math", 40, max_length=256, names=SHORT),
+    "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=BEST),
+    "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=BEST),
+    "math-40": Study("smollm2", "math", 40, max_length=256, names=BEST),
     "dolly-400": Study("smollm2", "dolly", 400, max_length=256, names=BEST, scale=0.5),
     "pubmedqa-200": Study("smollm2", "pubmedqa", 200, max_length=448, names=BEST, scale=0.5),
     "math-200": Study("smollm2", "math", 200, max_length=256, names=BEST, scale=0.5),
