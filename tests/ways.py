@@ -95,8 +95,8 @@ WAYS = [
     # what is sampled, and what else trains
     Way("halves", {"sampled_unit": "halves"}, processes=((2, 2),), more={"packing": True, "max_steps": 4}),
     Way("modules", {"sampled_unit": "modules", "num_active": 6}),
-    Way("slices", SLICES | {"interval_steps": 1}, processes=((2, 1), (4, 1))),
-    Way("slices of columns", COLUMNS | {"interval_steps": 1}, processes=((2, 1),), more={"max_steps": 4}),
+    Way("slices", SLICES | {"interval_steps": 1}, processes=((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))),
+    Way("slices of columns", COLUMNS | {"interval_steps": 1}, processes=((2, 1), (2, 2), (4, 2), (4, 4)), more={"max_steps": 4}),
     Way(
         "slices of columns with moments",
         COLUMNS | {"num_active": 2, "interval_steps": 4, "dtype": "bfloat16", "optim": "adamw_8bit", "train_norms": "sampled"},

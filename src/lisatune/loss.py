@@ -16,7 +16,7 @@ from lisatune.data.loader import Batch
 from lisatune.data.tokenize import IGNORED
 from lisatune.errors import UserError
 from lisatune.layers import Layers
-from lisatune.memory.blocks import Cut, Range, cut_of
+from lisatune.memory.blocks import Cut, Range, cut_in
 from lisatune.optim.row_gradients import HeadPart, RowGradients
 from lisatune.slices.functions import whole_weight
 
@@ -86,10 +86,10 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # else gradients would be made here that nobody asks for
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         cut = None
-    dim, ranges, slots = (0, (), ()) if cut is None else (cut.dim, cut.ranges, tuple(cut.slots))
+    ranges, slots = ((), ()) if cut is None else (cut.ranges, tuple(cut.slots))
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.index_select(0, labelled), weight, bias, labels[labelled], divisor, chunk_tokens, row_gradients,
-        None if weights is None else weights[labelled, None], dim, ranges, *slots,
+        None if weights is None else weights[labelled, None], cut, ranges, *slots,
     )  # fmt: skip
     return loss
 
@@ -106,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         row_gradients: RowGradients | None,
         weights: Tensor | None,
-        dim: int,
+        cut: Cut | None,
         ranges: tuple[Range, ...],
         *slots: Tensor,
     ) -> Tensor:
@@ -115,8 +115,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight and not leaves_part else None
         grad_slots = (
-            [torch.zeros_like(slot, memory_format=torch.contiguous_format) for slot in slots]
-            if any(ctx.needs_input_grad[10:])
+            [torch.zeros_like(cut.part(weight, of), memory_format=torch.contiguous_format) for of in ranges]
+            if cut is not None and any(ctx.needs_input_grad[10:])
             else []
         )
         grad_bias = torch.zeros_like(bias) if bias is not None and wants_bias else None
@@ -149,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden[rows])
             for (first, last), grad_slot in zip(ranges, grad_slots, strict=False):
-                if dim == 0:
+                if cut is None or cut.dim == 0:
                     grad_slot.addmm_(grad[:, first:last].T, hidden[rows])
                 else:
                     grad_slot.addmm_(grad.T, hidden[rows, first:last])
@@ -160,7 +160,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
             kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())
         ctx.weight, ctx.divisor, ctx.row_gradients, ctx.weights = weight, divisor, row_gradients, weights
-        ctx.num_slots, ctx.num_grads = len(slots), 3 + len(grad_slots)
+        ctx.cut, ctx.ranges, ctx.num_slots, ctx.num_grads = cut, ranges, len(slots), 3 + len(grad_slots)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *grad_slots, *kept)
         return loss / divisor
 
@@ -175,7 +175,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = HeadPart(hidden.detach(), labels, log_normaliser, bias, factor)
             ctx.row_gradients.add(ctx.weight, part)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
-        return (*grads[:3], None, None, None, None, None, None, None, *(grads[3:] or [None] * ctx.num_slots))
+        grad_slots = [ctx.cut.brought(grad, of) for grad, of in zip(grads[3:], ctx.ranges, strict=False)]
+        return (*grads[:3], None, None, None, None, None, None, None, *(grad_slots or [None] * ctx.num_slots))
 
 
 def batch_loss(
@@ -197,10 +198,10 @@ def batch_loss(
         hidden, routers = trunk_and_routers(layers, inputs)
         hidden = hidden.flatten(0, 1)
         weight, bias = layers.head.weight, layers.head.bias
-        bias_cut = cut_of(bias)
+        bias_cut = cut_in(layers.head, "bias")
         loss = linear_cross_entropy(
             hidden, weight, batch.labels.flatten(), bias=whole_weight(bias_cut) if bias_cut else bias,
-            num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_of(weight), weights=weights,
+            num_labelled=num_labelled, row_gradients=row_gradients, cut=cut_in(layers.head, "weight"), weights=weights,
             labelled=batch.labelled,
         )  # fmt: skip
         return loss + router_loss(layers, batch, num_labelled, routers) if routers else loss

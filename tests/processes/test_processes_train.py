@@ -149,12 +149,19 @@ def check_sent(case, way, shard_size, num_ranks, folder):
             # the other pair of processes has the other copy; each adds up its half
             assert step["reduce_scatter"] == trained
             assert step["all_reduce"] == trained / 2
-        if way.name == "slices":  # each tensor has a third of its rows, to a row
+        if way.name == "slices" and shard_size == 1:  # each tensor has a third of its rows, to a row
             assert step["all_reduce"] == pytest.approx(everything / 3, rel=0.02)
             assert "all_gather" not in step
         if way.name == "full":
             assert step["all_reduce"] == everything
         assert step["small"] <= 3 * 4, "a loss and a norm, twice: nothing tells the others what was drawn"
+    if way.name in ("slices", "slices of columns") and shard_size == num_ranks:  # each micro-batch brings its own
+        most = {kind: max(step[kind] for step in sent) / (4 // num_ranks) for kind in sent[0]}
+        in_rows = everything
+        if way.name == "slices of columns":
+            in_rows = 2 * 4 * model.lm_head.weight.numel()
+            assert most["reduce_scatter"] == pytest.approx((everything - in_rows) / 3, rel=0.05), case
+        assert most["all_reduce"] == pytest.approx(in_rows / 3, rel=0.03), case
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc to see Gloo's threads in")
@@ -170,6 +177,7 @@ def test_each_process_holds_what_the_forecast_says(tmp_path, num_ranks):
         lisa, lisa | shards, lisa | levers, {"method": "full"}, {"method": "full"} | shards, {"method": "lora"} | shards,
         lisa | shards | {"gradient_checkpointing": True, "gradient_accumulation_steps": 3},
         lisa | {"dp_shard_size": 2},
+        {"sampled_unit": "slices"} | shards, {"sampled_unit": "slices", "slices_of": "rows", "gradient_checkpointing": True} | shards,
     ]  # fmt: skip
     model_config = make_llama(**WIDE).config
     with fake_processes(num_ranks):

@@ -48,11 +48,16 @@ def test_a_way_is_refused_where_it_cannot_work_and_nowhere_else(way):
     config = build(way.settings)
     for num_ranks in (1, 2):
         check_num_ranks(config, num_ranks)
-    if way.processes is None and config.sampled_unit != "slices":  # which a test of the settings refuses
+    if config.sampled_unit == "slices" and (config.interval_steps > 1 or config.state_policy == "keep"):
+        with pytest.raises(
+            UserError, match="^dp_shard_size cannot be more than 1 with slices that hold optimizer state"
+        ):
+            build(way.settings, {"dp_shard_size": 2})
+    elif way.processes is None:
         with pytest.raises(UserError, match=r"^\w+=.* needs whole weights in each process"):
-            check_num_ranks(config.model_copy(update={"dp_shard_size": 2}), 2)
-    elif config.sampled_unit != "slices":
-        check_num_ranks(config.model_copy(update={"dp_shard_size": 2}), 2)
+            check_num_ranks(build(way.settings, {"dp_shard_size": 2}), 2)
+    else:
+        check_num_ranks(build(way.settings, {"dp_shard_size": 2}), 2)
     if way.is_for_gpu:
         with pytest.raises(UserError, match=r"^\w+ has no effect on a CPU, where host and device are one memory"):
             build(way.settings, {"device": "cpu"})

@@ -6,6 +6,7 @@ Shapes: R rows of a tensor (all its dimensions but the last, as one), W its widt
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lisatune.memory.offload import to_device
 
+NAME = "lisatune_slices"  # name of the modules that hold the trained blocks
 Range = tuple[int, int]
 SliceOf = Literal["rows", "columns"]
 
@@ -65,8 +67,10 @@ class Cut:
         self.num_slices = num_slices
         self.shape = (-1, weight.shape[-1]) if weight.ndim > 1 else (-1,)
         self.dim = 1 if of == "columns" and weight.ndim > 1 else 0
-        self.length = weight.detach().view(self.shape).shape[self.dim]
-        self.slots = [nn.Parameter(torch.empty_like(self.part(weight.detach(), (0, 0)))) for _ in range(num_active)]
+        self.length = (
+            weight.shape[-1] if self.dim == 1 else math.prod(weight.shape[:-1] if weight.ndim > 1 else weight.shape)
+        )
+        self.slots = [nn.Parameter(torch.empty_like(self.block((0, 0)))) for _ in range(num_active)]
         self.blocks: tuple[int | None, ...] = ()
         self.ranges: tuple[Range, ...] = ()
         weight.cut_into = self  # type: ignore[attr-defined]
@@ -84,10 +88,10 @@ class Cut:
         self.ranges = tuple(
             (0, 0) if block is None else block_range(self.length, self.num_slices, block) for block in self.blocks
         )
-        whole, device = self.weight.detach(), self.streamed_to
+        device = self.streamed_to
         for slot, (start, stop) in zip(self.slots, self.ranges, strict=True):
             slot.grad = None
-            block = self.part(whole, (start, stop))
+            block = self.block((start, stop))
             block = block if device is None else to_device(block, device)
             if slot.shape != block.shape:
                 # a graph that is still held keeps the shape that gradients must have; another type makes torch forget it
@@ -99,6 +103,19 @@ class Cut:
         """The rows or columns ``of`` a tensor that is shaped as the weight; a view if the tensor is contiguous."""
         start, stop = of
         return tensor.reshape(self.shape).narrow(self.dim, start, stop - start)
+
+    def block(self, of: Range) -> Tensor:
+        """The rows or columns ``of`` the parameter, as far as they lie on this process: a view."""
+        return self.part(self.weight.detach(), of)
+
+    @property
+    def whole(self) -> Tensor:
+        """The whole parameter, where the model computes."""
+        return self.weight
+
+    def brought(self, grad: Tensor, of: Range) -> Tensor:
+        """The gradient of ``block(of)``, from that of rows or columns ``of`` the whole parameter."""
+        return grad
 
     @property
     def streamed_to(self) -> torch.device | None:
@@ -140,14 +157,17 @@ class Cut:
     def num_elements(self, blocks: Iterable[int]) -> int:
         """Elements of ``blocks``, whether they train now or not."""
         ranges = [block_range(self.length, self.num_slices, block) for block in blocks]
-        return sum(stop - start for start, stop in ranges) * self._across()
+        return sum(stop - start for start, stop in ranges) * self.across()
 
     def first_element(self, slot: Tensor) -> int:
         """How many elements of the parameter lie in the blocks before that of ``slot``."""
-        index = next(i for i, candidate in enumerate(self.slots) if candidate is slot)
-        return self.ranges[index][0] * self._across()
+        return self.range_of(slot)[0] * self.across()
 
-    def _across(self) -> int:
+    def range_of(self, slot: Tensor) -> Range:
+        """The rows or columns that ``slot`` holds."""
+        return next(of for of, candidate in zip(self.ranges, self.slots, strict=True) if candidate is slot)
+
+    def across(self) -> int:
         """Elements of a row or of a column."""
         return self.weight.numel() // max(1, self.length)
 
@@ -199,14 +219,31 @@ def put_elements(parameter: Tensor, start: int, values: Tensor) -> None:
         parameter.detach().copy_(flat.view(parameter.shape))
 
 
+def cut_in(module: nn.Module, name: str) -> Cut | None:
+    """The cut of the parameter ``name`` of ``module``, while blocks of it train; else None.
+
+    While a module computes, FSDP2 has other parameters in it, which know of no cut.
+    """
+    cut = cut_of(module._parameters.get(name))
+    own = module._modules.get(NAME)
+    if cut is None and isinstance(own, Slots) and name in own.cuts:
+        cut = cut_of(own.cuts[name].weight)
+    return cut
+
+
 class Slots(nn.Module):
     """Holds the slots of a module's cuts, so that ``model.parameters()`` has them; a state dict has not.
 
     Without it ``clip_grad_norm_(model.parameters(), ...)`` and ``model.zero_grad()`` would miss what trains.
+
+    Args:
+        cuts: Those of the module's parameters, by name.
+        slots: The slots to hold: of a tied pair one module has them.
     """
 
-    def __init__(self, slots: Iterable[nn.Parameter]) -> None:
+    def __init__(self, cuts: dict[str, Cut], slots: Iterable[nn.Parameter]) -> None:
         super().__init__()
+        self.cuts = cuts
         for number, slot in enumerate(slots):
             self.register_parameter(f"{number}", slot)
 

@@ -13,7 +13,7 @@ from lisatune.memory.blocks import whole_of
 from lisatune.optim.adamw import AdamW
 from lisatune.optim.moments import StateBits
 from lisatune.optim.row_gradients import RowGradients
-from lisatune.processes.tensors import local, norm_over_shards
+from lisatune.processes.tensors import is_sharded, local, norm_over_shards
 
 
 def make_adamw(
@@ -107,7 +107,8 @@ def clip_gradients(
     if parameters:
         norm = norm_over_shards(norm, parameters[0])
     if max_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for alike in (True, False):  # torch takes no slices and shards together
+            torch.nn.utils.clip_grads_with_norm_([p for p in parameters if is_sharded(p) is alike], max_norm, norm)
         if row_gradients is not None:
             row_gradients.scale((max_norm / (norm + 1e-6)).clamp(max=1.0))  # torch does the same
     return norm

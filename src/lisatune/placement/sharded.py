@@ -151,6 +151,8 @@ class ShardedModel(nn.Module):
         # FSDP2 learns the types of gradients at the first call, from what is trainable then: now all is (pytorch#186998)
         with torch.no_grad():
             self.call(lambda: None)
+        for p in self.parameters():
+            p.summed_in = reduce_dtype or p.dtype  # type: ignore[attr-defined]  # for whoever sums gradients itself
 
     def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``."""

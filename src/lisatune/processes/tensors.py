@@ -7,6 +7,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds some of ``tensor`` only."""
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of ``tensor``: a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -14,14 +19,15 @@ def local(tensor: Tensor) -> Tensor:
 
 def over_shards(value: Tensor, parameter: Tensor) -> Tensor:
     """Sum of ``value`` over the processes that hold the shards of ``parameter``, in place."""
-    if isinstance(parameter, DTensor):
-        dist.all_reduce(value, group=parameter.device_mesh.get_group("shard"))
+    sharded = _sharded(parameter)
+    if sharded is not None:
+        dist.all_reduce(value, group=sharded.device_mesh.get_group("shard"))
     return value
 
 
 def norm_over_shards(norm: Tensor, parameter: Tensor) -> Tensor:
     """The norm of gradients in shards as ``parameter`` is, of which each process has the ``norm`` of its own."""
-    if not isinstance(parameter, DTensor):
+    if _sharded(parameter) is None:
         return norm
     return over_shards(norm.square(), parameter).sqrt()
 
@@ -34,6 +40,13 @@ def as_shard(value: Tensor, parameter: Tensor) -> Tensor:
         value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride(),
         run_check=False,
     )  # fmt: skip
+
+
+def _sharded(parameter: Tensor) -> DTensor | None:
+    """The parameter in shards that ``parameter`` is, or is a slice of."""
+    cut = getattr(parameter, "cut", None)
+    whole = parameter if cut is None else cut.weight
+    return whole if isinstance(whole, DTensor) else None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from lisatune.settings.task import SFT
 
 ONE_MEMORY = "where host and device are one memory"
 NOTHING_FROZEN = {"method=full": "where no layer is frozen"}
+IN_SHARDS = (  # the rows of a slice that a process holds are not what a checkpoint takes for its shard
+    "sampled_unit!=slices or dp_shard_size=1 or interval_steps=1 and num_active<num_slices and sampler!=fixed and "
+    "state_policy!=keep and optim.in_blocks"
+)
 NOT_KEPT = {"state_policy=keep": "which moves optimizer state before the layers: choose another state_policy"}
 
 
@@ -25,8 +29,8 @@ class Memory(BaseModel):
         "copy (FSDP). A number between makes several split copies (hybrid).",
         ge=1, free=True, ladder=1, pulled=None,
         needs={
-            "sampled_unit!=slices or dp_shard_size=1": "cannot be more than 1 with sampled_unit=slices, which needs whole "
-            "weights in each process: leave it out, or set recipe=paper",
+            IN_SHARDS: "cannot be more than 1 with slices that hold optimizer state: leave it out, or set interval_steps=1 "
+            "and optim=adamw",
         }, tasks=SFT,
     )  # fmt: skip
     reduce_dtype: Literal["float32", "auto"] = row(

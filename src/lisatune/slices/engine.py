@@ -12,17 +12,18 @@ from torch import Tensor, nn
 from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
-from lisatune.memory.blocks import Cut, SliceOf, Slots, cut_of
+from lisatune.memory.blocks import NAME, Cut, SliceOf, Slots, cut_of
 from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, state_device
+from lisatune.processes.tensors import is_sharded
 from lisatune.samplers import SAMPLERS
 from lisatune.samplers.base import Sampler
 from lisatune.samplers.draws import hashed
 from lisatune.samplers.fixed import FixedSampler
 from lisatune.samplers.round_robin import RoundRobinSampler
 from lisatune.slices.modules import SlicedForward
+from lisatune.slices.shards import ShardedCut
 
 USUAL_NUM_SLICES = 15
-NAME = "lisatune_slices"  # name of the modules that hold the trained slices
 
 
 def usual_num_slices(num_layers: int) -> int:
@@ -327,7 +328,12 @@ class SliceEngine:
                 raise UserError(f"{name} is not contiguous, so it cannot be cut: make it from .contiguous()")
             if cut_of(parameter) is not None:
                 raise UserError("slices of this model train already: call release() of the other engine first")
-            self.cuts[name] = Cut(name, parameter, self.sampler.num_layers, self._num_active, of)
+            blocks = self.sampler.num_layers, self._num_active, of
+            if is_sharded(parameter):
+                module = self.layers.model.get_submodule(name.rpartition(".")[0])
+                self.cuts[name] = ShardedCut(name, parameter, *blocks, module)
+            else:
+                self.cuts[name] = Cut(name, parameter, *blocks)
             seeded: Any = self.sampler
             if hasattr(seeded, "seed"):
                 seeded = dataclasses.replace(seeded, seed=hashed(seeded.seed, 0, number))
@@ -342,7 +348,9 @@ class SliceEngine:
                 module.forward = SlicedForward(module, self._slow)  # type: ignore[assignment]
                 for cut in own.values():
                     cut.weight.cut_into = cut  # type: ignore[attr-defined]
-                module.add_module(NAME, Slots(slot for i, cut in own.items() if i not in put for slot in cut.slots))
+                named = {n: of[id(p)] for n, p in module._parameters.items() if p is not None and id(p) in of}
+                slots = [slot for i, cut in own.items() if i not in put for slot in cut.slots]
+                module.add_module(NAME, Slots(named, slots))
                 put |= own.keys()
 
     def _place(self, interval: int) -> None:

@@ -26,9 +26,9 @@ def sliced_linear(input: Tensor, cut: Cut, bias: Tensor | None = None, *, of_inp
     Returns: Shape (..., O).
     Cost: the product for the inputs' gradient, and the block's share of the one for the weight's.
     """
-    cast, weight, bias = _cast(input, cut.weight, bias)
+    cast, weight, bias = _cast(input, cut.whole, bias)
     weight = weight.T if of_inputs else weight
-    out: Tensor = _Linear.apply(cast, weight, bias, of_inputs, cut.dim, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(cast, weight, bias, of_inputs, cut, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -37,7 +37,7 @@ def sliced_embedding(ids: Tensor, cut: Cut, padding_idx: int | None = None) -> T
 
     Sums are made in float32, in the tokens' order, so two runs are equal to the bit.
     """
-    out: Tensor = _Embedding.apply(ids, cut.weight, padding_idx, cut.dim, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Embedding.apply(ids, cut.whole, padding_idx, cut, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -47,7 +47,7 @@ def whole_weight(cut: Cut) -> Tensor:
     It is right for whatever is done with the weight, so it is the slow equal of the functions above, and what modules
     get that we do not know.
     """
-    out: Tensor = _Whole.apply(cut.weight.detach(), cut, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
+    out: Tensor = _Whole.apply(cut.whole.detach(), cut, cut.ranges, *cut.slots)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -63,16 +63,16 @@ def _cast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, of_inputs: bool, dim: int,
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, of_inputs: bool, cut: Cut,
         ranges: tuple[Range, ...], *slots: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.cuts_inputs, ctx.of_inputs = (dim == 0) == of_inputs, of_inputs
+        ctx.cuts_inputs, ctx.of_inputs = (cut.dim == 0) == of_inputs, of_inputs
         kept = [input]
         if ctx.cuts_inputs:  # a copy, since a view would keep all of the input
             flat = input.reshape(-1, input.shape[-1])
             kept = [flat[:, start:stop].clone() for start, stop in ranges]
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        ctx.ranges, ctx.dtypes = ranges, [slot.dtype for slot in slots]
+        ctx.cut, ctx.ranges, ctx.dtypes = cut, ranges, [slot.dtype for slot in slots]
         return nn.functional.linear(input, weight, bias)
 
     @staticmethod
@@ -86,8 +86,8 @@ class _Linear(torch.autograd.Function):
             inputs = kept[0].reshape(-1, kept[0].shape[-1])
             pairs = [(flat[:, start:stop], inputs) for start, stop in ctx.ranges]
         grads = [
-            (inputs.T @ outputs if ctx.of_inputs else outputs.T @ inputs).to(dtype)
-            for (outputs, inputs), dtype in zip(pairs, ctx.dtypes, strict=True)
+            ctx.cut.brought((inputs.T @ outputs if ctx.of_inputs else outputs.T @ inputs).to(dtype), of)
+            for (outputs, inputs), dtype, of in zip(pairs, ctx.dtypes, ctx.ranges, strict=True)
         ]
         grad_input = grad @ weight if needs_input else None
         return grad_input, None, flat.sum(0) if needs_bias else None, None, None, None, *grads
@@ -100,12 +100,12 @@ class _Embedding(torch.autograd.Function):
         ids: Tensor,
         weight: Tensor,
         padding_idx: int | None,
-        dim: int,
+        cut: Cut,
         ranges: tuple[Range, ...],
         *slots: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding_idx, ctx.dim, ctx.num_rows, ctx.ranges = padding_idx, dim, len(weight), ranges
+        ctx.padding_idx, ctx.cut, ctx.num_rows, ctx.ranges = padding_idx, cut, len(weight), ranges
         ctx.dtypes = [slot.dtype for slot in slots]
         return nn.functional.embedding(ids, weight, padding_idx)
 
@@ -114,10 +114,10 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         ids, flat = ids.reshape(-1), grad.reshape(-1, grad.shape[-1])
         every = 0, ctx.num_rows
-        parts = [((start, stop), flat) if ctx.dim == 0 else (every, flat[:, start:stop]) for start, stop in ctx.ranges]
+        parts = [(of, flat) if ctx.cut.dim == 0 else (every, flat[:, slice(*of)]) for of in ctx.ranges]
         grads = [
-            embedding_rows(ids, grads, rows, ctx.padding_idx).to(dtype)
-            for (rows, grads), dtype in zip(parts, ctx.dtypes, strict=True)
+            ctx.cut.brought(embedding_rows(ids, grads, rows, ctx.padding_idx).to(dtype), of)
+            for (rows, grads), dtype, of in zip(parts, ctx.dtypes, ctx.ranges, strict=True)
         ]
         return None, None, None, None, None, *grads
 
@@ -150,4 +150,4 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, None, None, *(ctx.cut.part(grad, of).clone() for of in ctx.ranges)
+        return None, None, None, *(ctx.cut.brought(ctx.cut.part(grad, of).clone(), of) for of in ctx.ranges)

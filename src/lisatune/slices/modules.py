@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
-from lisatune.memory.blocks import Cut, cut_of
+from lisatune.memory.blocks import Cut, cut_in
 from lisatune.slices.functions import sliced_embedding, sliced_linear, whole_weight
 
 
@@ -28,7 +28,7 @@ class ShownWeight(Tensor):
         """The weight of ``cut``."""
         if cut.weight.ndim < 2:
             return whole_weight(cut)
-        shown = cut.weight.detach().as_subclass(cls)
+        shown = cut.whole.detach().as_subclass(cls)
         shown.cut_into = cut
         return shown
 
@@ -74,11 +74,10 @@ class SlicedForward:
         module = self.module
         if not torch.is_grad_enabled():
             return self.inner(*args, **kwargs)
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        cut = cut_of(weight)
-        if self.kind is None or kwargs or cut is None or cut_of(bias) is not None:
+        cut = cut_in(module, "weight")
+        if self.kind is None or kwargs or cut is None or cut_in(module, "bias") is not None:
             return self._shadowed(*args, **kwargs)
-        return KNOWN[self.kind](module, args[0], cut, bias)
+        return KNOWN[self.kind](module, args[0], cut, module._parameters.get("bias"))
 
     def remove(self) -> None:
         """Give the module its own forward back."""
@@ -88,7 +87,7 @@ class SlicedForward:
 
     def _shadowed(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module while its cut tensors are hidden by others of the same values, whose gradient goes to blocks."""
-        cuts = {name: cut_of(p) for name, p in self.module._parameters.items()}
+        cuts = {name: cut_in(self.module, name) for name in self.module._parameters}
         shadows = {name: self.show(cut) for name, cut in cuts.items() if cut is not None}
         vars(self.module).update(shadows)  # found before the parameters of nn.Module are
         try:
@@ -117,9 +116,8 @@ class ReadWhole:
 
 
 def _read(name: str, module: nn.Module) -> Tensor | None:
-    parameter = module._parameters[name]
-    cut = cut_of(parameter)
-    return whole_weight(cut) if cut is not None and torch.is_grad_enabled() else parameter
+    cut = cut_in(module, name)
+    return whole_weight(cut) if cut is not None and torch.is_grad_enabled() else module._parameters[name]
 
 
 def _linear(module: Any, input: Tensor, cut: Cut, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,114 @@
+"""A cut tensor that lies in shards on several processes, as FSDP2 has it.
+
+Shapes: R rows of a tensor (all its dimensions but the last, as one), P processes, r rows of each shard but the last, W the
+width of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lisatune.errors import UserError
+from lisatune.memory.blocks import Cut, Range, SliceOf
+
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+
+class ShardedCut(Cut):
+    """A ``Cut`` of a parameter of which each process holds some rows: a slot is what it holds of the block.
+
+    The blocks are those of the whole parameter, so a run on other numbers of processes trains the same ones. A block of
+    columns is spread evenly. A block of rows lies on the processes that have them, and the others hold nothing of it.
+    Every process makes the block's gradient of its own batches. Then they are summed, and each keeps what it holds.
+
+    Args:
+        module: The module that has the parameter: FSDP2 puts the whole one there while it computes.
+    Raises: UserError if somebody else sums the gradients.
+    Cost: what each process sends for a step, in a ring: a block's gradient for columns, two times that for rows.
+    """
+
+    def __init__(
+        self, name: str, weight: nn.Parameter, num_slices: int, num_active: int, of: SliceOf, module: nn.Module
+    ) -> None:
+        if not hasattr(weight, "summed_in"):
+            raise UserError(
+                "slices of weights in shards train by `lisatune train` alone: use DistributedDataParallel here, or layers"
+            )
+        self._module, self._leaf = module, name.rpartition(".")[2]
+        super().__init__(name, weight, num_slices, num_active, of)
+
+    @property
+    def _mesh(self) -> Any:
+        return self.weight.device_mesh  # type: ignore[attr-defined]
+
+    @property
+    def _rows_of_shard(self) -> int:
+        """Rows of each shard but the last, as FSDP2 cuts."""
+        first, *middle = self.weight.shape[: -1 if self.weight.ndim > 1 else None]
+        size: int = self._mesh["shard"].size()
+        return math.ceil(first / size) * math.prod(middle)
+
+    @property
+    def _first_row(self) -> int:
+        return int(self._rows_of_shard * self._mesh["shard"].get_local_rank())
+
+    @property
+    def _local(self) -> Tensor:
+        """What this process holds, (r, all columns)."""
+        local: Tensor = self.weight.detach().to_local()  # type: ignore[attr-defined]
+        return local.view(self.shape)
+
+    def _own(self, of: Range) -> Range:
+        """Which of the local rows are among rows ``of``."""
+        first, last = self._first_row, self._first_row + len(self._local)
+        start, stop = (min(max(row, first), last) - first for row in of)
+        return start, stop
+
+    def block(self, of: Range) -> Tensor:
+        """The rows or columns ``of`` the parameter, as far as they lie on this process: a view."""
+        return self.part(self._local, self._own(of) if self.dim == 0 else of)
+
+    @property
+    def whole(self) -> Tensor:
+        """The whole parameter, while FSDP2 has gathered it."""
+        gathered = self._module._parameters[self._leaf]
+        assert gathered is not None
+        return gathered
+
+    def brought(self, grad: Tensor, of: Range) -> Tensor:
+        """The sum of ``grad`` over all processes, of which each keeps what it holds of the block.
+
+        Args:
+            grad: Of rows or columns ``of`` the whole parameter. It is used up.
+        """
+        dtype, total = grad.dtype, grad.to(self.weight.summed_in)  # type: ignore[attr-defined]
+        if self.dim == 0:
+            dist.all_reduce(total, group=self._mesh.get_group("shard"))
+            start, stop = (row + self._first_row - of[0] for row in self._own(of))
+            total = total[start:stop].clone() if start < stop else total[:0]
+        else:
+            rows = self._rows_of_shard
+            padded = total.new_zeros(rows * self._mesh["shard"].size(), total.shape[1])
+            padded[: len(total)] = total
+            total = total.new_empty(rows, total.shape[1])
+            getattr(dist, REDUCE_SCATTER)(total, padded, group=self._mesh.get_group("shard"))
+            total = total[: len(self._local)]
+        if "replicate" in self._mesh.mesh_dim_names:
+            dist.all_reduce(total, group=self._mesh.get_group("replicate"))
+        return total.to(dtype)
+
+    def first_element(self, slot: Tensor) -> int:
+        """How many elements of the parameter, as its blocks follow each other, lie before the first one of ``slot``."""
+        start, stop = self.range_of(slot)
+        if self.dim == 0:
+            return (self._first_row + self._own((start, stop))[0]) * self.across()
+        return start * self.across() + self._first_row * (stop - start)
+
+    def is_in_place(self) -> bool:
+        """Whether the slots still are views of the shard."""
+        storage = self._local.untyped_storage()
+        return all(slot.untyped_storage().data_ptr() == storage.data_ptr() for slot in self.slots)
