@@ -233,17 +233,24 @@ def test_sums_in_bfloat16_send_half(shard_size):
     assert sent[0]["gradients"] == pytest.approx(2 * sent[1]["gradients"], rel=0.001)  # and a loss and a norm
 
 
-@pytest.mark.parametrize("shard_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+LAYERS = LISA | {"interval_steps": 3}
+IN_SLICES = {"sampled_unit": "slices", "train_norms": True}
+
+
+@pytest.mark.parametrize(
+    ("shard_size", "unit"),
+    [(1, LAYERS), *(pytest.param(2, unit, marks=pytest.mark.slow) for unit in (LAYERS, IN_SLICES))],
+)
 def test_a_killed_process_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
-    model_folder, data_file, tmp_path, shard_size
+    model_folder, data_file, tmp_path, shard_size, unit
 ):
     """torchrun starts all anew; to the bit on as many processes, to rounding on another number."""
     levers = {
         "optim": "adamw_8bit", "vocabulary_blocks": True, "frozen_bits": 8, "gradient_checkpointing": True,
         "sampler": "gradient_norm", "state_policy": "reset_all", "norm_steps": 2,
     }  # fmt: skip
-    run = COMMON | LISA | {"model": str(model_folder), "data": str(data_file), "dp_shard_size": shard_size}
-    run |= {"max_steps": 8, "save_steps": 3, "gradient_accumulation_steps": 2, "interval_steps": 3}
+    run = COMMON | unit | {"model": str(model_folder), "data": str(data_file), "dp_shard_size": shard_size}
+    run |= {"max_steps": 8, "save_steps": 3, "gradient_accumulation_steps": 2}
     straight, killed = ({"output": str(tmp_path / name)} for name in ("straight", "killed"))
     cases = tmp_path / "cases.json"
     best = (
