@@ -215,10 +215,8 @@ def ranks() -> None:
     rows = []
     for shape, gamma, count, shard_size in RANKS:
         methods: dict[str, dict[str, Any]] = {
-            f"LISA, {gamma} layers": {"recipe": "paper", "num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
+            "slices": {}, f"LISA, {gamma} layers": {"recipe": "paper", "num_active": gamma}, "LoRA r16": {"method": "lora"}, "full": {"method": "full"},
         }  # fmt: skip
-        if shard_size == 1:
-            methods = {"slices": {}} | methods
         for name, settings in methods.items():
             levers = {} if name == "slices" else {"optim": "adamw_16bit"}  # slices hold no moments
             with fake_processes(count):
