@@ -177,6 +177,15 @@ BEST_RATES = {
     "paper LISA": 5e-4,
 }  # of gsm8k-40: pages 2026-11-26-learning and 2026-11-27-learning-columns
 
+STORIES_RATES = {
+    "full": 1e-4,
+    "lora r16": 1e-3,
+    "paper LISA": 2.5e-4,
+    "slices of columns, 3 parts": 5e-4,
+    "slices of columns, 3 parts, spectral": 1e-3,
+    "full, Muon": 5e-4,
+}  # of stories-100: pages 2026-11-27-learning-stories15M and 2026-11-27-learning-columns
+
 STUDIES: dict[str, Study] = {
     "gsm8k-40": Study("smollm2", "gsm8k", 40),
     "gsm8k-40-whole": Study("smollm2", "gsm8k", 40, names=WHOLE),
@@ -198,7 +207,9 @@ STUDIES: dict[str, Study] = {
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
     "stories-100-columns": Study("stories15M", "gsm8k", 100, names=LEADING_COLUMNS, max_length=256),
     "tiny-100-columns": Study("stories260K", "gsm8k", 100, batch=4, names=OF_COLUMNS, max_length=256, scale=10),
-    "stories-100-time": Study("stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100"),
+    "stories-100-time": Study(
+        "stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100", rates=STORIES_RATES
+    ),
     "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }
