@@ -106,6 +106,7 @@ CONTENDERS: dict[str, Contender] = {
     "slices, 3 parts, spectral": Contender(slices(3, optim="spectral"), 5e-4),
     "slices, 3 parts, spectral, E/H by sign 0.3": Contender(slices(3, optim="spectral", **whole_vocabulary(0.3)), 5e-4),
     "slices of columns": Contender(slices(slices_of="columns"), 1e-3),
+    "slices of columns, E/H rate 0.3": Contender(slices(slices_of="columns", embedding_lr_ratio=0.3), 1e-3),
     "slices of columns, spectral": Contender(slices(optim="spectral", slices_of="columns"), 5e-4),
     "slices of columns, E/H by sign 0.1": Contender(
         slices(optim="sign", slices_of="columns", **whole_vocabulary(0.1)), 1e-3
@@ -152,7 +153,7 @@ SPECTRAL = (
     "slices, spectral, E/H by sign 0.3",
 )
 COLUMNS = tuple(name for name in CONTENDERS if name.startswith("slices of columns"))
-OF_COLUMNS = tuple(name for name in COLUMNS if "E/H by sign 0.1" not in name)
+OF_COLUMNS = tuple(name for name in COLUMNS if "E/H by sign 0.1" not in name and "E/H rate" not in name)
 LEADING_COLUMNS = ("slices of columns, 3 parts", "slices of columns, 3 parts, spectral", "slices of columns")
 MUON = ("full, Muon", "paper LISA, Muon")
 LEADING = ("full", "lora r16", "paper LISA", *LEADING_COLUMNS[:2], "full, Muon")
@@ -192,6 +193,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40-spectral": Study("smollm2", "gsm8k", 40, names=("slices, spectral",)),
     "gsm8k-40-columns": Study("smollm2", "gsm8k", 40, names=("slices of columns",)),
     "gsm8k-40-columns-whole": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H by sign 0.1",)),
+    "gsm8k-40-columns-embedding": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H rate 0.3",)),
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),

@@ -50,6 +50,8 @@ class SliceEngine:
 
     What is frozen has no gradient, no optimizer state, no weight decay, and its bytes do not change.
 
+    Weights in shards are for ``lisatune train``, which also sums their gradients: see ``ShardedCut``.
+
     Args:
         layers: The model, as ``find_layers`` sees it, with contiguous parameters.
         sampler: Draws from the blocks of one tensor: ``SweepSampler(num_layers=15, num_active=1)`` cuts each into 15 and

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -39,38 +40,29 @@ class ShardedCut(Cut):
                 "slices of weights in shards train by `lisatune train` alone: use DistributedDataParallel here, or layers"
             )
         self._module, self._leaf = module, name.rpartition(".")[2]
+        mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+        self._shards, self._num_shards = mesh.get_group("shard"), mesh["shard"].size()
+        self._copies = mesh.get_group("replicate") if "replicate" in mesh.mesh_dim_names else None
+        first, *middle = weight.shape[: -1 if weight.ndim > 1 else None]
+        self._rows_of_shard = math.ceil(first / self._num_shards) * math.prod(middle)  # as FSDP2 cuts
+        self._first_row: int = self._rows_of_shard * mesh["shard"].get_local_rank()
         super().__init__(name, weight, num_slices, num_active, of)
 
-    @property
-    def _mesh(self) -> Any:
-        return self.weight.device_mesh  # type: ignore[attr-defined]
-
-    @property
-    def _rows_of_shard(self) -> int:
-        """Rows of each shard but the last, as FSDP2 cuts."""
-        first, *middle = self.weight.shape[: -1 if self.weight.ndim > 1 else None]
-        size: int = self._mesh["shard"].size()
-        return math.ceil(first / size) * math.prod(middle)
-
-    @property
-    def _first_row(self) -> int:
-        return int(self._rows_of_shard * self._mesh["shard"].get_local_rank())
-
-    @property
+    @torch.no_grad()
     def _local(self) -> Tensor:
         """What this process holds, (r, all columns)."""
-        local: Tensor = self.weight.detach().to_local()  # type: ignore[attr-defined]
+        local: Tensor = self.weight.to_local()  # type: ignore[attr-defined]
         return local.view(self.shape)
 
     def _own(self, of: Range) -> Range:
         """Which of the local rows are among rows ``of``."""
-        first, last = self._first_row, self._first_row + len(self._local)
+        first, last = self._first_row, self._first_row + len(self._local())
         start, stop = (min(max(row, first), last) - first for row in of)
         return start, stop
 
     def block(self, of: Range) -> Tensor:
         """The rows or columns ``of`` the parameter, as far as they lie on this process: a view."""
-        return self.part(self._local, self._own(of) if self.dim == 0 else of)
+        return self.part(self._local(), self._own(of) if self.dim == 0 else of)
 
     @property
     def whole(self) -> Tensor:
@@ -87,18 +79,17 @@ class ShardedCut(Cut):
         """
         dtype, total = grad.dtype, grad.to(self.weight.summed_in)  # type: ignore[attr-defined]
         if self.dim == 0:
-            dist.all_reduce(total, group=self._mesh.get_group("shard"))
+            dist.all_reduce(total, group=self._shards)
             start, stop = (row + self._first_row - of[0] for row in self._own(of))
             total = total[start:stop].clone() if start < stop else total[:0]
         else:
-            rows = self._rows_of_shard
-            padded = total.new_zeros(rows * self._mesh["shard"].size(), total.shape[1])
+            padded = total.new_zeros(self._rows_of_shard * self._num_shards, total.shape[1])
             padded[: len(total)] = total
-            total = total.new_empty(rows, total.shape[1])
-            getattr(dist, REDUCE_SCATTER)(total, padded, group=self._mesh.get_group("shard"))
-            total = total[: len(self._local)]
-        if "replicate" in self._mesh.mesh_dim_names:
-            dist.all_reduce(total, group=self._mesh.get_group("replicate"))
+            total = total.new_empty(self._rows_of_shard, total.shape[1])
+            getattr(dist, REDUCE_SCATTER)(total, padded, group=self._shards)
+            total = total[: len(self._local())]
+        if self._copies is not None:
+            dist.all_reduce(total, group=self._copies)
         return total.to(dtype)
 
     def first_element(self, slot: Tensor) -> int:
@@ -110,5 +101,5 @@ class ShardedCut(Cut):
 
     def is_in_place(self) -> bool:
         """Whether the slots still are views of the shard."""
-        storage = self._local.untyped_storage()
+        storage = self._local().untyped_storage()
         return all(slot.untyped_storage().data_ptr() == storage.data_ptr() for slot in self.slots)
