@@ -514,7 +514,25 @@ def table(name: str, runs: Path) -> str:
     about += f", as many steps as take the time of full's {study.steps}" if study.time_of else ""
     about = f"{about}. Runs made with {'; '.join(machines)}"
     rows.sort(key=lambda row: row[2])
-    return f"## {name}\n\n{about}.\n\n{markdown(head, rows)}\n\n{best_for_memory(by_memory)}"
+    parts = [f"## {name}", f"{about}.", markdown(head, rows), best_for_memory(by_memory), seed_by_seed(name, runs)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def seed_by_seed(name: str, runs: Path) -> str:
+    """At equal time: how far each contender is above LoRA and above full, as the mean over seeds of the differences."""
+    losses: dict[str, dict[int, float]] = {}
+    for contender in contenders_of(STUDIES[name]) if STUDIES[name].time_of else ():
+        for path in Trial(name, contender, 1.0, 1).file(runs).parent.glob("*.json"):
+            kept = json.loads(path.read_text())
+            losses.setdefault(contender, {})[kept["seed"]] = kept["eval_task_loss_after"]
+    rows = []
+    for contender, own in losses.items():
+        pairs = [[own[seed] - losses[other][seed] for seed in sorted(own)] for other in ("lora r16", "full")]
+        rows.append(
+            [contender, " ".join(f"{own[seed]:.4f}" for seed in sorted(own)), *(spread(interval(d)) for d in pairs)]
+        )
+    head = ["contender", "each seed", "above LoRA", "above full"]
+    return "Seed by seed:\n\n" + markdown(head, rows) if rows else ""
 
 
 def best_for_memory(found: list[tuple[float, float, str]]) -> str:

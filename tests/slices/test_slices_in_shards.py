@@ -44,7 +44,7 @@ def test_the_weights_are_those_of_one_process(tmp_path, num_ranks):
         moved = 0
         for name, weight in alone.items():
             far = (shards[name].float() - weight.float()).abs().max()
-            bound = 1e-4 if one["dtype"] == "float32" else 0  # an update is 1e-2; the noise is that of the element
+            bound = 2e-6 if one["dtype"] == "float32" else 0  # 2e-7 was seen; bfloat16 has the noise of the element
             assert far <= bound, f"{one}: {name} by {far}"
             moved += name in start and not torch.equal(weight, start[name].to(weight.dtype))
         assert moved > len(start) / 2

@@ -345,15 +345,14 @@ class SliceEngine:
         of = {id(cut.weight): cut for cut in self.cuts.values()}
         put: set[int] = set()  # one module of a tied pair holds the slots
         for module in list(self.layers.model.modules()):
-            own = {id(p): of[id(p)] for p in module._parameters.values() if p is not None and id(p) in of}
+            own = {name: of[id(p)] for name, p in module._parameters.items() if p is not None and id(p) in of}
             if own:
                 module.forward = SlicedForward(module, self._slow)  # type: ignore[assignment]
                 for cut in own.values():
                     cut.weight.cut_into = cut  # type: ignore[attr-defined]
-                named = {n: of[id(p)] for n, p in module._parameters.items() if p is not None and id(p) in of}
-                slots = [slot for i, cut in own.items() if i not in put for slot in cut.slots]
-                module.add_module(NAME, Slots(named, slots))
-                put |= own.keys()
+                new = {id(cut): cut for cut in own.values() if id(cut) not in put}
+                module.add_module(NAME, Slots(own, [slot for cut in new.values() for slot in cut.slots]))
+                put |= new.keys()
 
     def _place(self, interval: int) -> None:
         """Unfreeze the blocks of ``interval``, and freeze all others."""
