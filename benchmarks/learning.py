@@ -75,7 +75,7 @@ class Study:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def slices(count: int = 15, **more: Any) -> dict[str, Any]:
+def slices(count: int | None = 15, **more: Any) -> dict[str, Any]:
     whole = {
         "sampled_unit": "slices",
         "slices_of": "rows",
@@ -86,6 +86,11 @@ def slices(count: int = 15, **more: Any) -> dict[str, Any]:
     return {"train_embedding": "sampled", "train_head": "sampled", "train_norms": True} | whole | more
 
 
+def default(**more: Any) -> dict[str, Any]:
+    """What `lisatune train` does where nothing is set: as many slices as the model has layers for, norms frozen."""
+    return slices(None, slices_of="columns", train_norms=False) | more
+
+
 def whole_vocabulary(ratio: float, **more: Any) -> dict[str, Any]:
     return {"train_embedding": True, "train_head": True, "embedding_lr_ratio": ratio} | more
 
@@ -94,6 +99,9 @@ CONTENDERS: dict[str, Contender] = {
     "full": Contender({"method": "full"}, 1e-4),
     "lora r16": Contender({"method": "lora"}, 2e-3),
     "paper LISA": Contender({"num_active": 2, "interval_steps": 3}, 1e-3),
+    "default": Contender(default(), 1e-3),
+    "default, E/H rate 0.3": Contender(default(embedding_lr_ratio=0.3), 1e-3),
+    "default, spectral": Contender(default(optim="spectral"), 5e-4),
     "slices": Contender(slices(), 1e-3),
     "slices, E/H 0.1": Contender(slices(**whole_vocabulary(0.1)), 1e-3),
     "slices, E/H 0.3": Contender(slices(**whole_vocabulary(0.3)), 1e-3),
@@ -143,8 +151,11 @@ CONTENDERS: dict[str, Contender] = {
     "lora r128": Contender({"method": "lora", "lora_r": 128, "lora_alpha": 256}, 1e-3),
 }
 
+DEFAULTS = ("default", "default, E/H rate 0.3", "default, spectral")
+ALL_SIZES = ("full", "lora r16", "paper LISA", *DEFAULTS)
+PUBLISHED = ("lora r128", "badam", "modules, E/H 0.1")
 MAIN = ("full", "lora r16", "paper LISA", "slices of columns", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
-BEST = ("full", "lora r16", "paper LISA", "slices of columns")
+BEST = ("full", "lora r16", "paper LISA", "default")
 WHOLE = ("slices, E/H by sign 0.1", "slices, E/H by sign 0.3")
 THIRDS = ("slices, 3 parts, E/H by sign 0.3", "slices, 3 parts")  # the share of two layers of six
 SPECTRAL = (
@@ -194,6 +205,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40-columns": Study("smollm2", "gsm8k", 40, names=("slices of columns",)),
     "gsm8k-40-columns-whole": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H by sign 0.1",)),
     "gsm8k-40-columns-embedding": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H rate 0.3",)),
+    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default", "default, E/H rate 0.3")),
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
@@ -209,10 +221,22 @@ STUDIES: dict[str, Study] = {
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
     "stories-100-columns": Study("stories15M", "gsm8k", 100, names=LEADING_COLUMNS, max_length=256),
     "tiny-100-columns": Study("stories260K", "gsm8k", 100, batch=4, names=OF_COLUMNS, max_length=256, scale=10),
+    "stories-100-default": Study("stories15M", "gsm8k", 100, names=(*DEFAULTS, *PUBLISHED), max_length=256),
+    "stories-dolly": Study("stories15M", "dolly", 100, names=ALL_SIZES, max_length=256),
+    "stories-math": Study("stories15M", "math", 100, names=ALL_SIZES, max_length=256),
     "stories-100-time": Study(
         "stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100", rates=STORIES_RATES
     ),
     "stories-400": Study("stories15M", "gsm8k", 400, names=UNKNOWN, max_length=256, scale=0.7),
+    "tiny-100-default": Study(
+        "stories260K", "gsm8k", 100, batch=4, names=(*DEFAULTS, *PUBLISHED), max_length=256, scale=10
+    ),
+    "tiny-dolly": Study("stories260K", "dolly", 100, batch=4, names=ALL_SIZES, max_length=256, scale=10),
+    "tiny-math": Study("stories260K", "math", 100, batch=4, names=ALL_SIZES, max_length=256, scale=10),
+    "tiny-pubmedqa": Study("stories260K", "pubmedqa", 100, batch=4, names=ALL_SIZES, max_length=448, scale=10),
+    "tiny-100-batch16": Study("stories260K", "gsm8k", 100, batch=16, names=ALL_SIZES, max_length=256, scale=10),
+    "tiny-400": Study("stories260K", "gsm8k", 400, batch=4, names=ALL_SIZES, max_length=256, scale=7),
+    "tiny-2000": Study("stories260K", "gsm8k", 2000, batch=4, names=ALL_SIZES, max_length=256, scale=5, seeds=(1,)),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }
 

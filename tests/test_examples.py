@@ -96,7 +96,6 @@ def test_recipes_train_as_they_are(path, model_folder, data_file, answers_file, 
     own = {"model": str(model_folder), "data": str(rows), "output": str(tmp_path / "run")}
     own |= {"dataset_config": None, "max_steps": 12, "warmup_steps": 2, "max_length": 64, "eval_rows": 16}
     own |= {"eval_data": dict.fromkeys(recipe["eval_data"], str(text))} if is_text else {}
-    own["num_active"] = min(recipe["num_active"], 2)
     summary = train(build_config(recipe | own))
     assert summary["eval_loss_after"] < summary["eval_loss_before"]
 
