@@ -6,7 +6,8 @@ python benchmarks/learning.py keep [STUDY ...] [--runs runs/learning]
 
 A study is a model, a data set, a number of steps and a batch size; STUDIES below lists them. Each contender starts with
 five learning rates, a factor of two apart. While its best rate is at the edge, the next rate beyond is tried. Then the
-other seeds run at the best rate. A study at equal time is of a study at equal steps: each contender has its best rate there,
+other seeds run at the best rate. A study of usual rates tries none: each contender has the rate that `lisatune train` takes
+where none is given. A study at equal time is of a study at equal steps: each contender has its best rate there,
 and as many steps as take the time of full fine-tuning's. Their times are measured by turns before it begins, in RUNS/STUDY/cost.json.
 Finished runs are kept, so the command goes on where it stopped. `keep` puts them into results/learning.jsonl, a line a run,
 and `run` on another machine goes on from there. Weights are float32;
@@ -72,6 +73,7 @@ class Study:
     scale: float = 1.0  # of the middle rates
     time_of: str = ""  # a study at equal steps, whose time each contender has
     rates: dict[str, float] = field(default_factory=dict)  # the best ones of ``time_of``, if its runs are not at hand
+    usual_rate: bool = False  # no rate is tried: each contender has the one that it takes by itself
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -153,6 +155,8 @@ CONTENDERS: dict[str, Contender] = {
 
 DEFAULTS = ("default", "default, E/H rate 0.3", "default, spectral")
 ALL_SIZES = ("full", "lora r16", "paper LISA", *DEFAULTS)
+USUAL = ("default", "full")
+OURS = ("full", "default", "default, spectral")
 PUBLISHED = ("lora r128", "badam", "modules, E/H 0.1")
 MAIN = ("full", "lora r16", "paper LISA", "slices of columns", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
 BEST = ("full", "lora r16", "paper LISA", "default")
@@ -205,13 +209,14 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40-columns": Study("smollm2", "gsm8k", 40, names=("slices of columns",)),
     "gsm8k-40-columns-whole": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H by sign 0.1",)),
     "gsm8k-40-columns-embedding": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H rate 0.3",)),
-    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default", "default, E/H rate 0.3")),
+    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default", "default, spectral")),
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=BEST),
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=BEST),
-    "math-40": Study("smollm2", "math", 40, max_length=256, names=BEST),
+    "math-40": Study("smollm2", "math", 40, max_length=256, names=("default", "full", "lora r16")),
+    "math-40-paper": Study("smollm2", "math", 40, max_length=256, names=("paper LISA",)),
     "dolly-400": Study("smollm2", "dolly", 400, max_length=256, names=BEST, scale=0.5),
     "pubmedqa-200": Study("smollm2", "pubmedqa", 200, max_length=448, names=BEST, scale=0.5),
     "math-200": Study("smollm2", "math", 200, max_length=256, names=BEST, scale=0.5),
@@ -234,16 +239,22 @@ STUDIES: dict[str, Study] = {
     "tiny-dolly": Study("stories260K", "dolly", 100, batch=4, names=ALL_SIZES, max_length=256, scale=10),
     "tiny-math": Study("stories260K", "math", 100, batch=4, names=ALL_SIZES, max_length=256, scale=10),
     "tiny-pubmedqa": Study("stories260K", "pubmedqa", 100, batch=4, names=ALL_SIZES, max_length=448, scale=10),
-    "tiny-100-batch16": Study("stories260K", "gsm8k", 100, batch=16, names=ALL_SIZES, max_length=256, scale=10),
-    "tiny-400": Study("stories260K", "gsm8k", 400, batch=4, names=ALL_SIZES, max_length=256, scale=7),
-    "tiny-2000": Study("stories260K", "gsm8k", 2000, batch=4, names=ALL_SIZES, max_length=256, scale=5, seeds=(1,)),
+    "tiny-100-batch16": Study("stories260K", "gsm8k", 100, batch=16, names=OURS, max_length=256, scale=10),
+    "tiny-400": Study("stories260K", "gsm8k", 400, batch=4, names=OURS, max_length=256, scale=7),
+    "gsm8k-40-usual": Study("smollm2", "gsm8k", 40, names=USUAL, usual_rate=True, seeds=(1,)),
+    "math-40-usual": Study("smollm2", "math", 40, max_length=256, names=USUAL, usual_rate=True, seeds=(1,)),
+    "stories-100-usual": Study("stories15M", "gsm8k", 100, names=USUAL, max_length=256, usual_rate=True),
+    "tiny-100-usual": Study("stories260K", "gsm8k", 100, batch=4, names=USUAL, max_length=256, usual_rate=True),
+    "tiny-dolly-usual": Study("stories260K", "dolly", 100, batch=4, names=USUAL, max_length=256, usual_rate=True),
+    "tiny-math-usual": Study("stories260K", "math", 100, batch=4, names=USUAL, max_length=256, usual_rate=True),
+    "tiny-2000": Study("stories260K", "gsm8k", 2000, batch=4, names=OURS, max_length=256, scale=5, seeds=(1,)),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run."""
+    """One run. A rate of 0 stands for the one that the contender takes by itself."""
 
     study: str
     contender: str
@@ -336,6 +347,10 @@ def wanted(name: str, contender: str, middle: float, runs: Path) -> Iterator[Tri
     """What is missing of a contender now: first rates, then rates beyond an edge, then the other seeds."""
     study = STUDIES[name]
     first, *others = study.seeds
+    if study.usual_rate:
+        every = [Trial(name, contender, 0.0, seed) for seed in study.seeds]
+        yield from (trial for trial in every if not trial.file(runs).exists())
+        return
     if study.time_of:
         done = losses_of(study.time_of, contender, STUDIES[study.time_of].seeds[0], runs)
         best = study.rates.get(contender) or (min(done, key=done.__getitem__) if done else None)
@@ -433,7 +448,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     settings = {
         "model": model, "data": str(rows / f"{study.data}.jsonl"), "output": str(folder / "run"), "eval_data": sets,
         "max_steps": steps, "warmup_steps": max(5, steps // 20), "per_device_train_batch_size": study.batch,
-        "max_length": study.max_length, "eval_steps": steps, "learning_rate": trial.rate,
+        "max_length": study.max_length, "eval_steps": steps, "learning_rate": trial.rate or None,
         "seed": trial.seed, "device": device, "dtype": "float32", "save_minutes": 1e6, **contender.settings, **study.extra,
     }  # fmt: skip
     loaded, tokenizer = load(model, device)
@@ -449,7 +464,7 @@ def run_trial(trial: Trial, model: str, runs: Path, device: str) -> str:
     try:
         config = build_config(settings)
         run = build(config, *preflight(config), console=console, loaded=(copy.deepcopy(loaded), tokenizer))
-        kept |= train_built(run, console=console)
+        kept |= train_built(run, console=console) | {"peak_rate": run.config.peak_rate}
         lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
         kept["step_seconds"] = sorted(line["step_seconds"] for line in lines if "step_seconds" in line)[len(lines) // 2]
     except UserError as error:
@@ -500,7 +515,7 @@ def table(name: str, runs: Path) -> str:
         if not losses:
             continue
         best = min(losses, key=losses.__getitem__)
-        edge = not study.time_of and best in (min(losses), max(losses))
+        edge = not study.time_of and not study.usual_rate and best in (min(losses), max(losses))
         kept = [
             json.loads(path.read_text())
             for seed in study.seeds
@@ -515,11 +530,12 @@ def table(name: str, runs: Path) -> str:
             r["eval_general_loss_after"] - r["eval_general_loss_before"] for r in kept if "eval_general_loss_after" in r
         ]
         own = max(result["planned_peak_bytes"] for result in kept) / 2**20
-        tried = " ".join(f"{rate:g}:{loss:.3f}" for rate, loss in losses.items())
+        shown = f"{kept[0]['peak_rate']:g} (usual)" if study.usual_rate else f"{best:g}{' (edge)' if edge else ''}"
+        tried = "" if study.usual_rate else " ".join(f"{rate:g}:{loss:.3f}" for rate, loss in losses.items())
         if study.time_of:
             tried = f"{kept[0]['steps']}"
         by_memory.append((own, task["mean"], contender))
-        rows.append([contender, f"{best:g}{' (edge)' if edge else ''}", spread(task), f"{len(kept)}",
+        rows.append([contender, shown, spread(task), f"{len(kept)}",
                      f"{statistics.mean(general):+.3f}" if general else "", f"{own:.0f}", f"{max(r['state_bytes'] for r in kept) / 2**20:.0f}", tried])  # fmt: skip
     head = [
         "contender",

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lisatune.layers import Layers
+from lisatune.layers import Layers, find_layers
 from lisatune.learner import Learner
 from lisatune.levers import LEVERS
 from lisatune.levers.base import Lever
@@ -32,6 +32,7 @@ def make_learner(config: TrainConfig, model: Any, device: torch.device) -> Learn
     are streamed inside of them. The optimizer comes before anything is frozen, since it has to hold every parameter that
     will ever train.
     """
+    config = settle_rate(config, model)
     # the model: adapters first, then the levers that change modules, then it goes to its place
     method, levers = make_method(config), make_levers(config)
     model, layers = method.prepare(model)
@@ -69,6 +70,25 @@ def type_to_be(config: TrainConfig, model: Any) -> torch.dtype | None:
     return None if config.dtype == "auto" or len(types) > 1 else getattr(torch, config.dtype)
 
 
+def settle_rate(config: TrainConfig, model: Any) -> TrainConfig:
+    """``config`` with the learning rate that is usual for its method and ``model``, if it has none of its own.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lisatune.settings import build_config
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=32,
+        ...                                      num_hidden_layers=6, num_attention_heads=2))
+        >>> needed = {"model": "m", "data": "d", "output": "o"}
+        >>> [settle_rate(build_config(needed | more), model).peak_rate
+        ...  for more in ({}, {"num_slices": 15}, {"method": "full"}, {"recipe": "paper"}, {"learning_rate": 1e-3})]
+        [0.0028, 0.014, 0.00094, 5e-05, 0.001]
+    """
+    if config.learning_rate is not None:
+        return config
+    rate = make_method(config).usual_learning_rate(find_layers(model, config.decoder_name))
+    return config.model_copy(update={"learning_rate": rate})
+
+
 def make_method(config: TrainConfig) -> Method:
     """The method of ``config``."""
     return from_settings(method_of(config.method, config.sampled_unit), config)
@@ -91,7 +111,7 @@ def make_optimizer_over(
     parts = layers.parts()
     ours = ours or config.slices_of == "columns"  # torch's fused one takes them for contiguous
     return make_optimizer(
-        config.optim, groups, **vars(config), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        config.optim, groups, **vars(config), lr=config.peak_rate, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon, vocabulary=[*parts["embedding"].values(), *parts["head"].values()], ours=ours,
     )  # fmt: skip
 

@@ -255,12 +255,20 @@ def test_the_rate_of_each_seed_is_chosen_by_the_others(faked):
 
 
 def test_one_seed_is_told(faked):
-    result = faked(lambda t: final(2.0), "methods=lisa,full")
+    result = faked(lambda t: final(2.0), "methods=lisa,full", "learning_rate=1e-4,1e-3")
     assert entry(result, "full")["eval_loss"]["low"] is None
     assert not entry(result, "full")["difference"]["excludes_zero"]
     notes = notes_of(result)
     assert any(note.startswith("One seed: no interval, and learning_rate was chosen by the loss") for note in notes)
+    assert not any("was not tuned" in note for note in notes)
     assert "±" not in printed(result)
+
+
+@pytest.mark.parametrize("seeds", ["seed=0", "seed=0,1"])
+def test_what_was_not_tuned_is_told(faked, seeds):
+    notes = notes_of(faked(lambda t: final(2.0 + t.config.seed), "methods=lisa,full", seeds))
+    assert "learning_rate was not tuned, and methods want different values: give several." in notes
+    assert not any("chosen" in note for note in notes)
 
 
 @pytest.mark.parametrize(("best", "edge"), [(1e-4, "lowest"), (3e-4, None), (1e-3, "highest")])
@@ -360,7 +368,7 @@ def test_other_settings_can_be_searched(faked):
         lambda t: final(t.config.num_active), "search=num_active,learning_rate", "num_active=2,1,3", "seed=0,1"
     )
     assert [e["name"] for e in result["contenders"]] == ["lisa"]
-    assert entry(result, "lisa")["chosen"] == {"num_active": 1, "learning_rate": 5e-5}
+    assert entry(result, "lisa")["chosen"] == {"num_active": 1}
     assert entry(result, "lisa")["edge"] == {"num_active": "lowest"}
 
 
@@ -578,7 +586,7 @@ def test_interrupted_with_children_of_its_own(model_folder, data_file, memory_pa
     words = [*TINY, "max_steps=20", "eval_steps=10", "num_active=1", "save_steps=20"]
     words = [f"model={model_folder}", f"data={data_file}", *words]
     start = [sys.executable, "-c", SCRIPT, str(stand_in), str(memory_path / "cmp")]
-    run = memory_path / "cmp" / "runs" / "lisa-learning_rate=5e-05-seed=0"
+    run = memory_path / "cmp" / "runs" / "lisa-seed=0"
     with started([*start, *words], stderr=subprocess.PIPE, start_new_session=True) as parent:
         metrics = run / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 5, parent)

@@ -14,7 +14,7 @@ def measured(trial):
     """Falls from 3; the more layers and the higher the rate the lower, and a hundredth more with each seed."""
     config = trial.config
     layers = config.num_active if config.method == "lisa" else 8
-    end = 2.5 - 0.05 * layers + 0.01 * config.seed - 100 * config.learning_rate
+    end = 2.5 - 0.05 * layers + 0.01 * config.seed - 100 * (config.learning_rate or 5e-5)
     curve = [
         {"step": 4 * i, "tokens": 400.0 * i, "seconds": 0.5 * layers * i, "eval_loss": 3 + (end - 3) * i / 2}
         for i in range(3)

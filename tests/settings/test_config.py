@@ -162,13 +162,13 @@ def test_null_takes_a_setting_of_the_file_back(tmp_path):
 @pytest.mark.parametrize(
     ("given", "unit", "num_active", "interval_steps", "learning_rate"),
     [
-        ({}, "slices", 1, 1, 3e-4),
+        ({}, "slices", 1, 1, None),
         ({"learning_rate": 1e-3}, "slices", 1, 1, 1e-3),
-        ({"recipe": "paper"}, "layers", 2, 20, 5e-5),
-        ({"num_active": 4}, "layers", 4, 20, 5e-5),
-        ({"interval_steps": 3}, "layers", 2, 3, 5e-5),
-        ({"sampled_unit": "slices", "interval_steps": 3}, "slices", 1, 3, 3e-4),
-        ({"method": "full"}, "layers", 2, 20, 5e-5),
+        ({"recipe": "paper"}, "layers", 2, 20, None),
+        ({"num_active": 4}, "layers", 4, 20, None),
+        ({"interval_steps": 3}, "layers", 2, 3, None),
+        ({"sampled_unit": "slices", "interval_steps": 3}, "slices", 1, 3, None),
+        ({"method": "full"}, "layers", 2, 20, None),
     ],
 )
 def test_the_default_is_slices_and_gamma_or_k_mean_the_papers_layers(

@@ -19,7 +19,6 @@ from lisatune.compare.search import check_optuna, suggest
 from lisatune.errors import UserError, did_you_mean
 from lisatune.methods import METHODS
 from lisatune.settings import ROWS, TrainConfig, build_config, plays, read_settings, used_settings, with_new_names
-from lisatune.tasks import TASKS
 
 Settings = tuple[dict[str, Any], list[str]]  # the settings of a run, and the names of those with several values
 LossOf = Callable[[str], float | None]
@@ -290,9 +289,6 @@ def _settings_of(
     if "eval_steps" not in played and isinstance(played.get("max_steps"), int):
         played["eval_steps"] = max(1, played["max_steps"] // EVALUATIONS)
     played.setdefault("seed", 0)
-    usual = TrainConfig.model_fields["learning_rate"].default
-    task = played.get("task")
-    played.setdefault("learning_rate", TASKS[task].preset.get("learning_rate", usual) if task in TASKS else usual)
     axes = {name: _values(name, value) for name, value in played.items()}
     several = [n for n, values in axes.items() if len(values) > 1 and n not in (*search, "seed")]
     for values in product(*axes.values()):

@@ -81,12 +81,19 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
 
 def _notes_of_losses(result: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> list[str]:
     seeds, searched = result["seeds"], ", ".join(result["search"])
+    tuned = any(len(entry["by_search"]) > 1 for entry in done)
     if len(seeds) > 1:
-        return [
-            f"Loss: mean over {len(seeds)} seeds, ± 95% (Student's t); for each seed {searched} was chosen by the others. A * "
-            "marks a difference, seed by seed, whose interval excludes 0; one in twenty does so by chance."
+        chosen = f"; for each seed {searched} was chosen by the others" if tuned else ""
+        notes = [
+            f"Loss: mean over {len(seeds)} seeds, ± 95% (Student's t){chosen}. A * marks a difference, seed by seed, whose interval "
+            "excludes 0; one in twenty does so by chance."
         ]
-    return [f"One seed: no interval, and {searched} was chosen by the loss that is shown, which flatters it."]
+    else:
+        chosen = f", and {searched} was chosen by the loss that is shown, which flatters it" if tuned else ""
+        notes = [f"One seed: no interval{chosen}."]
+    if not tuned:
+        notes.append(f"{searched} was not tuned, and methods want different values: give several.")
+    return notes
 
 
 def _notes_of_search(entry: Mapping[str, Any], searched: str) -> list[str]:

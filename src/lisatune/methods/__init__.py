@@ -53,7 +53,7 @@ UNITS: dict[str, MethodChoice] = {
         "lisatune.methods.slices:Slices",
         preset={
             "sampler": "sweep", "num_active": 1, "interval_steps": 1, "train_embedding": "sampled", "train_head": "sampled",
-            "learning_rate": 3e-4, "slices_of": "columns",
+            "slices_of": "columns",
         },
     ),
 }  # fmt: skip

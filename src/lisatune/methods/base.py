@@ -49,6 +49,10 @@ class Method:
         """The model and its parts, before its weights go to the device; the model may be wrapped here."""
         return model, find_layers(model, self.decoder_name)
 
+    def usual_learning_rate(self, layers: Layers) -> float:
+        """The peak learning rate for whoever gives none: the paper's for 7B models, which is transformers' too."""
+        return 5e-5
+
     def start(self, layers: Layers, *, linear_head: bool) -> None:
         """Weights are where they stay now, and no optimizer is made yet. Nothing may be frozen here."""
         self.layers, self.linear_head = layers, linear_head

@@ -32,6 +32,10 @@ class Lora(Method):
     model: str
     task: str = "sft"
 
+    def usual_learning_rate(self, layers: Layers) -> float:
+        """What many tools have; adapters want more than weights."""
+        return 2e-4
+
     def prepare(self, model: Any) -> tuple[Any, Layers]:
         """Add the adapters. A head that gets one is another module afterwards."""
         _, layers = super().prepare(model)  # refuses a model without decoder layers before peft sees it

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lisatune.layers import Layers, Trains
 from lisatune.memory.blocks import SliceOf
 from lisatune.methods.base import State
+from lisatune.methods.full import rate_of_width
 from lisatune.methods.lisa import Lisa
 from lisatune.samplers import make_sampler
 from lisatune.samplers.draws import check_num_active
@@ -27,9 +28,17 @@ class Slices(Lisa):
     slices_of: SliceOf
     engine: SliceEngine = field(init=False, repr=False)
 
+    def usual_learning_rate(self, layers: Layers) -> float:
+        """That of all weights, times ``num_slices / num_active``: a slice trains in so few of the steps."""
+        return float(f"{rate_of_width(layers) * self.num_slices_of(layers) / self.num_active:.2g}")
+
+    def num_slices_of(self, layers: Layers) -> int:
+        """Blocks of each matrix."""
+        return self.num_slices or usual_num_slices(len(layers.decoder))
+
     def make_engine(self, layers: Layers) -> SliceEngine:
         """The engine for ``layers``, each of whose matrices has ``num_slices`` blocks to draw from."""
-        num_slices = self.num_slices or usual_num_slices(len(layers.decoder))
+        num_slices = self.num_slices_of(layers)
         check_num_active(self.num_active, num_slices, unit="slices")
         sampler = make_sampler(
             self.sampler, num_layers=num_slices, num_active=self.num_active, interval_steps=self.interval_steps,

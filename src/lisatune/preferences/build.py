@@ -277,7 +277,7 @@ def arguments_of(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": rows,
         "per_device_eval_batch_size": rows, "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "learning_rate": config.learning_rate, "max_grad_norm": config.max_grad_norm, "max_length": config.max_length,
+        "learning_rate": config.peak_rate, "max_grad_norm": config.max_grad_norm, "max_length": config.max_length,
         "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no", "eval_strategy": "no",
         "save_total_limit": config.save_total_limit, "seed": config.seed, "data_seed": config.seed, "report_to": [],
         "use_cpu": device.type == "cpu", "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True,
@@ -295,8 +295,8 @@ def set_up_steps(config: TrainConfig, trainer: Any, layers: Layers) -> int:
     num_steps = config.max_steps or math.ceil(config.num_train_epochs * math.ceil(len(trainer.train_dataset) / a_step))
     optimizer = make_optimizer_over(config, make_groups(config, layers, trainer.model), layers)
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * group.get("lr_ratio", 1.0)
-    rate_at, rate = make_schedule(config, num_steps), config.learning_rate
+        group["lr"] = config.peak_rate * group.get("lr_ratio", 1.0)
+    rate_at, rate = make_schedule(config, num_steps), config.peak_rate
     trainer.args.max_steps = num_steps
     trainer.optimizer = optimizer
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step) / rate)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lisatune.assemble import make_learner
+from lisatune.assemble import make_learner, settle_rate
 from lisatune.common.amounts import gib
 from lisatune.data.ahead import Ahead
 from lisatune.data.examples import HeldOut, Rows
@@ -41,7 +41,7 @@ from lisatune.run.determinism import be_deterministic
 from lisatune.run.faster_type import advice
 from lisatune.run.held_out import held_out_loss
 from lisatune.run.progress import Evaluation, Progress
-from lisatune.run.schedule import make_schedule
+from lisatune.run.schedule import check_schedule
 from lisatune.settings import ROWS, TrainConfig, build_config, used_settings
 
 
@@ -184,7 +184,7 @@ def build(
         asked, (config, device) = config, settle(config)
         if config.full_determinism:
             be_deterministic(device)
-        make_schedule(config, config.max_steps or 1000)  # refuses an argument before the model is loaded
+        check_schedule(config)
         scorer = _scorer(config)
         model, tokenizer = loaded or load_model(
             config.model, getattr(torch, config.dtype), trust_remote_code=config.trust_remote_code,
@@ -196,6 +196,11 @@ def build(
     torch.manual_seed(config.seed)  # seeds LoRA's adapters
     layers = find_layers(model, config.decoder_name)
     console.print(layers.describe(), highlight=False)
+    config = settle_rate(config, model)
+    if asked.learning_rate is None:
+        console.print(
+            f"learning_rate={config.learning_rate:g}, which is usual for this method and model", highlight=False
+        )
     if num_ranks() > 1 and config.dp_shard_size > 1:
         is_stored_as_held(model, layers.parts())  # refuses what could not be saved
     if not layers.says_causal() and not layers.is_causal():

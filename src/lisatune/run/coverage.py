@@ -27,7 +27,7 @@ def describe_coverage(config: TrainConfig, learner: Learner, num_steps: int) -> 
     shares = _shares(learner)
     if config.norm_lr_ratio == 1:
         shares.pop("norms", None)
-    rates = {part: config.learning_rate * ratio for part, ratio in _ratios(config, learner).items() if part in shares}
+    rates = {part: config.peak_rate * ratio for part, ratio in _ratios(config, learner).items() if part in shares}
     lines = [] if learner.engine is None else [_sampled(config, learner.engine)]
     if len(set(rates.values())) > 1 or min(shares.values(), default=1.0) < 1:
         described = [

@@ -31,7 +31,7 @@ def make_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]
 
     name, arguments = config.lr_scheduler_type, config.lr_scheduler_kwargs
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * num_steps)
-    holder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)  # a schedule asks it for its rate alone
+    holder = torch.optim.SGD([torch.zeros(1)], lr=config.peak_rate)  # a schedule asks it for its rate alone
     try:
         scheduler = get_scheduler(
             "constant_with_warmup" if name == "constant" else name, holder, warmup, num_steps, dict(arguments)
@@ -41,7 +41,12 @@ def make_schedule(config: TrainConfig, num_steps: int) -> Callable[[int], float]
             float(factor(step))
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"lr_scheduler_kwargs={arguments} does not fit lr_scheduler_type={name}: {error}") from error
-    return lambda step: float(config.learning_rate * factor(step))
+    return lambda step: float(config.peak_rate * factor(step))
+
+
+def check_schedule(config: TrainConfig) -> None:
+    """Refuse an argument of the schedule before the model is loaded, which may settle the learning rate."""
+    make_schedule(config.model_copy(update={"learning_rate": config.learning_rate or 1e-4}), config.max_steps or 1000)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

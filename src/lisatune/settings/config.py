@@ -31,6 +31,13 @@ class TrainConfig(
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    @property
+    def peak_rate(self) -> float:
+        """``learning_rate``, from the moment on when the model is known: see ``assemble.settle_rate``."""
+        if self.learning_rate is None:
+            raise ValueError("learning_rate was left open, and no model has settled it")
+        return self.learning_rate
+
 
 ROWS: dict[str, Row] = {name: row_of(field) for name, field in TrainConfig.model_fields.items()}
 

@@ -47,7 +47,12 @@ class Optim(BaseModel):
     adapt_vectors: bool = row(
         False, "Scale the steps of norms and biases by their norms too.", methods=FIRST_ORDER, optims=("lars", "lamb")
     )
-    learning_rate: float = row(5e-5, "Peak learning rate.", gt=0)
+    learning_rate: float | None = row(
+        None,
+        "Peak learning rate. The default is usual for the method: 5e-5 with layers, 2e-4 with lora. With full it is 0.06 / the width of "
+        "the model, and with slices num_slices / num_active times that.",
+        gt=0,
+    )  # fmt: skip
     lr_scheduler_type: Annotated[str, OneOf(SCHEDULES)] = row(
         "linear", "Shape of the learning rate after the warm-up, as transformers names it."
     )
