@@ -209,7 +209,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40-columns": Study("smollm2", "gsm8k", 40, names=("slices of columns",)),
     "gsm8k-40-columns-whole": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H by sign 0.1",)),
     "gsm8k-40-columns-embedding": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H rate 0.3",)),
-    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default", "default, spectral")),
+    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default",)),
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
     "gsm8k-400": Study("smollm2", "gsm8k", 400, scale=0.5),
@@ -227,8 +227,8 @@ STUDIES: dict[str, Study] = {
     "stories-100-columns": Study("stories15M", "gsm8k", 100, names=LEADING_COLUMNS, max_length=256),
     "tiny-100-columns": Study("stories260K", "gsm8k", 100, batch=4, names=OF_COLUMNS, max_length=256, scale=10),
     "stories-100-default": Study("stories15M", "gsm8k", 100, names=(*DEFAULTS, *PUBLISHED), max_length=256),
-    "stories-dolly": Study("stories15M", "dolly", 100, names=ALL_SIZES, max_length=256),
-    "stories-math": Study("stories15M", "math", 100, names=ALL_SIZES, max_length=256),
+    "stories-dolly": Study("stories15M", "dolly", 100, names=OURS, max_length=256),
+    "stories-math": Study("stories15M", "math", 100, names=OURS, max_length=256),
     "stories-100-time": Study(
         "stories15M", "gsm8k", 100, names=LEADING, max_length=256, time_of="stories-100", rates=STORIES_RATES
     ),
