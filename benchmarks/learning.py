@@ -104,6 +104,7 @@ CONTENDERS: dict[str, Contender] = {
     "default": Contender(default(), 1e-3),
     "default, E/H rate 0.3": Contender(default(embedding_lr_ratio=0.3), 1e-3),
     "default, spectral": Contender(default(optim="spectral"), 5e-4),
+    "default, K 10": Contender(default(interval_steps=10), 5e-4),
     "slices": Contender(slices(), 1e-3),
     "slices, E/H 0.1": Contender(slices(**whole_vocabulary(0.1)), 1e-3),
     "slices, E/H 0.3": Contender(slices(**whole_vocabulary(0.3)), 1e-3),
@@ -240,7 +241,9 @@ STUDIES: dict[str, Study] = {
     "tiny-math": Study("stories260K", "math", 100, batch=4, names=ALL_SIZES, max_length=256, scale=10),
     "tiny-pubmedqa": Study("stories260K", "pubmedqa", 100, batch=4, names=ALL_SIZES, max_length=448, scale=10),
     "tiny-100-batch16": Study("stories260K", "gsm8k", 100, batch=16, names=OURS, max_length=256, scale=10),
-    "tiny-400": Study("stories260K", "gsm8k", 400, batch=4, names=OURS, max_length=256, scale=7),
+    "tiny-400": Study(
+        "stories260K", "gsm8k", 400, batch=4, names=(*OURS, "default, K 10", "sign"), max_length=256, scale=7
+    ),
     "gsm8k-40-usual": Study("smollm2", "gsm8k", 40, names=USUAL, usual_rate=True, seeds=(1,)),
     "math-40-usual": Study("smollm2", "math", 40, max_length=256, names=USUAL, usual_rate=True, seeds=(1,)),
     "stories-100-usual": Study("stories15M", "gsm8k", 100, names=USUAL, max_length=256, usual_rate=True),
