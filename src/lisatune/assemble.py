@@ -71,7 +71,7 @@ def type_to_be(config: TrainConfig, model: Any) -> torch.dtype | None:
 
 
 def settle_rate(config: TrainConfig, model: Any) -> TrainConfig:
-    """``config`` with the learning rate that is usual for its method and ``model``, if it has none of its own.
+    """``config`` with the learning rate that is usual for its method and ``model``, to two digits, if it has none of its own.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,7 +86,7 @@ def settle_rate(config: TrainConfig, model: Any) -> TrainConfig:
     if config.learning_rate is not None:
         return config
     rate = make_method(config).usual_learning_rate(find_layers(model, config.decoder_name))
-    return config.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"learning_rate": float(f"{rate:.2g}")})
 
 
 def make_method(config: TrainConfig) -> Method:

@@ -16,7 +16,7 @@ class Full(Method):
 
     def usual_learning_rate(self, layers: Layers) -> float:
         """A rate that falls with the model's width."""
-        return float(f"{rate_of_width(layers):.2g}")
+        return rate_of_width(layers)
 
 
 def rate_of_width(layers: Layers) -> float:

@@ -30,7 +30,7 @@ class Slices(Lisa):
 
     def usual_learning_rate(self, layers: Layers) -> float:
         """That of all weights, times ``num_slices / num_active``: a slice trains in so few of the steps."""
-        return float(f"{rate_of_width(layers) * self.num_slices_of(layers) / self.num_active:.2g}")
+        return rate_of_width(layers) * self.num_slices_of(layers) / self.num_active
 
     def num_slices_of(self, layers: Layers) -> int:
         """Blocks of each matrix."""

@@ -35,7 +35,7 @@ from lisatune.plan.forecast import Plan, plan_run
 from lisatune.plan.ladder import climb, explain_out_of_memory, pulled
 from lisatune.processes.collectives import check_alike, gathered, num_ranks, together
 from lisatune.processes.group import local_device
-from lisatune.run.coverage import describe_coverage, settled_rate
+from lisatune.run.coverage import describe_coverage, describe_rate
 from lisatune.run.data import Data, prepare_data
 from lisatune.run.determinism import be_deterministic
 from lisatune.run.faster_type import advice
@@ -225,7 +225,7 @@ def build(
         config, plan = rungs[-1].config, rungs[-1].plan
         levers = pulled(rungs[0], rungs[-1]) or "no lever is needed"
         console.print(f"to fit into {gib(memory_bytes)}: {levers}", highlight=False)
-    for line in filter(None, (plan.describe(), advice(asked, device, model.config), settled_rate(asked, config))):
+    for line in filter(None, (plan.describe(), advice(asked, device, model.config), describe_rate(asked, config))):
         console.print(line, highlight=False)
 
     # the method and the levers, put on the model, which goes to the device

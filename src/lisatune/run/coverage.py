@@ -18,7 +18,7 @@ MANY_SLICES = 7  # with 15 of them, training the vocabulary whole helped; with 3
 MOST_INTERVALS = 5000  # that are looked at; after so many a unit that had no turn has next to no chance
 
 
-def settled_rate(asked: TrainConfig, config: TrainConfig) -> str | None:
+def describe_rate(asked: TrainConfig, config: TrainConfig) -> str | None:
     """The learning rate of ``config``, where ``asked`` has left it open."""
     usual = f"learning_rate={config.peak_rate:g}, which is usual for this method and model"
     return usual if asked.learning_rate is None else None
