@@ -45,7 +45,7 @@ NEEDED = {"model": "m", "data": "d", "output": "o"}
         ({"recipe": "paper", "offload_optimizer": True, "device": "cpu"}, "offload_optimizer has no effect on a CPU"),
         (
             {"optim": "adam"},
-            "optim='adam': input should be 'adamw', 'adamw_16bit', 'adamw_8bit', 'sign', 'spectral', 'sgd', 'lars', 'lamb', 'adafactor' or 'muon'",
+            "optim='adam': input should be 'adamw', 'adamw_16bit', 'adamw_8bit', 'sign', 'factored', 'spectral', 'sgd', 'lars', 'lamb', 'adafactor' or 'muon'",
         ),
         ({"train_embedding": "often"}, "train_embedding"),
         ({"method": "mezo", "max_grad_norm": 1}, "max_grad_norm has no effect with method=mezo"),

@@ -183,7 +183,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     "train_embedding or train_head": {"train_embedding": False, "train_head": False},
     "sampled_unit!=slices or train_embedding=true or train_head=true": {"sampled_unit": "slices"},
     NOT_FORGOTTEN: {"sampled_unit": "slices"},
-    "optim.has_state": {"optim": "spectral"},
+    "optim.has_moments": {"optim": "spectral"},
     "packing=false or attn_implementation=auto or attn_implementation=eager or attn_implementation=sdpa": {
         "attn_implementation": "flash_attention_2",
         "packing": True,

@@ -167,6 +167,10 @@ class Cut:
         """The rows or columns that ``slot`` holds."""
         return next(of for of, candidate in zip(self.ranges, self.slots, strict=True) if candidate is slot)
 
+    def first_row(self, slot: Tensor) -> int:
+        """Which row of its block is the first one that ``slot`` holds."""
+        return 0
+
     def across(self) -> int:
         """Elements of a row or of a column."""
         return self.weight.numel() // max(1, self.length)

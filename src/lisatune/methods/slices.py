@@ -71,8 +71,8 @@ class Slices(Lisa):
         self, name: str, parameters: Mapping[str, nn.Parameter], saved: State,
         place: Callable[[nn.Parameter, State], None],
     ) -> None:  # fmt: skip
-        """Put back the state of a whole parameter, or of the slice ``NAME[BLOCK]``."""
-        if name in parameters:
+        """Put back the state of a parameter that is not cut, of all slices of one, or of the slice ``NAME[BLOCK]``."""
+        if name in parameters and name not in self.engine.cuts:
             place(parameters[name], saved)
         else:
             self.engine.place_state(name, saved, place)

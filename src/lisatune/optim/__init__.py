@@ -24,18 +24,20 @@ class OptimChoice(Choice):
         in_blocks: It works on a block of rows at a time, as some levers need.
         state_bits: Bits of each moment.
         stateless: It keeps nothing between steps.
+        factored: It keeps a factored second moment alone.
         spectral: It takes the spectral step of hidden matrices.
     """
 
     in_blocks: bool = False
     state_bits: int = 32
     stateless: bool = False
+    factored: bool = False
     spectral: bool = False
 
     @property
-    def has_state(self) -> bool:
-        """Whether it keeps something between steps."""
-        return not self.stateless
+    def has_moments(self) -> bool:
+        """Whether it keeps numbers for each weight between steps."""
+        return not (self.stateless or self.factored)
 
 
 OURS = "lisatune.optim.build:make_adamw"
@@ -45,7 +47,8 @@ OPTIMS: dict[str, OptimChoice] = {
     "adamw_16bit": OptimChoice(OURS, in_blocks=True, state_bits=16),
     "adamw_8bit": OptimChoice(OURS, in_blocks=True, state_bits=8, whole=True),
     "sign": OptimChoice(OURS, in_blocks=True, stateless=True, whole=True),
-    "spectral": OptimChoice(OURS, in_blocks=True, stateless=True, spectral=True, whole=True),
+    "factored": OptimChoice(OURS, in_blocks=True, factored=True, whole=True),
+    "spectral": OptimChoice(OURS, in_blocks=True, factored=True, spectral=True, whole=True),
     "sgd": OptimChoice("lisatune.optim.library:make_sgd", whole=True),
     "lars": OptimChoice("lisatune.optim.layerwise:make_lars", whole=True),
     "lamb": OptimChoice("lisatune.optim.layerwise:make_lamb", whole=True),
@@ -67,8 +70,10 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], **given: Any) -> tor
     adamw_
     8bit
     sign       ``adamw.AdamW`` without moments                       0                      eps
-    spectral   the same; ``spectral.spectral_step`` of hidden        0                      eps
-               matrices
+    factored   ``adamw.AdamW`` with a factored second moment alone   a row and a column of  betas, eps
+                                                                     a matrix; 4 of a vector
+    spectral   the same; ``spectral.spectral_step`` of what hidden   the same               betas, eps
+               matrices would take
     sgd        ``torch.optim.SGD``; weight decay joins the gradient  4 (0: no momentum)     momentum (0.9)
     lars       ``layerwise.Lars``; weight decay joins the gradient   4 (0: no momentum)     momentum (0.9),
                                                                                             trust_coefficient,

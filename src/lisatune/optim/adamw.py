@@ -13,6 +13,7 @@ from lisatune.errors import UserError
 from lisatune.memory.blocks import elements, put_elements, whole_of
 from lisatune.memory.bundles import bundles
 from lisatune.optim.compiled import fits, no_more_than, numbers_of, update_block, update_stateless
+from lisatune.optim.factored import Factored, factored_state, is_factored, owner_of
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
 from lisatune.optim.rounding import keys_of, random_bits, random_bits_of, round_stochastically, spread_of
 from lisatune.optim.row_gradients import RowGradients
@@ -49,7 +50,10 @@ class AdamW(torch.optim.Optimizer):
         row_gradients: Holds the gradients of embedding and head that are made a block at a time. They add to ``p.grad``.
         stateless: Keep no moments. Each step is then a first step, ``p -= lr * g / (abs(g) + eps)``: the sign of the
             gradient, or less where the gradient is small against ``eps``. A group of parameters may have this entry too.
-        spectral: Of a group of matrices without moments: take ``spectral.spectral_step`` in place of the sign.
+        factored: Keep no first moment, and the second one in factors, as ``factored.Factored`` tells: a number for each row
+            and each column. A group of parameters may have this entry too.
+        spectral: Of a group of matrices without moments, or with factored ones: take ``spectral.spectral_step`` of what
+            would be the step, at the same size.
         block_elements: The most elements of a block. It is rounded up to whole rows that end at a multiple of 256. On a
             CPU it is 2**20 at most, because more is slower.
         compiled: Compile the arithmetic of a block into one kernel, as ``compiled`` tells.
@@ -80,6 +84,7 @@ class AdamW(torch.optim.Optimizer):
         offload_state: bool = False,
         row_gradients: RowGradients | None = None,
         stateless: bool = False,
+        factored: bool = False,
         spectral: bool = False,
         block_elements: int = 2**22,
         compiled: bool = False,
@@ -91,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
         self.compiled = compiled
         self._places: dict[Tensor, tuple[int, int]] = {}  # parameter -> number of its group, and its own number
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "num_steps": 0}
-        super().__init__(params, defaults | {"stateless": stateless, "spectral": spectral})
+        super().__init__(params, defaults | {"stateless": stateless, "factored": factored, "spectral": spectral})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """The same as in ``torch.optim.Optimizer``."""
@@ -99,10 +104,11 @@ class AdamW(torch.optim.Optimizer):
         for p in self.param_groups[-1]["params"]:
             if not whole_of(p).is_contiguous():
                 raise UserError(f"a parameter of shape {tuple(p.shape)} is not contiguous: make it from .contiguous()")
-            if self.param_groups[-1]["spectral"] and not (whole_of(p).ndim == 2 and self.param_groups[-1]["stateless"]):
+            group = self.param_groups[-1]
+            if group["spectral"] and not (whole_of(p).ndim == 2 and (group["stateless"] or group["factored"])):
                 raise UserError(
                     f"spectral=True is for matrices without moments, and this is a parameter of shape {tuple(p.shape)}: "
-                    "give matrices a group of their own, with stateless=True"
+                    "give matrices a group of their own, with factored=True or stateless=True"
                 )
             self._places[p] = len(self.param_groups) - 1, len(self._places)
 
@@ -121,7 +127,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             together = []
             for p in group["params"]:
-                if group["stateless"] and p.grad is not None and p not in self.row_gradients and not is_spectral(group):
+                if _at_once(group) and p.grad is not None and p not in self.row_gradients:
                     together.append(p)
                 elif p.grad is not None or p in self.row_gradients:
                     self.update(p)
@@ -139,8 +145,11 @@ class AdamW(torch.optim.Optimizer):
         """
         number, index = self._places[whole_of(p)]
         group = self.param_groups[number]
+        if is_on("factored", group):
+            self._update_factored(p, group, sq_norm)
+            return
         if group["stateless"]:
-            update = self._update_spectral if is_spectral(group) else self._update_stateless
+            update = self._update_spectral if is_on("spectral", group) else self._update_stateless
             update(p, group, sq_norm)
             return
         state = self.state[p]
@@ -204,6 +213,33 @@ class AdamW(torch.optim.Optimizer):
             weight = self._decayed(p, start, stop, group)
             weight.addcdiv_(grad, grad.abs().add_(group["eps"]), value=-group["lr"])
             del grad
+            self._write(p, start, weight, group)
+
+    def _update_factored(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
+        state = self.state[owner_of(p)]
+        if not state:
+            state.update(factored_state(p))
+        moment, width, spans = Factored(p, state), _width(p), self._spans(p)
+        rows = [(start // width, stop // width) for start, stop in spans]
+        for first, last in rows:
+            moment.add(self._gradient(p, first, last), first)
+        if sq_norm is not None:
+            sq_norm += moment.sq_norm()
+        moment.advance(group["betas"][1])
+        whole = None
+        if is_on("spectral", group):
+            step = self._gradient(p, 0, p.numel() // width) / moment.root(0, p.numel() // width).add_(group["eps"])
+            size = step.square().mean().sqrt()
+            whole = spectral_step(step).mul_(size).view(-1)
+            del step
+        for (start, stop), (first, last) in zip(spans, rows, strict=True):
+            weight = self._decayed(p, start, stop, group)
+            if whole is None:
+                root = moment.root(first, last).add_(group["eps"]).view(-1)
+                weight.addcdiv_(self._gradient(p, first, last).reshape(-1), root, value=-group["lr"])
+                del root
+            else:
+                weight.add_(whole[start:stop], alpha=-group["lr"])
             self._write(p, start, weight, group)
 
     def _update_spectral(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
@@ -324,12 +360,22 @@ class AdamW(torch.optim.Optimizer):
 
         Raises: UserError if it was saved with other ``state_bits``.
         """
+        if is_factored(saved):
+            p, state = owner_of(p), factored_state(p)
+            self._fill(state, saved)
+            self.state[p] = state
+            return
         if saved["exp_avg"].dtype != self.moments.dtypes()["exp_avg"]:
             raise UserError(
                 f"the saved moments are {saved['exp_avg'].dtype}, but state_bits is {self.moments.bits}: give the "
                 "optimizer the state_bits with which they were saved"
             )
         state = {"step": torch.zeros(())} | self.moments.zeros(local(p))
+        self._fill(state, saved)
+        self.state[p] = state
+
+    @staticmethod
+    def _fill(state: dict[str, Tensor], saved: dict[str, Any]) -> None:
         for name, entry in state.items():
             if local(saved[name]).shape != entry.shape:
                 raise UserError(
@@ -337,12 +383,16 @@ class AdamW(torch.optim.Optimizer):
                     "state that was saved for this model"
                 )
             entry.copy_(local(saved[name]))
-        self.state[p] = state
 
 
-def is_spectral(group: dict[str, Any]) -> bool:
-    """Whether a group takes the spectral step; groups that were saved by earlier versions do not say."""
-    return bool(group.get("spectral"))
+def _at_once(group: dict[str, Any]) -> bool:
+    """Whether parameters of a group can be updated together: their steps are the sign, and need no state."""
+    return bool(group["stateless"]) and not is_on("spectral", group) and not is_on("factored", group)
+
+
+def is_on(name: str, group: dict[str, Any]) -> bool:
+    """Whether a group is ``spectral`` or ``factored``; groups that were saved by earlier versions do not say."""
+    return bool(group.get(name))
 
 
 def _width(p: Tensor) -> int:

@@ -23,9 +23,18 @@ def make_adamw(
     """PyTorch's AdamW in float32 if nothing asks for ours, as some levers do; ours for the rest."""
     options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
     trained = groups[0]["params"]
-    ours = ours or offload_optimizer or state_bits != 32 or any(group["stateless"] for group in groups)
+    ours = (
+        ours
+        or offload_optimizer
+        or state_bits != 32
+        or any(group["stateless"] or group.get("factored") for group in groups)
+    )
     in_float32 = trained[0].dtype == torch.float32
     matrices = [group for group in groups if group["params"][0].ndim > 1]
+    if optim_compile and matrices and all(group.get("factored") for group in matrices):
+        raise UserError(
+            "optim_compile=true has no effect with a factored second moment: leave it out, or set optim=sign"
+        )
     if optim_compile and in_float32 and (not ours or all(group["stateless"] for group in matrices)):
         raise UserError(
             "optim_compile=true has no effect with float32 weights and these settings, which PyTorch updates in few kernels: leave it out"
@@ -46,7 +55,8 @@ def parameter_groups(
     head_lr_ratio: float | None = None,
     norm_lr_ratio: float = 1.0,
     stateless: bool = False,
-    stateless_slices: bool = False,
+    factored: bool = False,
+    factored_slices: bool = False,
     spectral: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first.
@@ -59,7 +69,8 @@ def parameter_groups(
         head_lr_ratio: The same for the head; None for 1, or for that of the embedding if the two are tied.
         norm_lr_ratio: The same for vectors.
         stateless: Keep no state of any parameter.
-        stateless_slices: Keep no state of what is cut into slices.
+        factored: Keep a factored second moment alone.
+        factored_slices: The same for what is cut into slices.
         spectral: Take the spectral step of hidden matrices: not of embedding, head, and tensors of three dimensions.
     """
     parts = layers.parts()
@@ -72,13 +83,13 @@ def parameter_groups(
     trained = [p for p in model.parameters() if p.requires_grad and whole_of(p) is p]
     for p in sorted(trained, key=lambda p: p.ndim < 2):
         ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else norm_lr_ratio
-        forgets = stateless or (stateless_slices and hasattr(p, "cut_into"))
+        in_factors = factored or (factored_slices and hasattr(p, "cut_into"))
         of_matrix = spectral and p.ndim == 2 and p not in part_of
-        groups.setdefault((p.ndim < 2, forgets, of_matrix, ratio), []).append(p)
+        groups.setdefault((p.ndim < 2, in_factors, of_matrix, ratio), []).append(p)
     return [
-        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets,
-         "spectral": of_matrix}
-        for (vector, forgets, of_matrix, ratio), members in groups.items()
+        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": stateless,
+         "factored": in_factors, "spectral": of_matrix}
+        for (vector, in_factors, of_matrix, ratio), members in groups.items()
     ]  # fmt: skip
 
 

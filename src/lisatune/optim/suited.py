@@ -38,8 +38,9 @@ def check_suited(optimizer: torch.optim.Optimizer, state_policy: str, *, strided
             f"{name} counts steps for all parameters together, so a layer that is sampled late would take huge "
             "steps: use AdamW with a learning rate schedule"
         )
-    if any(group.get("spectral") for group in optimizer.param_groups) and not isinstance(optimizer, AdamW):
-        raise UserError(f"{name} has no spectral step: use lisatune.AdamW for groups with spectral=True")
+    for kind in ("spectral", "factored"):
+        if any(group.get(kind) for group in optimizer.param_groups) and not isinstance(optimizer, AdamW):
+            raise UserError(f"{name} has no {kind} step: use lisatune.AdamW for groups with {kind}=True")
     knows_strides = isinstance(optimizer, RoundedOptimizer | AdamW) or type(optimizer).__module__.startswith(
         "torch.optim"
     )

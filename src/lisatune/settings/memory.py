@@ -80,8 +80,8 @@ class Memory(BaseModel):
     offload_optimizer: bool = row(
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, whole=True, ladder=7, needs=IN_BLOCKS | {
-            NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no optimizer state: leave it out",
-            "optim.has_state": "has no effect with an optimizer that has no state: leave it out",
+            NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no moments of each weight: leave it out",
+            "optim.has_moments": "has no effect with an optimizer that has no moments of each weight: leave it out",
         }, tasks=SFT,
     )  # fmt: skip
     frozen_bits: Literal[4, 8] | None = row(

@@ -13,6 +13,7 @@ from lisatune.engine import StatePolicy
 from lisatune.errors import UserError
 from lisatune.layers import Layers, Trains
 from lisatune.memory.blocks import NAME, Cut, SliceOf, Slots, cut_of
+from lisatune.optim.factored import is_factored
 from lisatune.optim.suited import Optimizers, check_suited, drop_state, each_of, state_device
 from lisatune.processes.tensors import is_sharded
 from lisatune.samplers import SAMPLERS
@@ -290,12 +291,19 @@ class SliceEngine:
     def states(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, tuple[Tensor, dict[str, Any]]]:
-        """Optimizer state of ``parameters``, by names, with its owner: of slices ``NAME[BLOCK]``, kept ones too."""
+        """Optimizer state of ``parameters``, by names, with its owner: of slices ``NAME[BLOCK]``, kept ones too.
+
+        A factored second moment is of all slices together, and has the name of the parameter.
+        """
         found: dict[str, tuple[Tensor, dict[str, Any]]] = {}
         for name, parameter in parameters.items():
             cut = self.cuts.get(name)
             if cut is None:
                 found[name] = parameter, optimizer.state.get(parameter, {})
+                continue
+            together = optimizer.state.get(cut.slots[0], {})
+            if is_factored(together):  # of all slices at once
+                found[name] = parameter, together
                 continue
             for slot, block in zip(cut.slots, cut.blocks or (None,) * len(cut.slots), strict=True):
                 if block is not None:
@@ -306,11 +314,14 @@ class SliceEngine:
     def place_state(
         self, name: str, saved: dict[str, Any], place: Callable[[nn.Parameter, dict[str, Any]], None]
     ) -> None:
-        """Put the saved state of the slice ``NAME[BLOCK]`` where it belongs; ``place`` gives a parameter its state.
+        """Put the saved state of the slice ``NAME[BLOCK]``, or of all slices of ``NAME``, where it belongs; ``place`` gives a parameter its state.
 
         Raises: KeyError if there is no such slice, or it neither trains nor is kept.
         """
         tensor, _, number = name.removesuffix("]").partition("[")
+        if not number:
+            place(self.cuts[tensor].slots[0], saved)
+            return
         cut, block = self.cuts[tensor], int(number)
         if block in cut.blocks:
             place(cut.slots[cut.blocks.index(block)], saved)
@@ -373,6 +384,8 @@ class SliceEngine:
             if old == new:
                 continue
             state = optimizer.state.get(slot)
+            if state and is_factored(state):  # it is that of all slices of the tensor
+                continue
             drop_state(optimizer, slot)
             if self.state_policy != "keep" or slot not in self._holders(optimizer):
                 continue

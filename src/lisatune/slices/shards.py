@@ -99,6 +99,13 @@ class ShardedCut(Cut):
             return (self._first_row + self._own((start, stop))[0]) * self.across()
         return start * self.across() + self._first_row * (stop - start)
 
+    def first_row(self, slot: Tensor) -> int:
+        """Which row of its block is the first one that this process holds."""
+        if self.dim == 1:
+            return self._first_row
+        of = self.range_of(slot)
+        return self._own(of)[0] + self._first_row - of[0]
+
     def is_in_place(self) -> bool:
         """Whether the slots still are views of the shard."""
         storage = self._local().untyped_storage()

@@ -18,6 +18,7 @@ def rates_by_part(
     embedding_lr_ratio: float = 1.0,
     head_lr_ratio: float | None = None,
     norm_lr_ratio: float = 1.0,
+    factored: bool = False,
     spectral: bool = False,
     decoder_name: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -32,8 +33,8 @@ def rates_by_part(
         embedding_lr_ratio: Learning rate of the embedding, as a multiple of ``learning_rate``.
         head_lr_ratio: The same for the head. Default: 1, or ``embedding_lr_ratio`` if the two are tied.
         norm_lr_ratio: The same for norms and biases.
-        spectral: The steps of ``optim=spectral``, for ``lisatune.AdamW``: no group has moments, and hidden matrices take the
-            spectral step.
+        factored: For ``lisatune.AdamW``: the steps of ``optim=factored``, which slices take in ``lisatune train``.
+        spectral: For ``lisatune.AdamW``: the steps of ``optim=spectral``.
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
     Raises: UserError for a ``head_lr_ratio`` of a tied head.
     Example:
@@ -47,7 +48,7 @@ def rates_by_part(
     """
     groups = parameter_groups(
         find_layers(model, decoder_name), model, weight_decay=weight_decay, embedding_lr_ratio=embedding_lr_ratio,
-        head_lr_ratio=head_lr_ratio, norm_lr_ratio=norm_lr_ratio, stateless=spectral, spectral=spectral,
+        head_lr_ratio=head_lr_ratio, norm_lr_ratio=norm_lr_ratio, factored=factored or spectral, spectral=spectral,
     )  # fmt: skip
-    kept = ("params", "weight_decay", *(("stateless", "spectral") if spectral else ()))
+    kept = ("params", "weight_decay", *(("factored", "spectral") if factored or spectral else ()))
     return [{key: group[key] for key in kept} | {"lr": learning_rate * group["lr_ratio"]} for group in groups]
