@@ -35,9 +35,8 @@ def weights_after(case, shard_size):
     layers, device = find_layers(model), torch.device("cpu")
     placement = choose_placement(offload_frozen=False, shard_size=shard_size)
     linear_head = placement.place(model, layers, device)
-    optimizer = AdamW(
-        model.parameters(), lr=1e-2, eps=1e-2, stateless=True
-    )  # a small eps would make rounding an update
+    kind = {"factored": case["factored"], "stateless": not case["factored"]}
+    optimizer = AdamW(model.parameters(), lr=1e-2, eps=1e-2, **kind)  # a small eps would make rounding an update
     engine = SliceEngine(layers, SweepSampler(3, case["num_active"]), **case["engine"])
     ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))[rank() :: num_ranks()]
     batch = Batch(ids, ids.roll(-1, 1), torch.arange(12).repeat(len(ids), 1), torch.ones_like(ids, dtype=torch.bool))

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from lisatune.errors import UserError
 from lisatune.layers import find_layers
+from lisatune.optim.factored import factored_state
 from lisatune.samplers.sweep import SweepSampler
 from lisatune.slices.engine import SliceEngine
 from places import HELPERS
@@ -18,14 +19,19 @@ OF = [{"slices_of": of, "train_norms": norms} for of, norms in (("columns", "sam
 WHOLE = {"slices_of": "columns", "train_embedding": True, "train_head": True}
 
 
-def case(model, engine, shard_size, num_active=1, dtype="float32"):
-    return {"model": model, "engine": engine, "shard_size": shard_size, "num_active": num_active, "dtype": dtype}
+def case(model, engine, shard_size, num_active=1, dtype="float32", factored=False):
+    return {
+        "model": model, "engine": engine, "shard_size": shard_size, "num_active": num_active, "dtype": dtype,
+        "factored": factored,
+    }  # fmt: skip
 
 
 def cases(num_ranks):
     found = [case(model, engine, num_ranks) for model in MODELS for engine in OF]
     found += [case("tied", WHOLE, num_ranks), case("untied", OF[0] | {"slow": True}, num_ranks)]
     found += [case("untied", engine, num_ranks, num_active=2) for engine in OF]
+    cut = [engine | {"train_norms": "sampled"} for engine in OF]
+    found += [case(model, engine, num_ranks, factored=True) for model in ("tied", "gpt2", "mixtral") for engine in cut]
     found += [case("untied", engine, 2) for engine in OF if num_ranks > 2]  # two copies of shards
     return [*found, *(case("untied", engine, num_ranks, dtype="bfloat16") for engine in OF)]
 
@@ -61,3 +67,5 @@ def test_shards_that_somebody_else_sums_are_refused():
         fully_shard(model)
         with pytest.raises(UserError, match="slices of weights in shards train by `lisatune train` alone"):
             SliceEngine(find_layers(model), SweepSampler(3, 1))
+        with pytest.raises(UserError, match="a weight in shards has no factored second moment"):
+            factored_state(next(model.parameters()))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lisatune.errors import UserError
 from lisatune.memory.blocks import Cut
-from lisatune.processes.tensors import over_shards
+from lisatune.processes.tensors import is_sharded, over_shards
 
 ACROSS = "across_sq"  # its presence tells a factored state of a matrix
 
@@ -31,8 +32,13 @@ def factored_state(parameter: Tensor) -> dict[str, Tensor]:
     Returns: ``along_sq``, float32, one number for each row; of slices of columns, for each column of the whole matrix.
         ``across_sq``, float32, one for each column (or row); a vector has none. ``turns``, float32, on the CPU: how often
         each slice has trained, (number of slices,).
+    Raises: UserError for a whole parameter in shards.
     """
     cut: Cut | None = getattr(parameter, "cut", None)
+    if cut is None and is_sharded(parameter):
+        raise UserError(
+            "a weight in shards has no factored second moment, unless slices of it train: leave factored out"
+        )
     whole = parameter if cut is None else cut.weight
     width = whole.shape[-1] if whole.ndim > 1 else 1
     length = whole.numel() // max(1, width)
