@@ -52,7 +52,7 @@ def test_spectral_steps_of_slices_in_a_trainer(tmp_path):
     for rows in slices:
         values = torch.linalg.svdvals(rows / 1e-2 / max(rows.shape) ** 0.5)
         assert values.max() < 1.5  # times how large the gradient is against its factors
-        assert values.median() > 0.65  # a gradient of few tokens has few directions
+        assert values.median() > 0.5  # a gradient of few tokens has few directions
     embedding = moved["model.embed_tokens.weight"]
     rows = embedding[embedding.any(1)]
     torch.testing.assert_close(

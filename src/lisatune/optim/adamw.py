@@ -228,16 +228,16 @@ class AdamW(torch.optim.Optimizer):
         moment.advance(group["betas"][1])
         whole = None
         if is_on("spectral", group):
-            step = self._gradient(p, 0, p.numel() // width) / moment.root(0, p.numel() // width).add_(group["eps"])
+            step = moment.step(self._gradient(p, 0, p.numel() // width), 0, group["eps"])
             size = step.square().mean().sqrt()
             whole = spectral_step(step).mul_(size).view(-1)
             del step
         for (start, stop), (first, last) in zip(spans, rows, strict=True):
             weight = self._decayed(p, start, stop, group)
             if whole is None:
-                root = moment.root(first, last).add_(group["eps"]).view(-1)
-                weight.addcdiv_(self._gradient(p, first, last).reshape(-1), root, value=-group["lr"])
-                del root
+                step = moment.step(self._gradient(p, first, last), first, group["eps"]).view(-1)
+                weight.add_(step, alpha=-group["lr"])
+                del step
             else:
                 weight.add_(whole[start:stop], alpha=-group["lr"])
             self._write(p, start, weight, group)

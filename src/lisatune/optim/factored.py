@@ -63,7 +63,10 @@ class Factored:
     other dimension, ``across``, all slices of the matrix share their numbers, and each turn changes them. These say only
     how large one is against another: they are divided by their mean. So a slice has the right size from its first turn on.
 
-    Feed it the gradient with ``add``, block by block, then call ``advance``, then divide by ``root``.
+    No element of a step is larger than 1. The gradients of a few rows have large outliers, and a product of two numbers does
+    not know which they are. Elements that are often larger than now get a smaller step, and this is what the sign lacks.
+
+    Feed it the gradient with ``add``, block by block, then call ``advance``, then ask for each block's ``step``.
 
     Why ours: ``torch.optim.Adafactor`` takes rates that are shares of a weight's size. It knows no slices, no gradients in
     blocks and no steps in the backward pass, and rounds bfloat16 weights to nearest.
@@ -79,8 +82,8 @@ class Factored:
         >>> moment = Factored(gradient, state)
         >>> moment.add(gradient, 0)
         >>> moment.advance(beta=0.999)
-        >>> (gradient / moment.root(0, 2)).round(decimals=4).tolist()
-        [[1.0, -1.0], [1.0, 1.0]]
+        >>> moment.step(gradient / 2, first_row=0, eps=1e-8).round(decimals=4).tolist()
+        [[0.5, -0.5], [0.5, 0.5]]
     """
 
     def __init__(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
@@ -125,15 +128,19 @@ class Factored:
             self.state[ACROSS].lerp_(across, 1 - beta)
         self.corrected = self.along / (1 - beta_of_turn ** turns[self.slice].item())
 
-    def root(self, start: int, stop: int) -> Tensor:
-        """The root of the moment, float32, of rows ``start`` to ``stop``: (r, C), or (r, 1) of a vector.
+    def step(self, gradient: Tensor, first_row: int, eps: float) -> Tensor:
+        """The gradient over the root of the moment, at most 1 and at least -1.
 
-        They are counted from the first one that this process holds.
+        Args:
+            gradient: Rows of the gradient from ``first_row`` on, (r, C), float32; (r, 1) of a vector. It does not change.
+            eps: Added to the root.
         """
-        start, stop = start + self.first_row, stop + self.first_row
-        if not self.is_matrix:
-            return self.corrected[start:stop].sqrt()[:, None]
-        across = self.state[ACROSS]
-        along, across = self.corrected.sqrt(), (across / across.mean().clamp(min=1e-38)).sqrt()
-        rows, columns = (across, along) if self.columns else (along, across)
-        return rows[start:stop, None] * columns
+        rows = slice(self.first_row + first_row, self.first_row + first_row + len(gradient))
+        root = self.corrected.sqrt()[:, None]
+        if self.is_matrix:
+            across = self.state[ACROSS]
+            across = (across / across.mean().clamp(min=1e-38)).sqrt()
+            root = across[rows, None] * root.T if self.columns else root[rows] * across
+        else:
+            root = root[rows]
+        return (gradient / root.add_(eps)).clamp_(-1, 1)
