@@ -39,7 +39,7 @@ def test_a_part_moves_at_its_own_rate_and_a_run_resumes_to_the_bit(tmp_path):
 
 
 def test_spectral_steps_of_slices_in_a_trainer(tmp_path):
-    """A slice moves by about the rate in all directions alike; the embedding, by a mean square of its own rate."""
+    """A slice moves by about the rate in all directions alike; the embedding, by its own rate at most."""
     model, before = make_llama(), make_llama()
     optimizer = lisatune.AdamW(rates_by_part(model, 1e-2, embedding_lr_ratio=0.3, spectral=True), weight_decay=0)
     callback = LisaCallback(sampled_unit="slices", num_slices=3)
@@ -53,11 +53,8 @@ def test_spectral_steps_of_slices_in_a_trainer(tmp_path):
         values = torch.linalg.svdvals(rows / 1e-2 / max(rows.shape) ** 0.5)
         assert values.max() < 1.5  # times how large the gradient is against its factors
         assert values.median() > 0.5  # a gradient of few tokens has few directions
-    embedding = moved["model.embed_tokens.weight"]
-    rows = embedding[embedding.any(1)]
-    torch.testing.assert_close(
-        rows.square().mean().sqrt(), torch.tensor(3e-3), rtol=0.1, atol=0.0
-    )  # the product of factors is not exact
+    embedding = moved["model.embed_tokens.weight"].abs()
+    torch.testing.assert_close(embedding.max(), torch.tensor(3e-3), rtol=1e-3, atol=0.0)
 
 
 def test_a_spectral_group_is_refused_in_another_optimizer():
