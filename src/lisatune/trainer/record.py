@@ -33,7 +33,9 @@ class Record:
         self.most_state_bytes = self.predicted_bytes = 0
         self.expected = f"weights {gib(weights)}, gradients {gib(self._most_trained_bytes())} at most"
         moments = MOMENTS.get(type(each_of(optimizer)[0]).__name__)
-        if moments:
+        if moments and not any(
+            g.get("factored") or g.get("stateless") for one in each_of(optimizer) for g in one.param_groups
+        ):
             state = moments * self._most_trained_bytes()
             self.expected += f", optimizer state {gib(state)} (full training: {gib(moments * weights)})"
 
