@@ -144,6 +144,7 @@ CONTENDERS: dict[str, Contender] = {
     "slices, 15 parts, K 5": Contender(slices(interval_steps=5), 1e-3),
     "slices, 15 parts, K 20": Contender(slices(interval_steps=20), 5e-4),
     "slices, 2 of 15": Contender(slices(num_active=2), 7e-4),
+    "full, no first moment": Contender({"method": "full", "adam_beta1": 0.0}, 1e-4),
     "full, factored": Contender({"method": "full", "optim": "factored"}, 1e-4),
     "sign": Contender({"method": "full", "optim": "sign"}, 1e-4),
     "sign, E/H 0.3": Contender({"method": "full", "optim": "sign", "embedding_lr_ratio": 0.3}, 1e-4),
@@ -160,6 +161,7 @@ DEFAULTS = ("default", "default, sign", "default, spectral")
 ALL_SIZES = ("full", "lora r16", "paper LISA", *DEFAULTS)
 USUAL = ("default", "full")
 OURS = ("full", "default", "default, sign", "default, spectral")
+STEPS = ("full, no first moment", "full, factored", "sign")
 PUBLISHED = ("lora r128", "badam", "modules, E/H 0.1")
 MAIN = ("full", "lora r16", "paper LISA", "slices of columns", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
 BEST = ("full", "lora r16", "paper LISA", "default")
@@ -252,7 +254,7 @@ STUDIES: dict[str, Study] = {
         "gsm8k",
         400,
         batch=4,
-        names=(*OURS, "default, K 10", "default, sign", "full, factored", "sign"),
+        names=(*OURS, "default, K 10", *STEPS),
         max_length=256,
         scale=7,
     ),
