@@ -10,7 +10,7 @@ other seeds run at the best rate. A study of usual rates tries none: each conten
 where none is given. A study at equal time is of a study at equal steps: each contender has its best rate there,
 and as many steps as take the time of full fine-tuning's. Their times are measured by turns before it begins, in RUNS/STUDY/cost.json.
 Finished runs are kept, so the command goes on where it stopped. `keep` puts them into results/learning.jsonl, a line a run,
-and `run` on another machine goes on from there. In that file "no state" marks runs of slices made before they kept a factored second moment. Weights are float32;
+and `run` on another machine goes on from there. In that file "no state" marks runs with optim=spectral of before it kept a factored second moment. Weights are float32;
 on a GPU matrix products use TensorFloat-32. Loss on C4 tells what was forgotten. Processes take turns on a GPU and slow each
 other down: 14 of them made a step of 40 ms last 3 s, so start 1 or 2.
 
@@ -102,8 +102,8 @@ CONTENDERS: dict[str, Contender] = {
     "lora r16": Contender({"method": "lora"}, 2e-3),
     "paper LISA": Contender({"num_active": 2, "interval_steps": 3}, 1e-3),
     "default": Contender(default(), 1e-3),
-    "default, sign": Contender(default(optim="sign"), 1e-3),
-    "default, sign, E/H rate 0.3": Contender(default(optim="sign", embedding_lr_ratio=0.3), 1e-3),
+    "default, E/H rate 0.3": Contender(default(embedding_lr_ratio=0.3), 1e-3),
+    "default, factored": Contender(default(optim="factored"), 1e-3),
     "default, spectral": Contender(default(optim="spectral"), 5e-4),
     "default, K 10": Contender(default(interval_steps=10), 5e-4),
     "slices": Contender(slices(), 1e-3),
@@ -157,10 +157,10 @@ CONTENDERS: dict[str, Contender] = {
     "lora r128": Contender({"method": "lora", "lora_r": 128, "lora_alpha": 256}, 1e-3),
 }
 
-DEFAULTS = ("default", "default, sign", "default, spectral")
+DEFAULTS = ("default", "default, factored", "default, spectral")
 ALL_SIZES = ("full", "lora r16", "paper LISA", *DEFAULTS)
 USUAL = ("default", "full")
-OURS = ("full", "default", "default, sign", "default, spectral")
+OURS = ("full", "default", "default, factored", "default, spectral")
 STEPS = ("full, no first moment", "full, factored", "sign")
 PUBLISHED = ("lora r128", "badam", "modules, E/H 0.1")
 MAIN = ("full", "lora r16", "paper LISA", "slices of columns", "slices", "slices, E/H 0.1", "slices, E/H 0.3", "sign")
@@ -214,7 +214,7 @@ STUDIES: dict[str, Study] = {
     "gsm8k-40-columns": Study("smollm2", "gsm8k", 40, names=("slices of columns",)),
     "gsm8k-40-columns-whole": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H by sign 0.1",)),
     "gsm8k-40-columns-embedding": Study("smollm2", "gsm8k", 40, names=("slices of columns, E/H rate 0.3",)),
-    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default", "default, sign")),
+    "gsm8k-40-default": Study("smollm2", "gsm8k", 40, names=("default", "default, factored")),
     "gsm8k-40-default-spectral": Study("smollm2", "gsm8k", 40, names=("default, spectral",)),
     "gsm8k-40-share": Study("smollm2", "gsm8k", 40, names=("slices, 5 parts", "slices, 3 parts")),
     "gsm8k-40-time": Study("smollm2", "gsm8k", 40, names=tuple(BEST_RATES), time_of="gsm8k-40", rates=BEST_RATES),
@@ -223,7 +223,7 @@ STUDIES: dict[str, Study] = {
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=BEST),
     "math-40": Study("smollm2", "math", 40, max_length=256, names=("default", "full", "lora r16")),
     "gsm8k-400-default": Study(
-        "smollm2", "gsm8k", 400, names=("default", "full", "lora r16", "default, spectral"), scale=0.5
+        "smollm2", "gsm8k", 400, names=("default", "default, factored", "full", "lora r16"), scale=0.5
     ),
     "math-40-paper": Study("smollm2", "math", 40, max_length=256, names=("paper LISA",)),
     "dolly-400": Study("smollm2", "dolly", 400, max_length=256, names=BEST, scale=0.5),

@@ -191,7 +191,9 @@ class Asked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["LISA", "slices", "full", "checkpointing", "8 bits", "slices, step in backward"])
+@pytest.mark.parametrize(
+    "name", ["LISA", "slices", "full", "checkpointing", "8 bits", "slices, step in backward", "slices, factored"]
+)
 def test_a_step_waits_for_the_device_once(name, monkeypatch):
     """For loss and norm together, which are then on the CPU, as counters of steps are.
 

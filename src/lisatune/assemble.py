@@ -119,7 +119,7 @@ def make_optimizer_over(
 def make_groups(config: TrainConfig, layers: Layers, model: Any) -> list[dict[str, Any]]:
     """The optimizer's groups of parameters."""
     optim = OPTIMS[config.optim]
-    # no slice trains for longer than a step, so a first moment has nothing to add up; TRL's optimizer is made before the slices
+    # no slice trains for longer than a step, so Adam has nothing to remember of it; TRL's optimizer is made before the slices
     changes = (
         config.task == "sft"
         and config.num_active < (config.num_slices or usual_num_slices(len(layers.decoder)))
@@ -129,7 +129,7 @@ def make_groups(config: TrainConfig, layers: Layers, model: Any) -> list[dict[st
     return parameter_groups(
         layers, model, weight_decay=config.weight_decay, embedding_lr_ratio=config.embedding_lr_ratio,
         head_lr_ratio=config.head_lr_ratio, norm_lr_ratio=config.norm_lr_ratio, stateless=optim.stateless,
-        factored=optim.factored, factored_slices=not optim.stateless and optim.in_blocks and changes and config.state_policy != "keep", spectral=optim.spectral,
+        factored=optim.factored, stateless_slices=not optim.factored and optim.in_blocks and changes and config.state_policy != "keep", spectral=optim.spectral,
     )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_levers_change_no_bit(dtype, lever, slices_of):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_state_each_step_is_the_first_of_adam(dtype):
     """Its slow equal makes moments and drops them; to rounding, which in bfloat16 decides a few roundings at random."""
-    fast, slow = learner_of(dtype=dtype, optim="sign"), learner_of(dtype=dtype, optim="sign")
+    fast, slow = learner_of(dtype=dtype), learner_of(dtype=dtype)
     for group in slow.optimizer.param_groups:
         group["stateless"] = False
     one, other = trained(fast, steps=1), trained(slow, steps=1)  # later gradients near 0 may differ in their sign
@@ -84,12 +84,11 @@ def test_no_gradient_of_other_rows_is_made_and_none_outlives_its_update():
     assert sizes == [0] * len(cuts)  # the update in the hook before has dropped it
     assert all(p.grad is None for p in learner.model.parameters())
     assert sum(slot.numel() for cut in cuts for slot in cut.slots) == learner.engine.num_trainable()
-    state = sum(value.numel() for of in learner.optimizer.state.values() for value in of.values())
-    assert state == sum(8 + sum(cut.weight.shape) for cut in cuts)  # of all slices together, from the first step on
+    assert not learner.optimizer.state
 
 
 def test_rates_of_parts_and_what_a_step_moves():
-    learner = learner_of(embedding_lr_ratio=0.25, num_slices=2, weight_decay=0.0, optim="sign")
+    learner = learner_of(embedding_lr_ratio=0.25, num_slices=2, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in learner.model.state_dict().items()}
     for group in learner.optimizer.param_groups:
         group["lr"] = 1e-2 * group["lr_ratio"]
@@ -111,3 +110,12 @@ def test_a_forecast_draws_as_many_slices_as_are_ever_drawn():
         learner.step(0, [batch(0)], batch(0).num_labelled)
         rows.append([sum(stop - start for start, stop in cut.ranges) for cut in learner.engine.cuts.values()])
     assert all(one < two for one, two in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize("slices_of", ["rows", "columns"])
+def test_a_factored_moment_is_of_all_slices_from_the_first_step_on(slices_of):
+    learner = learner_of(optim="factored", num_slices=8, slices_of=slices_of)
+    for step in range(3):
+        learner.step(step, [batch(step)], batch(step).num_labelled)
+        state = sum(value.numel() for of in learner.optimizer.state.values() for value in of.values())
+        assert state == sum(8 + sum(cut.weight.shape) for cut in learner.engine.cuts.values())

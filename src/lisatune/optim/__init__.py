@@ -47,7 +47,7 @@ OPTIMS: dict[str, OptimChoice] = {
     "adamw_16bit": OptimChoice(OURS, in_blocks=True, state_bits=16),
     "adamw_8bit": OptimChoice(OURS, in_blocks=True, state_bits=8, whole=True),
     "sign": OptimChoice(OURS, in_blocks=True, stateless=True, whole=True),
-    "factored": OptimChoice(OURS, in_blocks=True, factored=True, whole=True),
+    "factored": OptimChoice(OURS, in_blocks=True, factored=True),
     "spectral": OptimChoice(OURS, in_blocks=True, factored=True, spectral=True, whole=True),
     "sgd": OptimChoice("lisatune.optim.library:make_sgd", whole=True),
     "lars": OptimChoice("lisatune.optim.layerwise:make_lars", whole=True),

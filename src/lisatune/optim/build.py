@@ -31,10 +31,6 @@ def make_adamw(
     )
     in_float32 = trained[0].dtype == torch.float32
     matrices = [group for group in groups if group["params"][0].ndim > 1]
-    if optim_compile and matrices and all(group.get("factored") for group in matrices):
-        raise UserError(
-            "optim_compile=true has no effect with a factored second moment: leave it out, or set optim=sign"
-        )
     if optim_compile and in_float32 and (not ours or all(group["stateless"] for group in matrices)):
         raise UserError(
             "optim_compile=true has no effect with float32 weights and these settings, which PyTorch updates in few kernels: leave it out"
@@ -56,7 +52,7 @@ def parameter_groups(
     norm_lr_ratio: float = 1.0,
     stateless: bool = False,
     factored: bool = False,
-    factored_slices: bool = False,
+    stateless_slices: bool = False,
     spectral: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameters that ask for a gradient, together as far as weight decay, rate and state are alike; matrices first.
@@ -70,7 +66,7 @@ def parameter_groups(
         norm_lr_ratio: The same for vectors.
         stateless: Keep no state of any parameter.
         factored: Keep a factored second moment alone.
-        factored_slices: The same for what is cut into slices.
+        stateless_slices: Keep no state of what is cut into slices.
         spectral: Take the spectral step of hidden matrices: not of embedding, head, and tensors of three dimensions.
     """
     parts = layers.parts()
@@ -83,13 +79,13 @@ def parameter_groups(
     trained = [p for p in model.parameters() if p.requires_grad and whole_of(p) is p]
     for p in sorted(trained, key=lambda p: p.ndim < 2):
         ratio = ratios.get(part_of.get(p, ""), 1.0) if p.ndim >= 2 else norm_lr_ratio
-        in_factors = factored or (factored_slices and hasattr(p, "cut_into"))
+        forgets = stateless or (stateless_slices and hasattr(p, "cut_into"))
         of_matrix = spectral and p.ndim == 2 and p not in part_of
-        groups.setdefault((p.ndim < 2, in_factors, of_matrix, ratio), []).append(p)
+        groups.setdefault((p.ndim < 2, forgets, of_matrix, ratio), []).append(p)
     return [
-        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": stateless,
-         "factored": in_factors, "spectral": of_matrix}
-        for (vector, in_factors, of_matrix, ratio), members in groups.items()
+        {"params": members, "weight_decay": 0.0 if vector else weight_decay, "lr_ratio": ratio, "stateless": forgets,
+         "factored": factored, "spectral": of_matrix}
+        for (vector, forgets, of_matrix, ratio), members in groups.items()
     ]  # fmt: skip
 
 

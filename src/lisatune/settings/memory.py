@@ -17,6 +17,7 @@ IN_SHARDS = (  # the rows of a slice that a process holds are not what a checkpo
     "sampled_unit!=slices or dp_shard_size=1 or interval_steps=1 and num_active<num_slices and sampler!=fixed and "
     "state_policy!=keep and optim.in_blocks"
 )
+FACTORED_IN_SHARDS = "optim!=factored or dp_shard_size=1 or sampled_unit=slices and train_embedding!=true and train_head!=true and train_norms!=true"
 NOT_KEPT = {"state_policy=keep": "which moves optimizer state before the layers: choose another state_policy"}
 
 
@@ -31,6 +32,7 @@ class Memory(BaseModel):
         needs={
             IN_SHARDS: "cannot be more than 1 with slices that hold optimizer state: leave it out, or set interval_steps=1 "
             "and optim=adamw",
+            FACTORED_IN_SHARDS: "cannot be more than 1 with optim=factored, unless all that trains is cut into slices: leave it out",
         }, tasks=SFT,
     )  # fmt: skip
     reduce_dtype: Literal["float32", "auto"] = row(
@@ -80,7 +82,7 @@ class Memory(BaseModel):
     offload_optimizer: bool = row(
         False, "Keep optimizer state in host memory, and bring it to the device a block at a time.",
         methods=FIRST_ORDER, gpu=ONE_MEMORY, whole=True, ladder=7, needs=IN_BLOCKS | {
-            NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no moments of each weight: leave it out",
+            NOT_FORGOTTEN: "has no effect with slices that train for one step, because they hold no optimizer state: leave it out",
             "optim.has_moments": "has no effect with an optimizer that has no moments of each weight: leave it out",
         }, tasks=SFT,
     )  # fmt: skip

@@ -25,13 +25,13 @@ class Optim(BaseModel):
     optim: Annotated[str, OneOf(OPTIMS)] = row(
         "adamw",
         "AdamW with moments of 32, 16 or 8 bits (the short ones are rounded stochastically); factored (a second moment in rows and "
-        "columns, next to no state: what adamw is for slices that train for one step); spectral (Muon's step of what factored would "
-        "take); sign (the gradient's sign, no state); or another.",
+        "columns, next to no state); spectral (Muon's step of what factored would take); sign (the gradient's sign, no state: what adamw is "
+        "for slices that train for one step); or another.",
         methods=FIRST_ORDER, choices=OPTIMS.__getitem__,
         ladder=3, pulled="adamw_8bit",
         needs={
             f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": "has no effect with slices that train for "
-            "one step, because they hold no moments of each weight: leave it out",
+            "one step, because they hold no optimizer state: leave it out",
         },
     )  # fmt: skip
     optim_compile: bool = row(
