@@ -149,7 +149,7 @@ WAYS = [
     Way("moments kept in 8 bits", {"state_policy": "keep", "num_active": 1, "optim": "adamw_8bit"}, processes=None),
     Way("all moments reset", {"state_policy": "reset_all"}, **SAME),
     Way("sign", {"optim": "sign", "learning_rate": 3e-3}, processes=None),
-    Way("factored", {"optim": "factored", "learning_rate": 3e-3}, processes=((2, 1),)),
+    Way("factored", {"optim": "factored", "learning_rate": 3e-3}, processes=None),
     Way("factored in bfloat16, step in backward", UNCLIPPED | {"optim": "factored", "learning_rate": 3e-3, "dtype": "bfloat16", "optimizer_in_backward": True},
         processes=None, bit_equal_to=UNCLIPPED | {"optim": "factored", "learning_rate": 3e-3, "dtype": "bfloat16"}, **BFLOAT16),
     Way("slices, factored", COLUMNS | {"interval_steps": 1, "optim": "factored", "learning_rate": 3e-3}, processes=((2, 1), (2, 2), (4, 2))),

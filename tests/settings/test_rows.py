@@ -12,7 +12,7 @@ from lisatune.samplers import SAMPLERS
 from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, differences, used_settings
 from lisatune.settings.config import GROUPS, heading
 from lisatune.settings.evaluation import BETWEEN
-from lisatune.settings.memory import IN_SHARDS
+from lisatune.settings.memory import FACTORED_IN_SHARDS, IN_SHARDS
 from lisatune.settings.methods import NOT_FORGOTTEN
 from lisatune.settings.row import Row
 from lisatune.settings.rules import WORD, holds, is_on
@@ -189,6 +189,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
         "packing": True,
     },
     "dtype!=float32": {"dtype": "float32"},
+    FACTORED_IN_SHARDS: {"method": "full", "optim": "factored", "dp_shard_size": 2},
     IN_SHARDS: {"sampled_unit": "slices", "interval_steps": 2, "dp_shard_size": 2},
     f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": {"sampled_unit": "slices", "optim": "adamw_8bit"},
     "gradient_checkpointing": {},

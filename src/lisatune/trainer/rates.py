@@ -33,7 +33,7 @@ def rates_by_part(
         embedding_lr_ratio: Learning rate of the embedding, as a multiple of ``learning_rate``.
         head_lr_ratio: The same for the head. Default: 1, or ``embedding_lr_ratio`` if the two are tied.
         norm_lr_ratio: The same for norms and biases.
-        factored: For ``lisatune.AdamW``: the steps of ``optim=factored``, which slices take in ``lisatune train``.
+        factored: For ``lisatune.AdamW``: the steps of ``optim=factored``.
         spectral: For ``lisatune.AdamW``: the steps of ``optim=spectral``.
         decoder_name: Dotted path of the decoder layers, where ``find_layers`` does not recognise them.
     Raises: UserError for a ``head_lr_ratio`` of a tied head.
