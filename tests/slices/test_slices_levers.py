@@ -119,3 +119,7 @@ def test_a_factored_moment_is_of_all_slices_from_the_first_step_on(slices_of):
         learner.step(step, [batch(step)], batch(step).num_labelled)
         state = sum(value.numel() for of in learner.optimizer.state.values() for value in of.values())
         assert state == sum(8 + sum(cut.weight.shape) for cut in learner.engine.cuts.values())
+        assert all(of["turns"].sum() == step + 1 for of in learner.optimizer.state.values())
+    parameters = {name: cut.weight for name, cut in learner.engine.cuts.items()}
+    saved = learner.method.states(parameters, learner.optimizer)
+    assert saved.keys() == parameters.keys()  # not that of the slice which trains now
