@@ -34,9 +34,8 @@ def plain_rule(weight, steps, num_slices=1, dim=0, order=None, spectral=False):
         across = BETA * across + (1 - BETA) * g.square().mean(dim)
         size, shape = along[own] / (1 - beta ** turns[block]), across / across.mean()
         moment = torch.outer(size, shape) if dim == 0 else torch.outer(shape, size)
-        taken = (g / (moment.sqrt() + EPS)).clamp(-1, 1)
-        if spectral:
-            taken = spectral_step(taken) * taken.square().mean().sqrt()
+        taken = g / (moment.sqrt() + EPS)
+        taken = spectral_step(taken) * taken.square().mean().sqrt() if spectral else taken.clamp(-1, 1)
         weight[part] = weight[part] * (1 - LR * DECAY) - LR * taken
     return weight
 

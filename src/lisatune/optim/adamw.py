@@ -228,7 +228,7 @@ class AdamW(torch.optim.Optimizer):
         moment.advance(group["betas"][1])
         whole = None
         if is_on("spectral", group):
-            step = moment.step(self._gradient(p, 0, p.numel() // width), 0, group["eps"])
+            step = moment.step(self._gradient(p, 0, p.numel() // width), 0, group["eps"], bounded=False)
             size = step.square().mean().sqrt()
             whole = spectral_step(step).mul_(size).view(-1)
             del step

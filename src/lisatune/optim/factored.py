@@ -63,7 +63,7 @@ class Factored:
     other dimension, ``across``, all slices of the matrix share their numbers, and each turn changes them. These say only
     how large one is against another: they are divided by their mean. So a slice has the right size from its first turn on.
 
-    No element of a step is larger than 1. The gradients of a few rows have large outliers, and a product of two numbers does
+    No element of a ``bounded`` step is larger than 1. The gradients of a few rows have large outliers, and a product of two numbers does
     not know which they are. Elements that are often larger than now get a smaller step, and this is what the sign lacks.
 
     Feed it the gradient with ``add``, block by block, then call ``advance``, then ask for each block's ``step``.
@@ -128,8 +128,8 @@ class Factored:
             self.state[ACROSS].lerp_(across, 1 - beta)
         self.corrected = self.along / (1 - beta_of_turn ** turns[self.slice].item())
 
-    def step(self, gradient: Tensor, first_row: int, eps: float) -> Tensor:
-        """The gradient over the root of the moment, at most 1 and at least -1.
+    def step(self, gradient: Tensor, first_row: int, eps: float, *, bounded: bool = True) -> Tensor:
+        """The gradient over the root of the moment, at most 1 and at least -1 if it is ``bounded``.
 
         Args:
             gradient: Rows of the gradient from ``first_row`` on, (r, C), float32; (r, 1) of a vector. It does not change.
@@ -143,4 +143,5 @@ class Factored:
             root = across[rows, None] * root.T if self.columns else root[rows] * across
         else:
             root = root[rows]
-        return (gradient / root.add_(eps)).clamp_(-1, 1)
+        step = gradient / root.add_(eps)
+        return step.clamp_(-1, 1) if bounded else step
