@@ -235,7 +235,8 @@ STUDIES: dict[str, Study] = {
     "stories-100": Study("stories15M", "gsm8k", 100, names=UNKNOWN, max_length=256),
     "stories-100-columns": Study("stories15M", "gsm8k", 100, names=LEADING_COLUMNS, max_length=256),
     "tiny-100-columns": Study("stories260K", "gsm8k", 100, batch=4, names=OF_COLUMNS, max_length=256, scale=10),
-    "stories-100-default": Study("stories15M", "gsm8k", 100, names=(*DEFAULTS, *PUBLISHED), max_length=256),
+    "stories-100-default": Study("stories15M", "gsm8k", 100, names=DEFAULTS, max_length=256, scale=0.5),
+    "stories-100-published": Study("stories15M", "gsm8k", 100, names=PUBLISHED, max_length=256),
     "stories-dolly": Study("stories15M", "dolly", 100, names=OURS, max_length=256),
     "stories-math": Study("stories15M", "math", 100, names=OURS, max_length=256),
     "stories-100-time": Study(
