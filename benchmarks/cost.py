@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LISA in slices, 1 of 15": SLICES,
     "the same, embedding and head whole": SLICES | {"train_embedding": True, "train_head": True},
     "LISA in slices of rows": SLICES | {"slices_of": "rows"},
+    "LISA in slices, factored": SLICES | {"optim": "factored"},
     "LISA in slices, spectral": SLICES | {"optim": "spectral"},
     "full, sign of the gradient": {"method": "full", "optim": "sign"},
 }
