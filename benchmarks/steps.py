@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from results import write_page
 from torch import Tensor
 
 from lisatune.memory.blocks import block_range
-from lisatune.optim import adamw
+from lisatune.optim import OPTIMS, adamw
 from lisatune.optim.spectral import spectral_step
 
 Step = Callable[[Tensor], Tensor]
@@ -101,6 +102,7 @@ def main() -> None:
     given = {name: MODELS[name] for name in ("stories260K", "stories15M")} | given
     models = {name: unpacked(path, options.runs).resolve() for name, path in given.items()}
     taken: Step = spectral_step
+    OPTIMS["spectral"] = replace(OPTIMS["spectral"], factored=False, stateless=True)  # of the bare gradient
     plain: Any = adamw
     plain.spectral_step = lambda gradient: taken(gradient)
     small = slices(3, optim="spectral", **whole_vocabulary(0.3))

@@ -13,7 +13,7 @@ from lisatune.settings import ROWS, TrainConfig, build_config, check_num_ranks, 
 from lisatune.settings.config import GROUPS, heading
 from lisatune.settings.evaluation import BETWEEN
 from lisatune.settings.memory import FACTORED_IN_SHARDS, IN_SHARDS
-from lisatune.settings.methods import NOT_FORGOTTEN
+from lisatune.settings.methods import IN_FACTORS, NOT_FORGOTTEN
 from lisatune.settings.row import Row
 from lisatune.settings.rules import WORD, holds, is_on
 from lisatune.tasks import TASKS
@@ -190,6 +190,7 @@ BROKEN = {  # a config in which the need is not met, for needs whose words canno
     },
     "dtype!=float32": {"dtype": "float32"},
     FACTORED_IN_SHARDS: {"method": "full", "optim": "factored", "dp_shard_size": 2},
+    IN_FACTORS: {"sampled_unit": "slices", "optim": "factored", "state_policy": "keep"},
     IN_SHARDS: {"sampled_unit": "slices", "interval_steps": 2, "dp_shard_size": 2},
     f"optim!=adamw_16bit and optim!=adamw_8bit or {NOT_FORGOTTEN}": {"sampled_unit": "slices", "optim": "adamw_8bit"},
     "gradient_checkpointing": {},

@@ -20,6 +20,9 @@ NOT_FORGOTTEN = (
     "train_embedding=true or train_head=true"
 )
 
+# a factored second moment is of all slices together, and never dropped
+IN_FACTORS = "state_policy!=keep or sampled_unit!=slices or optim!=factored and optim!=spectral"
+
 WITH_SLICES = {"sampled_unit=slices": "has no effect with sampled_unit={sampled_unit}: leave it out, or set slices"}
 NO_SLICES = {"sampled_unit=slices": ": leave it out, and set learning_rate itself"}
 
@@ -133,6 +136,9 @@ class Sampling(BaseModel):
         "reset_layers",
         "Optimizer state when new layers are sampled: drop that of frozen layers, drop all, or keep it on the CPU.",
         methods=LAYERWISE, whole=("keep",),
+        needs={
+            IN_FACTORS: "={state_policy} has no effect with slices and optim={optim}, which keeps its moment anyway: leave it out",
+        },
     )  # fmt: skip
     train_embedding: bool | Literal["sampled"] = row(
         True,

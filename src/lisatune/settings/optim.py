@@ -19,6 +19,9 @@ IN_BLOCKS = {
 }
 
 
+OF_MOMENTS = ("adamw", "adamw_16bit", "adamw_8bit", "lamb", "muon")
+
+
 class Optim(BaseModel):
     """Optimizer and learning rate."""
 
@@ -75,9 +78,22 @@ class Optim(BaseModel):
         None, "Noise on the embedded tokens while training (NEFTune): at most this, divided by the root of a row's numbers.",
         gt=0, methods=FIRST_ORDER, tasks=SFT,
     )  # fmt: skip
-    adam_beta1: float = row(0.9, "Decay of the first moment.", ge=0, lt=1, methods=FIRST_ORDER)
-    adam_beta2: float = row(0.999, "Decay of the second moment.", ge=0, lt=1, methods=FIRST_ORDER)
-    adam_epsilon: float = row(1e-8, "Added to the root of the second moment.", gt=0, methods=FIRST_ORDER)
+    adam_beta1: float = row(0.9, "Decay of the first moment.", ge=0, lt=1, methods=FIRST_ORDER, optims=OF_MOMENTS)
+    adam_beta2: float = row(
+        0.999,
+        "Decay of the second moment.",
+        ge=0,
+        lt=1,
+        methods=FIRST_ORDER,
+        optims=(*OF_MOMENTS, "factored", "spectral"),
+    )
+    adam_epsilon: float = row(
+        1e-8,
+        "Added to the root of the second moment.",
+        gt=0,
+        methods=FIRST_ORDER,
+        optims=(*OF_MOMENTS, "factored", "spectral", "sign"),
+    )
     max_grad_norm: float = row(
         1.0, "Global norm to which gradients are clipped. 0 does not clip.", ge=0, methods=FIRST_ORDER
     )
