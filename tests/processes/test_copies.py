@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lever_steps import run
+from lisatune.settings import ROWS
 from places import HELPERS
 from torchrun import torchrun
 from ways import CHECKPOINTED, WAYS
@@ -24,8 +25,9 @@ CASES = {way.name: way.settings for way in WAYS if way.processes is None} | MORE
 
 def settings_of(name):
     """Adam divides by the root of the second moment, so where a gradient is near 0 its rounding would become an update."""
-    has_epsilon = CASES[name].get("method") != "mezo"
-    return CASES[name] | {"steps": 5} | ({"adam_epsilon": 1e-3} if has_epsilon else {})
+    given, row = CASES[name], ROWS["adam_epsilon"]
+    reads_it = given.get("optim", "adamw") in row.optims and given.get("method", "lisa") in row.methods
+    return given | {"steps": 5} | ({"adam_epsilon": 1e-3} if reads_it else {})
 
 
 @pytest.fixture(scope="module")
