@@ -265,6 +265,10 @@ STUDIES: dict[str, Study] = {
     "tiny-100-usual": Study("stories260K", "gsm8k", 100, batch=4, names=USUAL, max_length=256, usual_rate=True),
     "tiny-dolly-usual": Study("stories260K", "dolly", 100, batch=4, names=USUAL, max_length=256, usual_rate=True),
     "tiny-math-usual": Study("stories260K", "math", 100, batch=4, names=USUAL, max_length=256, usual_rate=True),
+    "tiny-100-bf16": Study(
+        "stories260K", "gsm8k", 100, batch=4, names=OURS, max_length=256, scale=10, extra={"dtype": "bfloat16"}
+    ),
+    "stories-100-bf16": Study("stories15M", "gsm8k", 100, names=OURS, max_length=256, extra={"dtype": "bfloat16"}),
     "tiny-2000": Study("stories260K", "gsm8k", 2000, batch=4, names=OURS, max_length=256, scale=5, seeds=(1,)),
     "tiny-100": Study("stories260K", "gsm8k", 100, batch=4, names=UNKNOWN, max_length=256, scale=10),
 }

@@ -230,7 +230,7 @@ class AdamW(torch.optim.Optimizer):
         if is_on("spectral", group):
             step = moment.step(self._gradient(p, 0, p.numel() // width), 0, group["eps"], bounded=False)
             size = step.square().mean().sqrt()
-            whole = spectral_step(step).mul_(size).view(-1)
+            whole = spectral_step(step.to(p.dtype)).float().mul_(size).view(-1)  # as exactly as the weights can take it
             del step
         for (start, stop), (first, last) in zip(spans, rows, strict=True):
             weight = self._decayed(p, start, stop, group)
