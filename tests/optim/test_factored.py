@@ -7,7 +7,7 @@ from torch import nn
 from lisatune import UserError
 from lisatune.memory.blocks import Cut, block_range
 from lisatune.optim.adamw import AdamW
-from lisatune.optim.factored import factored_state
+from lisatune.optim.factored import factored_state, stacks
 from lisatune.optim.spectral import spectral_step
 
 LR, DECAY, BETA, EPS = 1e-2, 0.1, 0.9, 1e-8
@@ -76,6 +76,35 @@ def test_slices_keep_their_moment_between_turns_and_share_one_across(of, spectra
         "turns": 3, "along_sq": 9 if of == "rows" else 12, "across_sq": 12 if of == "rows" else 9,
     }  # fmt: skip
     assert state["turns"].tolist() == [2, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spectral", [False, True])
+@pytest.mark.parametrize("of", ["rows", "columns"])
+def test_matrices_that_are_alike_are_updated_together_as_each_by_itself(of, spectral, dtype):
+    """Slots of one matrix share their moment, so they are never alike."""
+    given = [gradients((9, 12), steps=4).to(dtype) * factor for factor in (1, 3, 0.1)]
+    weights = []
+    for together in (True, False):
+        noise = torch.Generator().manual_seed(1)
+        wholes = [nn.Parameter(torch.randn(9, 12, generator=noise).to(dtype)) for _ in given]
+        cuts = [Cut("weight", weight, num_slices=3, num_active=2, of=of) for weight in wholes]
+        optimizer = AdamW(wholes, **SETTINGS, spectral=spectral)
+        optimizer.param_groups[0]["params"][:] = slots = [slot for cut in cuts for slot in cut.slots]
+        for step, blocks in enumerate(([0, 1], [2, 0], [1, 2], [0, 2])):
+            for cut, gradient in zip(cuts, given, strict=True):
+                cut.place(blocks)
+                for slot, of_slot in zip(cut.slots, cut.ranges, strict=True):
+                    slot.grad = cut.part(gradient[step], of_slot).clone()
+            for slot in [] if together else slots:
+                optimizer.update(slot)
+                slot.grad = None
+            sizes = [len(stack) for stack in stacks(slots, 36 * 3)]
+            assert sizes == [3, 3]
+            optimizer.step()
+        weights.append([weight.detach() for weight in wholes] + [s["across_sq"] for s in optimizer.state.values()])
+    for ours, alone in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_a_vector_has_adams_second_moment():

@@ -215,8 +215,11 @@ def elements(parameter: Tensor, start: int = 0, stop: int | None = None) -> Tens
 def put_elements(parameter: Tensor, start: int, values: Tensor) -> None:
     """Put ``values``, (n,), where the elements of a parameter begin at ``start``; the equal of a write to ``elements``.
 
-    Cost: of a block of columns all is copied twice.
+    Cost: of a block of columns all is copied twice, unless ``values`` are all of it.
     """
+    if len(values) == parameter.numel():
+        parameter.detach().copy_(values.view(parameter.shape))
+        return
     flat = parameter.detach().reshape(-1)
     flat[start : start + len(values)] = values
     if not parameter.is_contiguous():

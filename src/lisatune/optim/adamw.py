@@ -13,7 +13,7 @@ from lisatune.errors import UserError
 from lisatune.memory.blocks import elements, put_elements, whole_of
 from lisatune.memory.bundles import bundles
 from lisatune.optim.compiled import fits, no_more_than, numbers_of, update_block, update_stateless
-from lisatune.optim.factored import Factored, factored_state, is_factored, owner_of
+from lisatune.optim.factored import Factored, factored_state, is_factored, owner_of, stacks
 from lisatune.optim.moments import GROUP, Moments, Span, StateBits
 from lisatune.optim.rounding import keys_of, random_bits, random_bits_of, round_stochastically, spread_of
 from lisatune.optim.row_gradients import RowGradients
@@ -146,7 +146,7 @@ class AdamW(torch.optim.Optimizer):
         number, index = self._places[whole_of(p)]
         group = self.param_groups[number]
         if is_on("factored", group):
-            self._update_factored(p, group, sq_norm)
+            self._update_factored([p], group, sq_norm)
             return
         if group["stateless"]:
             update = self._update_spectral if is_on("spectral", group) else self._update_stateless
@@ -215,38 +215,54 @@ class AdamW(torch.optim.Optimizer):
             del grad
             self._write(p, start, weight, group)
 
-    def _update_factored(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
-        state = self.state[owner_of(p)]
-        if not state:
-            state.update(factored_state(p))
-        moment, width, spans = Factored(p, state), _width(p), self._spans(p)
+    def _update_factored(self, some: list[Tensor], group: dict[str, Any], sq_norm: Tensor | None = None) -> None:
+        """Update parameters that ``stacks`` has found alike; one by itself a block at a time."""
+        states = [self.state[owner_of(p)] for p in some]
+        for p, state in zip(some, states, strict=True):
+            if not state:
+                state.update(factored_state(p))
+        p, width = some[0], _width(some[0])
+        moment, spans = Factored(some, states), self._spans(p) if len(some) == 1 else [(0, p.numel())]
         rows = [(start // width, stop // width) for start, stop in spans]
         for first, last in rows:
-            moment.add(self._gradient(p, first, last), first)
+            moment.add(self._gradients(some, first, last), first)
         if sq_norm is not None:
             sq_norm += moment.sq_norm()
         moment.advance(group["betas"][1])
         whole = None
         if is_on("spectral", group):
-            step = moment.step(self._gradient(p, 0, p.numel() // width), 0, group["eps"], bounded=False)
-            size = step.square().mean().sqrt()
-            whole = spectral_step(step.to(p.dtype)).float().mul_(size).view(-1)  # as exactly as the weights can take it
+            step = moment.step(self._gradients(some, 0, p.numel() // width), 0, group["eps"], bounded=False)
+            size = step.square().mean((1, 2), keepdim=True).sqrt()
+            whole = spectral_step(step.to(p.dtype)).float().mul_(size)  # as exactly as the weights can take it
             del step
-        for (start, stop), (first, last) in zip(spans, rows, strict=True):
-            weight = self._decayed(p, start, stop, group)
+        for (start, _), (first, last) in zip(spans, rows, strict=True):
             if whole is None:
-                step = moment.step(self._gradient(p, first, last), first, group["eps"]).view(-1)
-                weight.add_(step, alpha=-group["lr"])
-                del step
+                step = moment.step(self._gradients(some, first, last), first, group["eps"])
             else:
-                weight.add_(whole[start:stop], alpha=-group["lr"])
-            self._write(p, start, weight, group)
+                step = whole[:, first:last]
+            self._move(some, start, step.flatten(1), group)
+
+    def _move(self, some: list[Tensor], start: int, steps: Tensor, group: dict[str, Any]) -> None:
+        """Take ``steps``, one for each of the parameters, float32, (N, n), of the elements from ``start`` on."""
+        p, stop = some[0], start + steps.shape[1]
+        complete = steps.shape[1] == p.numel()
+        blocks = [local(p).detach() if complete else elements(local(p), start, stop) for p in some]
+        weight = (torch.stack(blocks) if len(some) > 1 else blocks[0][None]).float()
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(steps.view(weight.shape), alpha=-group["lr"])
+        if p.dtype == torch.bfloat16:
+            noise = [(name, first + start, first + stop) for name, first in self._streams(some, group)]
+            bits = random_bits_of(noise, p.device).bitwise_and_(0xFFFF)
+            weight = round_stochastically(weight.view(-1), bits).view(weight.shape)
+        if len(some) > 1 or p.dtype != torch.float32:
+            torch._foreach_copy_(blocks, list(weight))
+        if not complete and not p.is_contiguous():
+            put_elements(local(p), start, blocks[0])
 
     def _update_spectral(self, p: Tensor, group: dict[str, Any], sq_norm: Tensor | None) -> None:
         assert p.grad is not None
         if sq_norm is not None:
             sq_norm += torch.linalg.vector_norm(p.grad, dtype=torch.float32).square()
-        step = spectral_step(p.grad).view(-1)
+        step = spectral_step(p.grad).reshape(-1)
         for start, stop in self._spans(p):
             weight = self._decayed(p, start, stop, group)
             weight.add_(step[start:stop], alpha=-group["lr"])
@@ -266,7 +282,11 @@ class AdamW(torch.optim.Optimizer):
             put_elements(local(p), start, weight)
 
     def _update_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Update many small parameters at once: bit-identical to ``_update_stateless`` for each, with fewer GPU kernels."""
+        """Update many small parameters at once, with fewer GPU kernels; signs to the bit as ``_update_stateless`` for each."""
+        if is_on("factored", group):
+            for some in stacks(parameters, self._most(parameters)):
+                self._update_factored(some, group)
+            return
         for some in bundles(parameters, self._most(parameters)):
             weights = [elements(local(p)) for p in some]
             self._update_bundle(group, some, weights)
@@ -330,6 +350,11 @@ class AdamW(torch.optim.Optimizer):
         rows = self.row_gradients.block(p, start, stop)
         return rows if dense is None else rows.add_(dense)
 
+    def _gradients(self, some: list[Tensor], start: int, stop: int) -> Tensor:
+        """The same of parameters that are alike, (N, stop - start, width)."""
+        gradients = [self._gradient(p, start, stop) for p in some]
+        return gradients[0][None] if len(some) == 1 else torch.stack(gradients)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The same as in ``torch.optim.Optimizer``. Row gradients are dropped too."""
         super().zero_grad(set_to_none)
@@ -386,8 +411,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _at_once(group: dict[str, Any]) -> bool:
-    """Whether parameters of a group can be updated together: their steps are the sign, and need no state."""
-    return bool(group["stateless"]) and not is_on("spectral", group) and not is_on("factored", group)
+    """Whether parameters of a group can be updated together."""
+    return is_on("factored", group) or (bool(group["stateless"]) and not is_on("spectral", group))
 
 
 def is_on(name: str, group: dict[str, Any]) -> bool:

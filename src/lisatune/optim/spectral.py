@@ -24,8 +24,8 @@ def spectral_step(gradient: Tensor) -> Tensor:
     and 1.2. Values below a thousandth of the gradient's norm, which are mostly noise, stay smaller.
 
     Args:
-        gradient: Shape (R, C), float32 or bfloat16. It does not change.
-    Returns: Shape (R, C), the type of ``gradient``; zero where the gradient is zero.
+        gradient: Shape (..., R, C), float32 or bfloat16; each matrix by itself. It does not change.
+    Returns: The same shape and type; zero where the gradient is zero.
     Cost: with r the shorter side and c the longer one, 20 r^2 c + 10 r^3 operations, and memory for three matrices (r, c).
     Reference: Jordan et al., Muon, https://kellerjordan.github.io/posts/muon, for the coefficients; Carlson et al.,
         Stochastic Spectral Descent, AISTATS 2015, for the step.
@@ -34,13 +34,13 @@ def spectral_step(gradient: Tensor) -> Tensor:
         >>> (step / 3**0.5).diag().abs().sub(1).abs().max().item() < 0.35
         True
     """
-    tall = gradient.shape[0] > gradient.shape[1]
-    x: Tensor = gradient.T if tall else gradient
-    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    tall = gradient.shape[-2] > gradient.shape[-1]
+    x: Tensor = (gradient.mT if tall else gradient).reshape(-1, *sorted(gradient.shape[-2:]))
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = x / norm.clamp(min=1e-30).to(x.dtype)
     a, b, c = COEFFICIENTS
     for _ in range(NUM_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x.mul_(max(gradient.shape) ** 0.5)
-    return x.T.contiguous() if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x.mul_(max(gradient.shape[-2:]) ** 0.5)
+    return (x.mT if tall else x).reshape(gradient.shape)
