@@ -1,6 +1,7 @@
 """Frozen layers in few bits: what trains is exact, and what is saved."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lisatune.assemble import make_learner
 from lisatune.data.loader import Batch
 from lisatune.levers.gradient_checkpointing import checkpoint_layers
 from lisatune.levers.offload_frozen import HostLayers
+from lisatune.memory.blocks import Cut
 from lisatune.memory.few_bits import few_bits
 from lisatune.plan.forecast import plan_config
 from tiny import VOCABULARY, make_llama
@@ -192,3 +194,26 @@ def test_the_card_holds_frozen_layers_in_few_bits():
     assert held[None] - held[4] == pytest.approx(matrices * 1.4375, rel=0.01)
     assert plans[None].host_bytes == 0
     assert plans[4].host_bytes == pytest.approx(matrices * 2 * 8 / 7, rel=0.01), "at a switch, all layers for a moment"
+
+
+@pytest.mark.parametrize("lever", [{"frozen_bits": 8}, {"offload_frozen": True}], ids=lambda lever: next(iter(lever)))
+def test_with_slices_the_backward_pass_holds_no_copy_of_a_layer(monkeypatch, lever):
+    """A slice's gradient needs to know of its matrix, and must not keep the copy that computed."""
+    learner = learner_of(recipe=None, sampled_unit="slices", slices_of="rows", num_slices=5, num_active=1, **lever)
+    copies = []
+    in_copy = Cut.in_copy
+
+    def watched(cut, weight):
+        copies.append(weakref.ref(weight.untyped_storage()))
+        return in_copy(cut, weight)
+
+    monkeypatch.setattr(Cut, "in_copy", watched)
+    learner.model.train()
+    learner.method.begin_step(0, learner.optimizer)
+    ids = batch(0)
+    loss = learner.model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert len(copies) == 7 * 4
+    assert not any(copy() is not None for copy in copies)
+    loss.backward()
+    assert len(copies) == 2 * 7 * 4
+    assert not any(copy() is not None for copy in copies)

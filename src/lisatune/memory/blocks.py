@@ -127,6 +127,12 @@ class Cut:
         if self.streamed_to is not None:
             self._fill(self.weight)
 
+    @property
+    def of_model(self) -> Cut:
+        """The cut of the model's own parameter. Graphs hold this one: that of a copy would keep the copy in memory."""
+        cut: Cut = self.slots[0].cut  # type: ignore[attr-defined]
+        return cut
+
     def in_copy(self, weight: Tensor) -> Tensor:
         """``weight``, a copy of the whole parameter where the slots are: its trained block becomes exact, and it is cut alike."""
         self._fill(weight)

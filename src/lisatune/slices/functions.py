@@ -72,7 +72,7 @@ class _Linear(torch.autograd.Function):
             flat = input.reshape(-1, input.shape[-1])
             kept = [flat[:, start:stop].clone() for start, stop in ranges]
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        ctx.cut, ctx.ranges, ctx.dtypes = cut, ranges, [slot.dtype for slot in slots]
+        ctx.cut, ctx.ranges, ctx.dtypes = cut.of_model, ranges, [slot.dtype for slot in slots]
         return nn.functional.linear(input, weight, bias)
 
     @staticmethod
@@ -105,7 +105,7 @@ class _Embedding(torch.autograd.Function):
         *slots: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.padding_idx, ctx.cut, ctx.num_rows, ctx.ranges = padding_idx, cut, len(weight), ranges
+        ctx.padding_idx, ctx.cut, ctx.num_rows, ctx.ranges = padding_idx, cut.of_model, len(weight), ranges
         ctx.dtypes = [slot.dtype for slot in slots]
         return nn.functional.embedding(ids, weight, padding_idx)
 
@@ -145,7 +145,7 @@ def embedding_rows(ids: Tensor, grads: Tensor, rows: Range, padding_idx: int | N
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, cut: Cut, ranges: tuple[Range, ...], *slots: Tensor) -> Tensor:
-        ctx.cut, ctx.ranges = cut, ranges
+        ctx.cut, ctx.ranges = cut.of_model, ranges
         return weight.view_as(weight)
 
     @staticmethod
