@@ -160,7 +160,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if leaves_part:  # a copy of the bias, which may be updated before the weight's blocks are made
             kept = (hidden, labels, log_normalisers, None if bias is None else bias.clone())
         ctx.weight, ctx.divisor, ctx.row_gradients, ctx.weights = weight, divisor, row_gradients, weights
-        ctx.cut, ctx.ranges, ctx.num_slots, ctx.num_grads = cut and cut.of_model, ranges, len(slots), 3 + len(grad_slots)
+        ctx.cut, ctx.ranges, ctx.num_slots, ctx.num_grads = (
+            cut and cut.of_model,
+            ranges,
+            len(slots),
+            3 + len(grad_slots),
+        )
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, *grad_slots, *kept)
         return loss / divisor
 

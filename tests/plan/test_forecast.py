@@ -161,6 +161,16 @@ def test_the_default_at_8b_takes_no_more_than_lora_with_the_same_levers():
         assert default.peak_bytes <= lora.peak_bytes
 
 
+def test_the_default_at_8b_climbs_down_to_layers_in_host_memory():
+    """Slices of columns give way to rows there. The graph holds no copies of layers: 5.6 GiB, of 15 GiB of weights."""
+    more = {"max_length": 2048, "per_device_train_batch_size": 2, "gradient_checkpointing": True}
+    last = climb(plan_config(more), LLAMA_8B, 7 * 2**30)[-1]
+    assert last.lever == "offload_frozen=true"
+    assert last.plan.peak_bytes < 6 * 2**30
+    assert last.config.slices_of == "rows"
+    assert plan_memory(LLAMA_8B, **more, frozen_bits=4).peak_bytes < 9 * 2**30
+
+
 def test_a_plan_holds_nothing_whatever_the_size():
     """The weights alone would take 16 GB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

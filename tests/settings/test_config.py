@@ -190,3 +190,12 @@ def test_slices_of_columns_give_way_to_levers_that_need_rows(lever, tmp_path):
     assert build_config(read_settings(str(tmp_path / "config.yaml"), [])) == config
     with pytest.raises(UserError, match="slices_of=columns cannot go with"):
         build_config(NEEDED | {"gradient_checkpointing": True, "slices_of": "columns"} | lever)
+
+
+def test_what_follows_from_other_settings_counts_as_left_out():
+    """So it follows them again when a setting more is given, as the planner does."""
+    config = build_config(NEEDED | {"seed": 1})
+    assert config.slices_of == "columns"
+    assert config.model_fields_set == {"model", "data", "output", "seed"}
+    again = build_config(config.model_dump(exclude_unset=True) | {"frozen_bits": 4, "gradient_checkpointing": True})
+    assert again.slices_of == "rows"

@@ -100,8 +100,10 @@ def _metadata(config: TrainConfig, data: Iterable[str]) -> str:
 
 
 def _chosen(config: TrainConfig) -> dict[str, Any]:
-    """The settings that were given and play a part, as they can be shared."""
-    return {name: _cut(value) for name, value in used_settings(config).items() if name in config.model_fields_set}
+    """The settings that play a part and were given, or follow from the method, as they can be shared."""
+    usual = {name: field.default for name, field in TrainConfig.model_fields.items()}
+    chosen = {n: v for n, v in used_settings(config).items() if n in config.model_fields_set or v != usual[n]}
+    return {name: _cut(value) for name, value in chosen.items()}
 
 
 def _cut(value: Any) -> Any:

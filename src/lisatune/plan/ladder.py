@@ -247,8 +247,8 @@ def explain_out_of_memory(config: TrainConfig, hf_config: Any, device: str, toke
 
 
 def pulled(first: Rung, last: Rung) -> str:
-    """The settings in which ``last`` differs from ``first``, as one types them."""
-    before, after = first.config.model_dump(), last.config.model_dump()
+    """The settings in which ``last`` differs from ``first``, as one types them; not what follows from them."""
+    before, after = first.config.model_dump(), last.config.model_dump(exclude_unset=True)
     return " ".join(f"{name}={str(after[name]).lower()}" for name in after if after[name] != before[name])
 
 

@@ -47,6 +47,7 @@ def build_config(settings: Mapping[str, Any]) -> TrainConfig:
         for name in _preset(UNITS, unit).keys() - settings.keys():  # it gives way to what was asked for
             if any(holds(condition, config) for condition in ROWS[name].never_with):
                 config = config.model_copy(update={name: TrainConfig.model_fields[name].default})
+        config = TrainConfig.model_construct(set(settings), **dict(config))  # a preset counts as left out
     except ValidationError as error:
         raise UserError(_in_words(error)) from error
     for name, value in config:
