@@ -159,7 +159,7 @@ CONTENDERS: dict[str, Contender] = {
 
 DEFAULTS = ("default", "default, factored", "default, spectral")
 ALL_SIZES = ("full", "lora r16", "paper LISA", *DEFAULTS)
-USUAL = ("default", "full")
+USUAL = ("default", "default, spectral", "full")
 OURS = ("full", "default", "default, factored", "default, spectral")
 STEPS = ("full, no first moment", "full, factored", "sign")
 PUBLISHED = ("lora r128", "badam", "modules, E/H 0.1")
@@ -223,7 +223,7 @@ STUDIES: dict[str, Study] = {
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=BEST),
     "math-40": Study("smollm2", "math", 40, max_length=256, names=("default", "full", "lora r16")),
     "gsm8k-400-default": Study(
-        "smollm2", "gsm8k", 400, names=("default", "default, factored", "full", "lora r16"), scale=0.5
+        "smollm2", "gsm8k", 400, names=(*DEFAULTS, "full", "lora r16"), scale=0.5
     ),
     "math-40-paper": Study("smollm2", "math", 40, max_length=256, names=("paper LISA",)),
     "dolly-400": Study("smollm2", "dolly", 400, max_length=256, names=BEST, scale=0.5),

@@ -18,6 +18,7 @@ USUAL = {  # settings to the rate, as a multiple of 0.06 / width where it follow
     "slices of a model of 4 layers": (SLICES, 0.06 / WIDTH * 2),
     "fifteenths": (SLICES | {"num_slices": 15}, 0.06 / WIDTH * 15),
     "five of fifteen": (SLICES | {"num_slices": 15, "num_active": 5}, 0.06 / WIDTH * 3),
+    "spectral slices": (SLICES | {"optim": "spectral"}, 0.08 / WIDTH * 2),
     "layers": ({}, 5e-5),
     "lora": ({"method": "lora"}, 2e-4),
 }
