@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
     options = parser.parse_args()
+    if unknown := set(options.methods.split(",")) - set(METHODS):
+        parser.error(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     options.trials = [(method, rate) for method in options.methods.split(",") for rate in METHODS[method][1]]
     options.runs.mkdir(parents=True, exist_ok=True)
     model = unpacked(options.model, options.runs)

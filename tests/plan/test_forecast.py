@@ -161,14 +161,17 @@ def test_the_default_at_8b_takes_no_more_than_lora_with_the_same_levers():
         assert default.peak_bytes <= lora.peak_bytes
 
 
-def test_the_default_at_8b_climbs_down_to_layers_in_host_memory():
-    """Slices of columns give way to rows there. The graph holds no copies of layers: 5.6 GiB, of 15 GiB of weights."""
-    more = {"max_length": 2048, "per_device_train_batch_size": 2, "gradient_checkpointing": True}
-    last = climb(plan_config(more), LLAMA_8B, 7 * 2**30)[-1]
+def test_the_default_climbs_down_to_layers_in_host_memory():
+    """Slices of columns give way to rows there, and the graph holds no copies of layers, in few bits neither."""
+    config = hf.LlamaConfig(**LLAMA_8B.to_dict() | {"num_hidden_layers": 8})
+    given = {"max_length": 2048, "per_device_train_batch_size": 1, "gradient_checkpointing": True, "optim": "adamw"}
+    first, *_, last = ladder(plan_config(given), config)
+    layer = 2 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)  # bytes in bfloat16; two are there at a time
     assert last.lever == "offload_frozen=true"
-    assert last.plan.peak_bytes < 6 * 2**30
-    assert last.config.slices_of == "rows"
-    assert plan_memory(LLAMA_8B, **more, frozen_bits=4).peak_bytes < 9 * 2**30
+    assert (first.config.slices_of, last.config.slices_of) == ("columns", "rows")
+    assert first.plan.peak_bytes - last.plan.peak_bytes > 5 * layer
+    in_4_bits = plan_memory(config, **given, frozen_bits=4)
+    assert first.plan.peak_bytes - in_4_bits.peak_bytes > 3 * layer
 
 
 def test_a_plan_holds_nothing_whatever_the_size():
