@@ -222,9 +222,7 @@ STUDIES: dict[str, Study] = {
     "dolly-40": Study("smollm2", "dolly", 40, max_length=256, names=BEST),
     "pubmedqa-40": Study("smollm2", "pubmedqa", 40, max_length=448, names=BEST),
     "math-40": Study("smollm2", "math", 40, max_length=256, names=("default", "full", "lora r16")),
-    "gsm8k-400-default": Study(
-        "smollm2", "gsm8k", 400, names=(*DEFAULTS, "full", "lora r16"), scale=0.5
-    ),
+    "gsm8k-400-default": Study("smollm2", "gsm8k", 400, names=(*DEFAULTS, "full", "lora r16"), scale=0.5),
     "math-40-paper": Study("smollm2", "math", 40, max_length=256, names=("paper LISA",)),
     "dolly-400": Study("smollm2", "dolly", 400, max_length=256, names=BEST, scale=0.5),
     "pubmedqa-200": Study("smollm2", "pubmedqa", 200, max_length=448, names=BEST, scale=0.5),
