@@ -54,7 +54,7 @@ class Optim(BaseModel):
     learning_rate: float | None = row(
         None,
         "Peak learning rate. The default is usual for the method: 5e-5 with layers, 2e-4 with lora. With full it is 0.06 / the width of "
-        "the model, and with slices num_slices / num_active times that, with optim=spectral a third more.",
+        "the model. With slices it is num_slices / num_active times that, and a third more with optim=spectral.",
         gt=0,
     )  # fmt: skip
     lr_scheduler_type: Annotated[str, OneOf(SCHEDULES)] = row(
