@@ -104,7 +104,10 @@ def test_matrices_that_are_alike_are_updated_together_as_each_by_itself(of, spec
             optimizer.step()
         weights.append([weight.detach() for weight in wholes] + [s["across_sq"] for s in optimizer.state.values()])
     for ours, alone in zip(*weights, strict=True):
-        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6 if dtype == torch.float32 else 1e-2)
+        if ours.dtype == torch.float32:
+            torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-4 * LR)
+        else:  # the last bit of a product decides a few roundings at random
+            assert (ours != alone).float().mean() < 0.1
 
 
 def test_a_vector_has_adams_second_moment():

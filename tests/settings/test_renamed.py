@@ -57,3 +57,12 @@ def test_a_comparison_understands_old_names():
         old = make_grid(given | {"lisa": {"inactive_learning_rate": 0.1}}, Path("cmp"))
     new = make_grid(given | {"lisa": {"frozen_learning_rate": 0.1}}, Path("cmp"))
     assert [trial.config for trial in old.trials] == [trial.config for trial in new.trials]
+
+
+def test_what_an_earlier_version_wrote_down_without_an_effect_stops_no_resume():
+    """Adam's numbers of an optimizer that reads none are refused today, and left out of what a run writes down."""
+    now = used_settings(build_config({"model": "m", "data": "d", "output": "o", "method": "full", "optim": "sgd"}))
+    before = now | {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    assert differences(before, now) == []
+    other = used_settings(build_config({"model": "m", "data": "d", "output": "o", "method": "full", "optim": "adamw"}))
+    assert "optim=sgd (was adamw)" in differences(other, now)

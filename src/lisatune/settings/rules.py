@@ -132,8 +132,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     before = with_new_names(before, warn=False)
     # a run of an earlier version lacks newer settings; it did what is their default now
     was = {name: before.get(name, _default(name) if name in now else None) for name in ROWS}
-    names = [name for name, row in ROWS.items() if not row.free and was[name] != now.get(name)]
-    return [f"{name}={now.get(name)} (was {was[name]})" for name in names]
+    # what plays no part now and did before, follows from another setting that is told, or was written without an effect
+    names = [name for name, row in ROWS.items() if not row.free and name in now and was[name] != now[name]]
+    return [f"{name}={now[name]} (was {was[name]})" for name in names]
 
 
 def check_num_ranks(config: TrainConfig, num_ranks: int) -> None:
